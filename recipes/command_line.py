@@ -1,0 +1,134 @@
+"""What the recipes share at the command line: fields as flags over a preset, clear refusals, exit statuses.
+
+    0 done   2 something the user can mend   1 anything else   130 Ctrl-C
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+PRESETS = Path(__file__).resolve().parent / "configs"
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no worker is forked from a process that tokenizes
+
+from trl import TrlParser  # noqa: E402  (the environment first)
+
+from resdpo_trl.errors import UserError  # noqa: E402
+
+
+class RecipeParser(TrlParser):
+    """TRL's parser with one-line refusals, the nearest name for an unknown field, and a default preset."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse(
+        self, default_preset: str | None = None, given: Sequence[str] | None = None
+    ) -> tuple[list[Any], Path | None]:
+        """The dataclasses, and the preset that stood under them.
+
+        Args:
+            default_preset: preset (below recipes/configs) to use where neither --config nor --model_name_or_path is.
+            given: the command line; `sys.argv` by default.
+        """
+        flags = list(sys.argv[1:] if given is None else given)
+        if "-h" in flags or "--help" in flags:
+            self.print_help()
+            raise SystemExit(0)
+        flags, preset = _take_config(flags)
+        named = {flag.partition("=")[0].replace("-", "_") for flag in flags}
+        if preset is None and default_preset is not None and "__model_name_or_path" not in named:
+            preset = PRESETS / default_preset
+        defaults = self._flags_of(preset) if preset is not None else []
+        self._check(defaults, f"{preset}: ")
+        self._check(flags, "")
+        try:
+            parsed = self.parse_args_into_dataclasses(defaults + flags, look_for_args_file=False)
+        except (ValueError, TypeError, ImportError) as error:
+            # a dataclass refused a value or a combination: transformers and TRL say why in their first line
+            raise UserError(str(error).strip().splitlines()[0]) from None
+        return list(parsed), preset
+
+    def _check(self, flags: list[str], place: str) -> None:
+        try:
+            _, unknown = self.parse_known_args(list(flags))
+        except UserError as error:
+            raise UserError(f"{place}{error}") from None
+        for word in unknown:
+            if not word.startswith("--"):
+                raise UserError(f"{place}unexpected argument {word!r}")
+            name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            known = [option.lstrip("-") for option in self._option_string_actions if "_" in option or "-" not in option[2:]]
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else "; --help lists them"
+            raise UserError(f"{place}unknown field {name}{hint}" if place else f"unknown flag --{name}{hint}")
+
+    def _flags_of(self, preset: Path) -> list[str]:
+        """A preset's fields as command-line words, so that they are checked like any flag."""
+        import yaml
+
+        try:
+            content = yaml.safe_load(preset.read_text(encoding="utf-8"))
+        except OSError as error:
+            known = ", ".join(sorted(str(path.relative_to(PRESETS)) for path in PRESETS.rglob("*.yaml")))
+            raise UserError(f"--config {preset}: {error.strerror}; recipes/configs has {known}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            raise UserError(f"--config {preset}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            raise UserError(f"--config {preset}: must be a mapping of fields to values")
+        words: list[str] = []
+        for name, value in content.items():
+            if value is None:
+                raise UserError(f"--config {preset}: field {name} has no value; leave the field out")
+            if isinstance(value, dict):
+                import json
+
+                value = json.dumps(value)
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+        return words
+
+
+def _take_config(flags: list[str]) -> tuple[list[str], Path | None]:
+    """The flags without --config, and its file."""
+    preset = None
+    rest: list[str] = []
+    words = iter(flags)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value or value.startswith("--"):
+            raise UserError("--config needs a YAML file")
+        preset = Path(value)
+        if not preset.exists() and (PRESETS / value).exists():
+            preset = PRESETS / value  # hh/gpt2.yaml means recipes/configs/hh/gpt2.yaml
+    return rest, preset
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a recipe's `main` and exit with the documented status."""
+    try:
+        main()
+    except UserError as error:
+        message = " ".join(str(error).split())
+        if os.environ.get("RANK", "0") == "0":  # every process stops; one says why
+            print(f"error: {_printable(message)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _printable(text: str) -> str:
+    """Text of a file or a flag without control characters, which a terminal would obey."""
+    return "".join(character if character.isprintable() else "�" for character in text)

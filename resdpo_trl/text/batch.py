@@ -1,0 +1,98 @@
+"""From tokenized pairs to the tensors of one forward pass, with the prompt shared or not.
+
+With prefix sharing a pair is one row `[prompt | chosen | rejected]`: the prompt runs once, position ids restart
+after it, and the rejected part does not see the chosen part ("Accelerating Direct Preference Optimization with
+Prefix Sharing", https://arxiv.org/abs/2410.20305). Without, a pair is two rows `[prompt | chosen]` and
+`[prompt | rejected]`. Either way the batch says which hidden states predict which response tokens, so that the LM
+head runs there alone, and the rest of the code does not know the difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PairCollator:
+    """Pairs -> a batch. Rows are padded on the right to the longest.
+
+    Returns, for B pairs in R rows (B shared, 2B not) of T tokens with N response tokens in all:
+        input_ids, position_ids: (R, T).
+        attention_mask: (R, 1, T, T) bool, True where a query (row) sees a key (column), with sharing; (R, T) without.
+        predicted_at: (N,) index into the flattened R·T hidden states that predict a response token.
+        predicted: (N,) the token predicted there.
+        response: (N,) whose token it is: pair i's chosen is 2i, its rejected 2i + 1.
+        chosen_tokens, rejected_tokens: (B,) tokens of each response.
+        ref_chosen_logps, ref_rejected_logps: (B,) float, where the pairs have them.
+    """
+
+    pad_token_id: int
+    prefix_sharing: bool = True
+
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self._shared(pairs) if self.prefix_sharing else self._separate(pairs)
+        batch["chosen_tokens"] = torch.tensor([len(pair["chosen_ids"]) for pair in pairs])
+        batch["rejected_tokens"] = torch.tensor([len(pair["rejected_ids"]) for pair in pairs])
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in pairs[0]:
+                batch[name] = torch.tensor([pair[name] for pair in pairs])
+        return batch
+
+    def _shared(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [pair["prompt_ids"] + pair["chosen_ids"] + pair["rejected_ids"] for pair in pairs]
+        width = max(map(len, rows))
+        position_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        # (R, T): 0 prompt, 1 chosen, 2 rejected, 3 padding
+        part = torch.full((len(rows), width), 3, dtype=torch.uint8)
+        predicted_at, response = [], []
+        for row, pair in enumerate(pairs):
+            prompt, chosen, rejected = (len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+            second = prompt + chosen
+            part[row, :prompt], part[row, prompt:second], part[row, second : second + rejected] = 0, 1, 2
+            position_ids[row, :second] = torch.arange(second)
+            position_ids[row, second : second + rejected] = torch.arange(prompt, prompt + rejected)
+            # the prompt's last token predicts the first token of both
+            at = torch.cat([torch.arange(prompt - 1, second - 1), torch.arange(second - 1, second + rejected - 1)])
+            at[chosen] = prompt - 1
+            predicted_at.append(at + row * width)
+            response += [2 * row] * chosen + [2 * row + 1] * rejected
+        queries, keys = part[:, :, None], part[:, None, :]
+        # padding comes last, so a padded query still sees real keys: a row of the softmax is never empty
+        sees = torch.ones(width, width, dtype=torch.bool).tril() & (keys != 3) & ~((queries == 2) & (keys == 1))
+        return {
+            "input_ids": _pad(rows, width, self.pad_token_id),
+            "attention_mask": sees[:, None],
+            "position_ids": position_ids,
+            "predicted_at": torch.cat(predicted_at),
+            "predicted": torch.tensor([token for pair in pairs for token in pair["chosen_ids"] + pair["rejected_ids"]]),
+            "response": torch.tensor(response),
+        }
+
+    def _separate(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        sides = [(pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")]
+        rows = [prompt + response for prompt, response in sides]
+        width = max(map(len, rows))
+        lengths = torch.tensor([len(row) for row in rows])
+        return {
+            "input_ids": _pad(rows, width, self.pad_token_id),
+            "attention_mask": torch.arange(width) < lengths[:, None],
+            "position_ids": torch.arange(width).expand(len(rows), width).contiguous(),
+            "predicted_at": torch.cat(
+                [
+                    torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1) + row * width
+                    for row, (prompt, response) in enumerate(sides)
+                ]
+            ),
+            "predicted": torch.tensor([token for _, response in sides for token in response]),
+            "response": torch.repeat_interleave(
+                torch.arange(len(sides)), torch.tensor([len(response) for _, response in sides])
+            ),
+        }
+
+
+def _pad(rows: list[list[int]], width: int, pad_token_id: int) -> Tensor:
+    return torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])

@@ -1,0 +1,213 @@
+"""The options of the text recipes, as dataclasses over TRL's. The data's stand in `resdpo_trl.text.data`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig, ModelConfig, SFTConfig
+
+from resdpo_trl.errors import UserError
+
+# `DPOConfig` fields that this trainer does not honour: value that means "not asked for", and what to do instead
+REFUSED: dict[str, tuple[Any, str]] = {
+    "ld_alpha": (None, "it weighs tokens inside TRL's own forward"),
+    "use_weighting": (False, "it weighs pairs inside TRL's own forward"),
+    "padding_free": (False, "batches are of like length already"),
+    "truncation_mode": ("keep_start", "the cap keeps every pair; see --max_response_length"),
+    "use_liger_kernel": (False, "the loss has its own LM head"),
+    "router_aux_loss_coef": (None, "the loss has no router term"),
+    "model_init_kwargs": (None, "use --dtype, --attn_implementation and --model_revision"),
+    "pad_token": (None, "set it in the tokenizer's folder"),
+    "pad_to_multiple_of": (None, "batches are padded to their longest row"),
+}
+
+
+@dataclass
+class RunConfig:
+    """Options that every recipe shares and transformers does not have."""
+
+    _argument_group_name = "run"
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that --output_dir holds. Nothing else in it is touched."}
+    )
+    num_samples: int = field(
+        default=8, metadata={"help": "Held-out prompts that base, reference and policy answer; 0 for none."}
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 0 or self.max_new_tokens < 1:
+            raise UserError("--num_samples must be at least 0 and --max_new_tokens at least 1")
+
+
+@dataclass
+class ScratchConfig:
+    """The GPT-2 that is built where no --model_name_or_path is given."""
+
+    _argument_group_name = "model from scratch"
+
+    scratch_vocab_size: int = field(default=4096, metadata={"help": "Tokens of its BPE, trained on the pairs."})
+    scratch_width: int = field(default=256, metadata={"help": "Width of its residual stream."})
+    scratch_layers: int = field(default=4, metadata={"help": "Its layers."})
+    scratch_heads: int = field(default=4, metadata={"help": "Its attention heads."})
+    scratch_dropout: float = field(default=0.1, metadata={"help": "Its dropout in SFT; DPO runs without."})
+
+    def __post_init__(self) -> None:
+        if self.scratch_vocab_size < 300:
+            raise UserError(f"--scratch_vocab_size {self.scratch_vocab_size}: bytes alone take 257; pass at least 300")
+        if min(self.scratch_width, self.scratch_layers, self.scratch_heads) < 1:
+            raise UserError("--scratch_width, --scratch_layers and --scratch_heads must be at least 1")
+        if self.scratch_width % self.scratch_heads:
+            raise UserError(
+                f"--scratch_width {self.scratch_width} must be a multiple of --scratch_heads {self.scratch_heads}"
+            )
+
+
+@dataclass
+class TextModelConfig(ModelConfig):
+    _argument_group_name = "model"
+
+
+@dataclass
+class SFTStageConfig:
+    """The first stage: the reference, by supervised fine-tuning on the preferred responses."""
+
+    _argument_group_name = "SFT stage"
+
+    sft_checkpoint: str | None = field(
+        default=None, metadata={"help": "A folder or Hub id of a finished reference: skips SFT."}
+    )
+    sft_epochs: float = field(default=1.0, metadata={"help": "Epochs of SFT; 0 takes the model as it is."})
+    sft_learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of SFT."})
+    sft_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of an SFT step on each device; --per_device_train_batch_size by default."}
+    )
+    sft_completion_only_loss: bool = field(
+        default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.sft_epochs < 0:
+            raise UserError(f"--sft_epochs {self.sft_epochs}: must be at least 0")
+        if self.sft_learning_rate <= 0:
+            raise UserError(f"--sft_learning_rate {self.sft_learning_rate}: must be above 0")
+
+
+@dataclass
+class TextDPOConfig(DPOConfig):
+    """`trl.DPOConfig` with defaults for one machine, and the sharing of the prompt."""
+
+    _argument_group_name = "DPO stage and training"
+
+    output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "last",
+            "help": "Continue the run in --output_dir, from its last checkpoint or from the one named.",
+        },
+    )
+    max_length: int | None = field(
+        default=256, metadata={"help": "Tokens of a prompt with one response, at most; no pair is lost to it."}
+    )
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs of a step on each device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pairs of an evaluation batch."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of DPO."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of DPO."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the reference's log-probabilities once, before training, and keep no reference model in "
+            "memory. Not with --sync_ref_model."
+        },
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Batches of like length (group_by_length), or none such (random, sequential).",
+            "choices": ["random", "sequential", "group_by_length"],
+        },
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay false: the sampler reads the pairs' lengths."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two training lines of metrics.jsonl."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "policy/ is the epoch with the least validation loss, not the last one."}
+    )
+    metric_for_best_model: str | None = field(
+        default="eval_loss", metadata={"help": "Figure by which the best epoch is chosen."}
+    )
+    report_to: str | list[str] = field(
+        default="none", metadata={"help": "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if not self.beta > 0:
+            raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
+        if self.learning_rate <= 0:
+            raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
+        if self.max_length is None or self.max_length < 16:
+            raise UserError(f"--max_length {self.max_length}: must be at least 16 tokens")
+        if self.output_dir is None:
+            raise UserError("--output_dir: name a folder")
+        for name, (unset, mend) in REFUSED.items():
+            value = getattr(self, name)
+            if value != unset and not (name == "pad_to_multiple_of" and value == "auto"):
+                raise UserError(f"--{name} is not supported here: {mend}")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise UserError("--sync_ref_model moves the reference: pass --precompute_ref_log_probs false with it")
+        if self.load_best_model_at_end and self.eval_strategy != self.save_strategy:
+            raise UserError(
+                f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must be the same for the "
+                "best epoch to be kept, or pass --load_best_model_at_end false"
+            )
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = has_bfloat16(self.use_cpu)
+        super().__post_init__()
+
+
+def has_bfloat16(use_cpu: bool = False) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; where it does not they are far slower."""
+    import torch
+
+    if torch.cuda.is_available() and not use_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available() and not use_cpu:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def sft_config(dpo: TextDPOConfig, sft: SFTStageConfig, output_dir: str) -> SFTConfig:
+    """The SFT stage's configuration: its own epochs, rate and batch, the rest from the DPO stage's."""
+    shared = (
+        "seed", "data_seed", "bf16", "fp16", "use_cpu", "optim", "optim_args", "adam_beta1", "adam_beta2",
+        "adam_epsilon", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
+        "gradient_accumulation_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs", "logging_steps",
+        "report_to", "run_name", "per_device_eval_batch_size", "dataloader_num_workers", "train_sampling_strategy",
+        "remove_unused_columns", "torch_compile", "tf32", "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed",
+        "save_strategy", "save_steps", "save_total_limit", "save_only_model", "activation_offloading",
+    )  # fmt: skip
+    return SFTConfig(
+        output_dir=output_dir,
+        num_train_epochs=sft.sft_epochs,
+        learning_rate=sft.sft_learning_rate,
+        per_device_train_batch_size=sft.sft_batch_size or dpo.per_device_train_batch_size,
+        eval_strategy="epoch",
+        max_length=None,  # the rows are capped already
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **{name: getattr(dpo, name) for name in shared},
+    )

@@ -1,0 +1,487 @@
+"""Preference pairs: from a Hub id, a folder or a file to prompt, chosen and rejected texts in three splits.
+
+One row becomes
+
+    prompt       everything both responses answer to, ending in "\\n\\nAssistant:" for HH dialogues
+    chosen       the preferred response, with the space before it, without what trails
+    rejected     the other response
+    turn_starts  where a turn of the prompt starts, as character offsets: the cap drops whole turns
+    group        a digest of the conversation's opening: pairs of one conversation never part between splits
+
+or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt, or `no_marker`,
+a dialogue whose two sides share no "\\n\\nAssistant:".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from resdpo_trl.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+QUICKSTART = "chitchat"
+MARKER = "\n\nAssistant:"
+TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
+SUFFIXES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
+REASONS = ("identical", "empty", "no_marker")
+SPLITS = ("train", "validation", "test")
+MENU = (
+    "needs columns chosen and rejected (HH dialogues or conversations), or prompt, chosen and rejected; "
+    "rename them with datasets' rename_column"
+)
+
+
+@dataclass
+class DataConfig:
+    """Which preference pairs to use, and how many."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str = field(
+        default=QUICKSTART,
+        metadata={
+            "help": "Preference pairs: a Hub id (Anthropic/hh-rlhf), a folder, a .jsonl, .jsonl.gz or .parquet file, "
+            "or 'chitchat', the quickstart's, which need no network."
+        },
+    )
+    dataset_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder inside the data set: harmless-base, helpful-base, … of HH."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training pairs."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation pairs."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use at most this many test pairs."})
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the pairs held out for validation where the data has no such split."}
+    )
+    test_fraction: float = field(
+        default=0.15, metadata={"help": "Share of the pairs held out for the test where the data has no such split."}
+    )
+    max_response_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that a response may always use of --max_length, half of it by default; a response is cut "
+            "only beyond this and what a short prompt leaves free."
+        },
+    )
+    prefer: Literal["chosen", "rejected"] = field(
+        default="chosen",
+        metadata={"help": "Which side is preferred; 'rejected' swaps the pairs of both stages (the 'bad' model)."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: must be at least 1")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
+
+
+@dataclass
+class Preferences:
+    """Pairs in three splits, with what was dropped on the way.
+
+    `ends_turns` says that the responses already carry their end of turn (a chat template's), so that no
+    end-of-text token is added.
+    """
+
+    splits: dict[str, Dataset]
+    counts: dict[str, Any]
+    ends_turns: bool = False
+
+    def __getitem__(self, split: str) -> Dataset:
+        return self.splits[split]
+
+
+def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Preferences:
+    """Load, parse and split preference pairs.
+
+    Args:
+        config: what to load.
+        tokenizer: its chat template renders conversational pairs; not needed for dialogues and plain prompts.
+
+    Raises:
+        UserError: a missing file, a malformed row, missing columns, no usable pair.
+    """
+    sources = _load(config)
+    ends_turns = False
+    parsed: dict[str, Dataset] = {}
+    counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
+    statuses: Counter[str] = Counter()
+    for name, rows in sources.items():
+        kind = _kind(rows, config.dataset_name)
+        ends_turns |= kind == "conversation"
+        table, found = _parse(rows, kind, tokenizer, config.prefer)
+        parsed[name] = table
+        statuses.update(found)
+        counts["rows"] += len(rows)
+        counts["kept"] += len(table)
+    counts["dropped"] = {reason: statuses[reason] for reason in REASONS}
+    counts["parted_early"] = statuses["parted_early"]
+    if counts["kept"] == 0:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items() if number)
+        raise UserError(
+            f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows ({reasons or 'no rows'}); "
+            "two different responses to one prompt are needed"
+        )
+    splits = _split(parsed, config)
+    counts.update({name: len(rows) for name, rows in splits.items()})
+    return Preferences(splits, counts, ends_turns)
+
+
+def parse_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
+    """Part two HH dialogues into (prompt, chosen response, rejected response).
+
+    The prompt ends at the last "\\n\\nAssistant:" up to which both are equal; what follows is the response, further
+    turns included where the two part before the last one. None where no such marker is shared.
+    """
+    end = len(chosen)
+    while (start := chosen.rfind(MARKER, 0, end)) >= 0:
+        boundary = start + len(MARKER)
+        if rejected.startswith(chosen[:boundary]):
+            return chosen[:boundary], chosen[boundary:], rejected[boundary:]
+        end = boundary - 1
+    return None
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A digest of a tokenized data set's content, the same however it was loaded."""
+    digest = hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(batch_size=10_000):
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            column = batch[name].combine_chunks()
+            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def chitchat_pairs(seed: int = 0, per_conversation: int = 4, turns: int = 5, shortest: int = 20) -> Dataset:
+    """The quickstart's pairs: the reply a person gave against a like-long reply from another conversation.
+
+    Args:
+        seed: draws the replies that become pairs and their rejected partners.
+        per_conversation: pairs from one conversation, at most.
+        turns: turns of the prompt, at most; they alternate Human and Assistant and end with Human.
+        shortest: characters a reply must have to become a response; "ok" fits any prompt.
+    """
+    from datasets import Dataset
+
+    try:
+        import chitchat_dataset
+    except ImportError:
+        raise UserError(
+            "--dataset_name chitchat needs the package chitchat-dataset: pip install 'resdpo-trl[quickstart]', or name "
+            "a file of your own pairs"
+        ) from None
+    generator = np.random.default_rng(seed)
+    conversations = [
+        (identity, [_utterance(message) for message in conversation["messages"]])
+        for identity, conversation in sorted(chitchat_dataset.Dataset().items())
+    ]
+    replies = []  # (length, conversation, turn)
+    for number, (_, texts) in enumerate(conversations):
+        at = [turn for turn in range(1, len(texts)) if shortest <= len(texts[turn]) <= 300 and texts[turn - 1]]
+        chosen = generator.choice(at, min(per_conversation, len(at)), replace=False) if at else []
+        replies += [(len(texts[turn]), number, int(turn)) for turn in sorted(chosen)]
+    replies.sort()
+    rows = []
+    for place, (_, number, turn) in enumerate(replies):
+        # a partner of like length: one of the 25 neighbours on either side in the order of lengths
+        window = [n for n in range(max(0, place - 25), min(len(replies), place + 26)) if replies[n][1] != number]
+        _, other, other_turn = replies[generator.choice(window)]
+        identity, texts = conversations[number]
+        opening = max(0, turn - turns)
+        opening += (turn - opening) % 2 == 0 and turn - opening > 1  # an odd number of turns starts with Human
+        prompt = "".join(
+            f"\n\n{'Human' if (turn - at) % 2 else 'Assistant'}: {texts[at]}" for at in range(opening, turn)
+        )
+        rows.append(
+            {
+                "prompt": prompt + MARKER,
+                "chosen": " " + texts[turn],
+                "rejected": " " + conversations[other][1][other_turn],
+                "group": identity,
+            }
+        )
+    return Dataset.from_list([rows[index] for index in generator.permutation(len(rows))])
+
+
+def _utterance(message: list[dict[str, str]]) -> str:
+    return " ".join(" ".join(part["text"].split()) for part in message).strip()
+
+
+def _load(config: DataConfig) -> dict[str, Dataset]:
+    """The raw rows, by the data's own split names."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name, flag = config.dataset_name, f"--dataset_name {config.dataset_name}"
+    if name == QUICKSTART:
+        return {"train": chitchat_pairs()}
+    path = Path(name)
+    if path.is_file():
+        suffix = next((ending for ending in SUFFIXES if path.name.endswith(ending)), None)
+        if suffix is None:
+            raise UserError(f"{flag}: {path.name} is not .jsonl, .jsonl.gz or .parquet; convert it to one of these")
+        try:
+            return {"train": load_dataset(SUFFIXES[suffix], data_files=str(path), split="train")}
+        except (DatasetGenerationError, ValueError, OSError) as error:
+            if SUFFIXES[suffix] == "json":
+                _find_bad_line(path)
+            raise UserError(f"{flag} can't be read ({_first_line(error)}): write it anew") from None
+    try:
+        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+            loaded = load_from_disk(str(path))
+        else:
+            if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix):
+                raise UserError(f"{flag}: no such file or folder")
+            loaded = load_dataset(name, data_dir=config.dataset_data_dir, revision=config.dataset_revision)
+    except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, DatasetNotFoundError) as error:
+        raise UserError(
+            f"{flag}: not a local path, and the Hub does not give it ({_first_line(error)}); pass a folder, .jsonl, "
+            ".jsonl.gz or .parquet file, or 'chitchat'"
+        ) from None
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        for file in sorted(path.rglob("*.json*")):
+            _find_bad_line(file)
+        raise UserError(f"{flag} can't be loaded ({_first_line(error)})") from None
+    return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+
+
+def _find_bad_line(path: Path) -> None:
+    """Raise a UserError that names the first line which is not a JSON object; return if there is none."""
+    import gzip
+
+    opened = gzip.open if path.name.endswith(".gz") else open
+    number = 0
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(
+                        f"{path}, line {number}: not JSON ({error.msg}); mend or delete the line"
+                    ) from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {number}: not a JSON object; each line is one pair")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, after line {number}: not UTF-8; convert the file") from None
+    except (EOFError, gzip.BadGzipFile):
+        raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it anew") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _kind(rows: Dataset, name: str) -> str:
+    """`dialogue` (HH's form), `prompt` (plain prompts) or `conversation` (lists of messages)."""
+    from datasets import Value
+
+    columns = set(rows.column_names)
+    if not {"chosen", "rejected"} <= columns:
+        missing = sorted({"chosen", "rejected"} - columns)
+        raise UserError(
+            f"--dataset_name {name}: no column {' or '.join(missing)} (found: {', '.join(sorted(columns)) or 'none'}); "
+            + MENU
+        )
+    types = {column: rows.features[column] for column in ("prompt", "chosen", "rejected") if column in columns}
+    text = {column for column, type_ in types.items() if isinstance(type_, Value) and "string" in type_.dtype}
+    if text == set(types):
+        return "prompt" if "prompt" in types else "dialogue"
+    if not any(isinstance(type_, Value) for type_ in types.values()):
+        return "conversation"
+    described = ", ".join(f"{column}: {type_}" for column, type_ in types.items())
+    raise UserError(
+        f"--dataset_name {name}: prompt, chosen and rejected must be text or lists of messages, all the same "
+        f"({described[:200]})"
+    )
+
+
+def _parse(
+    rows: Dataset, kind: str, tokenizer: PreTrainedTokenizerBase | None, prefer: str
+) -> tuple[Dataset, Counter[str]]:
+    """Rows -> usable pairs and a count of the statuses."""
+    from datasets import Features, List, Value
+
+    if kind == "conversation" and (tokenizer is None or tokenizer.chat_template is None):
+        raise UserError(
+            "the pairs are conversations (lists of messages), which need a tokenizer with a chat template: name such a "
+            "model with --model_name_or_path, or give prompt, chosen and rejected as text"
+        )
+    features = {
+        "prompt": Value("string"),
+        "chosen": Value("string"),
+        "rejected": Value("string"),
+        "turn_starts": List(Value("int32")),
+        "group": Value("string"),
+        "status": Value("string"),
+    }
+    columns = [name for name in ("prompt", "chosen", "rejected", "group") if name in rows.column_names]
+    if kind != "prompt" or "group" not in rows.column_names:
+        columns = [name for name in columns if name != "group"]
+    parsed = rows.select_columns(columns).map(
+        _parse_batch,
+        batched=True,
+        remove_columns=columns,
+        features=Features(features),
+        fn_kwargs={
+            "kind": kind,
+            "tokenizer": tokenizer if kind == "conversation" else None,
+            "swap": prefer == "rejected",
+        },
+        desc="Reading pairs",
+    )
+    statuses = Counter(parsed.with_format("numpy")["status"][:].tolist()) if len(parsed) else Counter()
+    kept = [index for index, status in enumerate(parsed["status"]) if status not in REASONS]
+    if len(kept) < len(parsed):
+        parsed = parsed.select(kept)
+    return parsed.remove_columns("status"), statuses
+
+
+def _parse_batch(
+    batch: dict[str, list[Any]], kind: str, tokenizer: PreTrainedTokenizerBase | None, swap: bool
+) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {
+        name: [] for name in ("prompt", "chosen", "rejected", "turn_starts", "group", "status")
+    }
+    size = len(batch["chosen"])
+    prompts = batch.get("prompt", [None] * size)
+    groups = batch.get("group", [None] * size)
+    for prompt, chosen, rejected, group in zip(prompts, batch["chosen"], batch["rejected"], groups, strict=True):
+        pair: tuple[str, str, str, list[int]] | str
+        if not chosen or not rejected:
+            pair = "empty"
+        elif kind == "conversation":
+            pair = _render(prompt, chosen, rejected, tokenizer)
+        elif kind == "dialogue":
+            parts = parse_dialogue(chosen, rejected)
+            pair = (*parts, _turn_starts(parts[0])) if parts else _unparted(chosen, rejected)
+        else:
+            pair = (prompt or "", chosen, rejected, _turn_starts(prompt or ""))
+        if isinstance(pair, tuple):
+            text, good, bad, starts = pair
+            if kind != "conversation":  # a template's end of turn is not to be stripped
+                good, bad = good.rstrip(), bad.rstrip()
+            if good.strip() == bad.strip():
+                pair = "identical" if good.strip() else "empty"
+            elif not good.strip() or not bad.strip() or not text.strip():
+                pair = "empty"
+            elif kind == "dialogue" and (MARKER in good or MARKER in bad):
+                status = "parted_early"
+            else:
+                status = "kept"
+        if isinstance(pair, str):
+            text, good, bad, starts, status = "", "", "", [], pair
+        out["prompt"].append(text)
+        out["chosen"].append(bad if swap else good)
+        out["rejected"].append(good if swap else bad)
+        out["turn_starts"].append(starts)
+        out["group"].append(_digest(group or _opening(text, starts)))
+        out["status"].append(status)
+    return out
+
+
+def _unparted(chosen: str, rejected: str) -> str:
+    return "identical" if chosen.strip() == rejected.strip() else "no_marker"
+
+
+def _turn_starts(prompt: str) -> list[int]:
+    """Offsets at which turns start, without the first one's and the closing marker's, which has no turn yet."""
+    closing = len(prompt) - len(MARKER) if prompt.endswith(MARKER) else -1
+    return [match.start() for match in TURN.finditer(prompt) if match.start() not in (0, closing)]
+
+
+def _opening(prompt: str, turn_starts: list[int]) -> str:
+    """The conversation's first turn; the whole prompt where it has but one."""
+    return prompt[: turn_starts[0]] if turn_starts else prompt
+
+
+def _render(
+    prompt: list[dict[str, Any]] | None,
+    chosen: list[dict[str, Any]],
+    rejected: list[dict[str, Any]],
+    tokenizer: Any,
+) -> tuple[str, str, str, list[int]] | str:
+    """A conversational pair through the tokenizer's chat template."""
+    from trl.data_utils import apply_chat_template, extract_prompt
+
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if prompt is None:
+        if chosen == rejected:
+            return "identical"
+        row = extract_prompt({"chosen": chosen, "rejected": rejected})
+    if not row["prompt"] or not row["chosen"] or not row["rejected"]:
+        return "empty"
+    text = apply_chat_template(row, tokenizer)
+    starts = []
+    for turn in range(1, len(row["prompt"])):
+        before = tokenizer.apply_chat_template(row["prompt"][:turn], tokenize=False)
+        if text["prompt"].startswith(before):  # some templates rewrite what came before: then no turn is dropped
+            starts.append(len(before))
+    return text["prompt"], text["chosen"], text["rejected"], starts
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _split(parsed: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
+    """Three splits: the data's own where it has them, the rest held out from its training rows by group.
+
+    Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the
+    file, and a smaller --max_train_samples takes a subset of a larger one.
+    """
+    from datasets import concatenate_datasets
+
+    named = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
+    own = {split: next((parsed[name] for name in names if name in parsed), None) for split, names in named.items()}
+    held = {name for names in named.values() for name in names}
+    rest = [rows for name, rows in parsed.items() if name not in held]
+    if not rest:
+        raise UserError(f"--dataset_name {config.dataset_name}: no training split (found: {', '.join(parsed)})")
+    rows = concatenate_datasets(rest) if len(rest) > 1 else rest[0]
+    groups = np.asarray(rows["group"][:])
+    order = np.argsort(groups, kind="stable")
+    # (S,) where in the order a group begins: the only places to cut
+    starts = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]]) if len(order) else np.empty(0, int)
+    limits = {"test": config.max_test_samples, "validation": config.max_eval_samples}
+    shares = {"test": config.test_fraction, "validation": config.validation_fraction}
+    splits: dict[str, Dataset] = {}
+    taken = 0
+    for split in ("test", "validation"):
+        own_rows = own[split]
+        if own_rows is not None:
+            chosen = np.argsort(np.asarray(own_rows["group"][:]), kind="stable")[: limits[split]]
+            splits[split] = own_rows.select(np.sort(chosen))
+            continue
+        wanted = min(limits[split] or len(rows), max(1, round(shares[split] * len(rows))))
+        later = starts[starts >= taken + wanted]
+        if len(later) == 0:
+            raise UserError(
+                f"--dataset_name {config.dataset_name}: {len(rows)} usable pairs of {len(starts)} conversations are too "
+                "few for a training, a validation and a test split; three conversations is the least"
+            )
+        splits[split] = rows.select(np.sort(order[taken : taken + wanted]))
+        taken = int(later[0])
+    splits["train"] = rows.select(np.sort(order[taken:][: config.max_train_samples]))
+    return {split: splits[split] for split in SPLITS}

@@ -1,0 +1,158 @@
+"""Language models and tokenizers: loaded from a folder or the Hub, or built from scratch for the quickstart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.text.config import ScratchConfig, TextModelConfig
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or Hub id; padding is the end of text where it has none of its own."""
+    _check_name(name, flag)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=model.model_revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_a_model(name, flag, error) from None
+    if tokenizer.eos_token is None:
+        raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token (eos_token)")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> PreTrainedModel:
+    """A causal language model, quantized if asked; a folder with a PEFT adapter gives a trainable `PeftModel`."""
+    from accelerate import PartialState
+    from trl import get_kbit_device_map, get_quantization_config
+
+    _check_name(name, flag)
+    quantization = get_quantization_config(model)
+    options: dict[str, Any] = {
+        "revision": model.model_revision,
+        "dtype": model.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype),
+        "attn_implementation": model.attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
+    if quantization is not None:
+        device_map = get_kbit_device_map() or {"": PartialState().device}
+        options |= {"quantization_config": quantization, "device_map": device_map}
+    try:
+        if (Path(name) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise _not_a_model(name, flag, error) from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's, trained on these texts; any text round-trips through it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def build_model(
+    config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> PreTrainedModel:
+    """A small GPT-2 with random weights, drawn by `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer),
+                n_positions=max(512, max_length),
+                n_embd=config.scratch_width,
+                n_layer=config.scratch_layers,
+                n_head=config.scratch_heads,
+                resid_pdrop=config.scratch_dropout,
+                embd_pdrop=config.scratch_dropout,
+                attn_pdrop=config.scratch_dropout,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+
+
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Raise a UserError where the cap or the vocabulary is more than the model has."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions is not None and max_length > positions:
+        raise UserError(f"--max_length {max_length}: the model has {positions} positions; pass at most that")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: they do not belong together"
+        )
+
+
+def check_same_tokenizer(
+    first: PreTrainedTokenizerBase, first_flag: str, second: PreTrainedTokenizerBase, second_flag: str
+) -> None:
+    """Raise a UserError where the same text would become other tokens."""
+    if first.get_vocab() != second.get_vocab() or first.eos_token_id != second.eos_token_id:
+        raise UserError(
+            f"{second_flag} has another tokenizer than {first_flag} ({len(second)} and {len(first)} tokens): a reference "
+            "must come from the same model family; pass one that was trained from it"
+        )
+
+
+def _check_name(name: str, flag: str) -> None:
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{flag} {name}: a file; name the folder that holds the model")
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise UserError(f"{flag} {name}: not a model folder (no config.json in it)")
+        weights = ("*.safetensors", "*.safetensors.index.json")
+        if not any(any(path.glob(pattern)) for pattern in weights):
+            raise UserError(
+                f"{flag} {name}: no safetensors weights in the folder; pickled ones are not loaded: save it anew with "
+                "save_pretrained"
+            )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{flag} {name}: no such folder")
+
+
+def _not_a_model(name: str, flag: str, error: BaseException) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if Path(name).is_dir():
+        return UserError(f"{flag} {name}: can't be loaded ({reason})")
+    return UserError(
+        f"{flag} {name}: not a local folder, and the Hub does not give it ({reason}); pass the folder of a model saved "
+        "with save_pretrained, or leave the flag out to build a small one"
+    )

@@ -1,0 +1,402 @@
+"""The text job, step by step: pairs, reference, policy, answers, files. The recipes call the steps in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import get_peft_config
+
+from resdpo_trl.callbacks import use_run_callbacks
+from resdpo_trl.errors import UserError
+from resdpo_trl.hub import push_model, write_model_card
+from resdpo_trl.metrics import preference_metrics, raw_accuracy, with_intervals
+from resdpo_trl.run import RunFolder, parallelism
+from resdpo_trl.text.config import (
+    RunConfig,
+    ScratchConfig,
+    SFTStageConfig,
+    TextDPOConfig,
+    TextModelConfig,
+    sft_config,
+)
+from resdpo_trl.text.data import SPLITS, DataConfig, Preferences, fingerprint, load_preferences
+from resdpo_trl.text.generate import answer
+from resdpo_trl.text.model import (
+    build_model,
+    check_fits,
+    check_same_tokenizer,
+    load_model,
+    load_tokenizer,
+    train_tokenizer,
+)
+from resdpo_trl.text.tokens import cap_counts, sft_rows, tokenize
+from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer, preference_loss
+
+
+class TextRun:
+    """One run of SFT and DPO in one folder."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        model: TextModelConfig,
+        scratch: ScratchConfig,
+        sft: SFTStageConfig,
+        dpo: TextDPOConfig,
+        options: RunConfig,
+        preset: Path | None = None,
+    ):
+        self.data, self.model, self.scratch, self.sft, self.dpo, self.options = data, model, scratch, sft, dpo, options
+        self.loss = preference_loss(dpo)
+        self.resume = dpo.resume_from_checkpoint is not None
+        self._check_model_flags()
+        self.run = RunFolder(dpo.output_dir or "", main_process=PartialState().is_main_process)
+        self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
+        PartialState().wait_for_everyone()
+        config = {
+            "preset": str(preset) if preset else None,
+            "data": dataclasses.asdict(data),
+            "model": dataclasses.asdict(model),
+            "sft": dataclasses.asdict(sft),
+            "dpo": dpo.to_dict(),
+            "run": dataclasses.asdict(options),
+        }
+        if not model.model_name_or_path and not sft.sft_checkpoint:
+            config["scratch"] = dataclasses.asdict(scratch)
+        self.run.start(config, dpo.seed)
+        self.say = print if self.run.main_process else _silent
+        self.answers: dict[str, dict[str, list[str]]] = {}
+        self.base_saved = self.run.checkpoints("base")
+
+    def _check_model_flags(self) -> None:
+        changed = [
+            field.name
+            for field in dataclasses.fields(self.scratch)
+            if getattr(self.scratch, field.name) != field.default
+        ]
+        named = self.model.model_name_or_path or self.sft.sft_checkpoint
+        if named and changed and self.model.model_name_or_path:
+            raise UserError(f"--{changed[0]} shapes a model from scratch, and --model_name_or_path names one: drop either")
+        if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
+            raise UserError("--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters")
+        if (self.model.load_in_4bit or self.model.load_in_8bit or self.model.use_peft) and not named:
+            raise UserError("--use_peft and quantized loading need a model to start from: pass --model_name_or_path")
+        if self.dpo.sync_ref_model and self.model.use_peft:
+            raise UserError("--sync_ref_model moves a full reference model, which --use_peft does not keep: drop either")
+
+    def say_what_runs(self) -> None:
+        model = self.model.model_name_or_path or (
+            f"the reference {self.sft.sft_checkpoint}" if self.sft.sft_checkpoint else "a small GPT-2 from scratch"
+        )
+        source = "people's chit-chat (no network needed)" if self.data.dataset_name == "chitchat" else (
+            self.data.dataset_name + (f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else "")
+        )
+        state = parallelism()
+        precision = "bfloat16 autocast" if self.dpo.bf16 else "float16 autocast" if self.dpo.fp16 else "float32"
+        threads = f", {torch.get_num_threads()} threads" if self.dpo.device.type == "cpu" else ""
+        self.say(
+            f"DPO of {model} on {source}; for GPT-2 on Anthropic HH: --config recipes/configs/hh/gpt2.yaml\n"
+            f"{self.dpo.device.type}{threads}, {state['num_processes']} process(es), {precision}; "
+            f"files go to {self.run.path}"
+        )
+
+    # --- pairs ---------------------------------------------------------------------------------------------------
+
+    def prepare_pairs(self) -> dict[str, Dataset]:
+        """The tokenized, capped pairs of each split."""
+        flags = self._sources()
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        for name, flag in flags:
+            tokenizer = load_tokenizer(name, self.model, self.dpo.trust_remote_code, flag)
+            if self.tokenizer is not None:
+                check_same_tokenizer(self.tokenizer, flags[0][1], tokenizer, flag)
+            self.tokenizer = self.tokenizer or tokenizer
+        with PartialState().main_process_first():
+            started = time.perf_counter()
+            texts = load_preferences(self.data, self.tokenizer)
+            if self.tokenizer is None:
+                self.tokenizer = self._scratch_tokenizer(texts)
+            pairs = {
+                split: tokenize(
+                    texts[split],
+                    self.tokenizer,
+                    self.dpo.max_length or 0,
+                    self.data.max_response_length,
+                    texts.ends_turns,
+                    f"Tokenizing {split}",
+                )
+                for split in SPLITS
+            }
+        counts = texts.counts | {"cap": {split: cap_counts(rows) for split, rows in pairs.items()}}
+        counts["max_length"] = self.dpo.max_length
+        self.run.record(data_fingerprint={split: fingerprint(rows) for split, rows in pairs.items()})
+        self.run.summarize(data=counts)
+        self.preparation_seconds = time.perf_counter() - started
+        self.say(describe_data(counts))
+        return pairs
+
+    def _sources(self) -> list[tuple[str, str]]:
+        """(name, flag) of every place a tokenizer comes from; on resume the run's own reference comes first."""
+        found = []
+        if self.model.model_name_or_path:
+            found.append((self.model.model_name_or_path, "--model_name_or_path"))
+        if self.sft.sft_checkpoint:
+            found.append((self.sft.sft_checkpoint, "--sft_checkpoint"))
+        if not found and self.resume and self.base_saved.is_dir():
+            found.append((str(self.base_saved), "the run's base model"))
+        return found
+
+    def _scratch_tokenizer(self, texts: Preferences) -> PreTrainedTokenizerBase:
+        self.say(f"training a BPE of {self.scratch.scratch_vocab_size} tokens on the training pairs")
+        rows = texts["train"]
+        return train_tokenizer(
+            (text for row in rows.iter(1000) for name in ("prompt", "chosen", "rejected") for text in row[name]),
+            self.scratch.scratch_vocab_size,
+        )
+
+    # --- the reference -------------------------------------------------------------------------------------------
+
+    def make_reference(self, pairs: dict[str, Dataset]) -> None:
+        """SFT on the preferred responses, into reference/; or the model as given."""
+        set_seed(self.dpo.seed)
+        if self.run.reference.is_dir():  # a resumed run that was past this
+            return
+        if self.sft.sft_checkpoint or self.sft.sft_epochs == 0:
+            name = self.sft.sft_checkpoint or self.model.model_name_or_path
+            if name is None:
+                raise UserError("--sft_epochs 0 needs a model that has learned something: pass --model_name_or_path")
+            flag = "--sft_checkpoint" if self.sft.sft_checkpoint else "--model_name_or_path"
+            model = load_model(name, self.model, self.dpo.trust_remote_code, flag)
+            self._answer("base" if self.sft.sft_epochs == 0 else "reference", model, pairs)
+            check_fits(model, self.tokenizer, self.dpo.max_length or 0)
+            self._publish(self.run.reference, model.save_pretrained)
+            self.run.summarize(sft={"skipped": name})
+            return
+        model = self._base_model()
+        check_fits(model, self.tokenizer, self.dpo.max_length or 0)
+        self._answer("base", model, pairs)
+        rows = {split: sft_rows(pairs[split], self.sft.sft_completion_only_loss) for split in ("train", "validation")}
+        trainer = TextSFTTrainer(
+            model=model,
+            args=sft_config(self.dpo, self.sft, str(self.run.checkpoints("sft"))),
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            processing_class=self.tokenizer,
+            peft_config=get_peft_config(self.model),
+        )
+        use_run_callbacks(trainer, self.run, "sft", "SFT")
+        before = trainer.evaluate()["eval_loss"]
+        started = time.perf_counter()
+        checkpoint = self._checkpoint("sft")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started
+        after = trainer.evaluate()["eval_loss"]
+        self._publish(self.run.reference, trainer.save_model)
+        self.run.summarize(
+            sft={
+                "train": {"loss": trainer.state.log_history[-1].get("train_loss")},
+                "validation": {"loss_before": before, "loss_after": after, "n": len(rows["validation"])},
+                "steps": trainer.state.global_step,
+                "seconds": seconds,
+            }
+        )
+        self._answer("reference", trainer.model, pairs)
+        _free(trainer)
+
+    def _base_model(self) -> Any:
+        if self.model.model_name_or_path:
+            return load_model(
+                self.model.model_name_or_path, self.model, self.dpo.trust_remote_code, "--model_name_or_path"
+            )
+        return build_model(self.scratch, self.tokenizer, self.dpo.max_length or 0, self.dpo.seed)
+
+    # --- the policy ----------------------------------------------------------------------------------------------
+
+    def make_policy(self, pairs: dict[str, Dataset]) -> None:
+        """DPO from the reference, into policy/; then the test, once."""
+        reference = str(self.run.reference)
+        model = load_model(reference, self.model, self.dpo.trust_remote_code, "reference")
+        adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
+        args = dataclasses.replace(self.dpo, output_dir=str(self.run.checkpoints("dpo")), push_to_hub=False)
+        trainer = TextDPOTrainer(
+            model=model,
+            ref_model=load_model(reference, self.model, self.dpo.trust_remote_code, "reference")
+            if not args.precompute_ref_log_probs and not self.model.use_peft
+            else None,
+            args=args,
+            train_dataset=pairs["train"],
+            eval_dataset=pairs["validation"],
+            processing_class=self.tokenizer,
+            peft_config=get_peft_config(self.model) if adapter_on_full else None,
+        )
+        use_run_callbacks(trainer, self.run, "dpo", "DPO")
+        test = trainer.add_reference(pairs["test"]) if args.precompute_ref_log_probs else pairs["test"]
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=self._checkpoint("dpo"))
+        seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        self._publish(self.run.policy, trainer.save_model)
+        validation = trainer.score(trainer.eval_dataset, "Validation")
+        scores = trainer.score(test, "Test")
+        figures = {
+            split: with_intervals(preference_metrics(found, self.loss) | raw_accuracy(found))
+            for split, found in (("validation", validation), ("test", scores))
+        }
+        step, epoch = trainer.state.global_step, trainer.state.epoch
+        self.run.log("dpo", "test", step, epoch, figures["test"])
+        trained = int(trainer.state.epoch * len(pairs["train"])) if trainer.state.epoch else 0
+        self.run.summarize(
+            dpo={
+                "train": trainer.last_train_metrics(),
+                **figures,
+                "steps": step,
+                "best_checkpoint": Path(trainer.state.best_model_checkpoint).name
+                if trainer.state.best_model_checkpoint
+                else None,
+                "beta": self.dpo.beta,
+                "loss_type": list(self.dpo.loss_type),
+            },
+            throughput={
+                "preparation_seconds": self.preparation_seconds,
+                "dpo_seconds": seconds,
+                "dpo_pairs_per_second": trained / seconds,
+            },
+        )
+        self._answer("policy", trainer.model, pairs)
+        _free(trainer)
+
+    def _checkpoint(self, stage: str) -> str | None:
+        """The checkpoint that a resumed stage starts from; the metrics written after it are dropped."""
+        if not self.resume:
+            return None
+        asked = self.dpo.resume_from_checkpoint
+        if asked not in (None, "last") and Path(asked or "").resolve().parent.name == stage:
+            found: Path | None = Path(asked or "")
+            if not (Path(asked or "") / "trainer_state.json").is_file():
+                raise UserError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json)")
+        else:
+            found = self.run.last_checkpoint(stage)
+        step = int(found.name.removeprefix("checkpoint-")) if found else -1
+        self.run.forget_metrics(stage, step)
+        return str(found) if found else None
+
+    # --- answers and files ---------------------------------------------------------------------------------------
+
+    def _answer(self, name: str, model: Any, pairs: dict[str, Dataset]) -> None:
+        """The model's answers to the first test prompts, greedy and sampled."""
+        count = min(self.options.num_samples, len(pairs["test"]))
+        if count == 0 or not self.run.main_process:
+            return
+        prompts = pairs["test"]["prompt_ids"][:count]
+        model.to(self.dpo.device)
+        self.answers[name] = {
+            kind: answer(
+                model,
+                self.tokenizer,
+                prompts,
+                self.options.max_new_tokens,
+                sampled=kind == "sampled",
+                seed=self.dpo.seed,
+                description=f"{name} answers, {kind}",
+            )
+            for kind in ("greedy", "sampled")
+        }
+
+    def write_samples(self, pairs: dict[str, Dataset]) -> None:
+        """samples.jsonl: the prompts with the people's responses and every model's."""
+        rows = []
+        count = min(self.options.num_samples, len(pairs["test"]))
+        for index, pair in enumerate(pairs["test"].select(range(count))):
+            texts = {
+                name: self.tokenizer.decode(pair[f"{name}_ids"], skip_special_tokens=True)
+                for name in ("prompt", "chosen", "rejected")
+            }
+            answers = {
+                name: {kind: given[index] for kind, given in kinds.items()} for name, kinds in self.answers.items()
+            }
+            rows.append({**texts, "answers": answers})
+        if rows:
+            self.run.write_samples(rows)
+
+    def finish(self) -> None:
+        """The model card, run.json's end, the Hub if asked, and the table."""
+        if self.run.main_process:
+            write_model_card(self.run, self.model.model_name_or_path)
+        self.run.end()
+        self.say(describe_results(self.run.summary, self.run.path))
+        if self.dpo.push_to_hub and self.run.main_process:
+            push_model(self.run.policy, self.dpo.hub_model_id, bool(self.dpo.hub_private_repo), self.dpo.hub_token)
+
+    def _publish(self, folder: Path, save: Any) -> None:
+        """Save a model whole or not at all: aside, then renamed."""
+        aside = folder.with_name(folder.name + ".tmp")
+        if self.run.main_process and aside.exists():
+            shutil.rmtree(aside)
+        PartialState().wait_for_everyone()
+        save(str(aside))
+        PartialState().wait_for_everyone()
+        if self.run.main_process:
+            self.tokenizer.save_pretrained(str(aside))
+            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(aside, folder)
+        PartialState().wait_for_everyone()
+
+
+def describe_data(counts: dict[str, Any]) -> str:
+    """The line that says what the data became."""
+    dropped = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items() if number) or "none"
+    cap = {name: sum(split[name] for split in counts["cap"].values()) for name in counts["cap"]["train"]}
+    return (
+        f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "
+        f"dropped: {dropped}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
+        f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, no pair lost"
+    )
+
+
+def describe_results(summary: dict[str, Any], path: Path) -> str:
+    """The table at the end of a run."""
+    data, sft, rows = summary["data"], summary.get("sft", {}), []
+    rows.append(("pairs", f"{data['train']} train, {data['validation']} validation, {data['test']} test"))
+    if "validation" in sft:
+        losses = sft["validation"]
+        rows.append(("SFT loss, validation", f"{losses['loss_before']:.3f} → {losses['loss_after']:.3f}"))
+    if "dpo" in summary:
+        test = summary["dpo"]["test"]
+        low, high = test["interval_95"]["rewards/accuracies"]
+        rows += [
+            ("DPO loss, test", f"{test['loss']:.4f}   (ln 2 = 0.6931 before training)"),
+            ("accuracy, test", f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}"),
+            ("  of the log-likelihood", f"{test['logps/ref_accuracies']:.3f} reference, {test['logps/accuracies']:.3f} policy"),
+            ("margin, test", f"{test['rewards/margins']:.3f}"),
+            ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
+            ("DPO pairs per second", f"{summary['throughput']['dpo_pairs_per_second']:.1f}"),
+        ]
+    if "total_seconds" in summary.get("throughput", {}):
+        rows.append(("seconds in all", f"{summary['throughput']['total_seconds']:.0f}"))
+    rows.append(("files", str(path)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows), ""])
+
+
+def _silent(*_: Any) -> None:
+    """What processes other than the main one say."""
+
+
+def _free(trainer: Any) -> None:
+    """Let go of a stage's model and optimizer before the next one loads its own."""
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

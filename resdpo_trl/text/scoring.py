@@ -1,0 +1,148 @@
+"""Log-probabilities of responses under a language model, with the LM head run only where a response is predicted."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.text.batch import PairCollator
+
+# response tokens whose logits are held at once: 4,096 × GPT-2's vocabulary in float32 is 0.8 GB
+CHUNK_TOKENS = 4096
+
+
+def pair_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the chosen and rejected responses of a `PairCollator` batch.
+
+    Args:
+        model: a model given `add_response_head`, wrapped or not.
+        batch: see `PairCollator`; B pairs.
+
+    Returns:
+        chosen, rejected: (B,) float32 (float64 for a float64 model), sums over response tokens in nats.
+    """
+    logps = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"],
+        predicted_at=batch["predicted_at"],
+        predicted=batch["predicted"],
+        use_cache=False,
+    )
+    pairs = len(batch["chosen_tokens"])
+    sums = logps.new_zeros(2 * pairs).index_add(0, batch["response"], logps)
+    return sums[0::2], sums[1::2]
+
+
+def add_response_head(model: PreTrainedModel) -> None:
+    """Teach `model(…, predicted_at=, predicted=)` to return (N,) log-probabilities of the predicted tokens.
+
+    Going through the model's own forward keeps what wraps it working: PEFT, DDP, FSDP2, autocast. Without these
+    arguments the forward is the original one. Raises a UserError for a model whose numbers would be wrong this way.
+    """
+    if getattr(model, "_has_response_head", False):
+        return
+    original = model.forward
+
+    # the signature of the class: `generate` checks its arguments against it
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, predicted_at: Any = None, predicted: Any = None, **kwargs: Any) -> Any:
+        if predicted_at is None:
+            return original(*args, **kwargs)
+        hidden = self.base_model(*args, **_with_mask(self, kwargs)).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1])[predicted_at]  # (N, D)
+        return _token_logps(self.get_output_embeddings(), hidden, predicted)
+
+    model.forward = types.MethodType(forward, model)
+    model._has_response_head = True
+    _check_response_head(model)
+
+
+def _with_mask(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Eager attention adds its mask to the scores; SDPA takes a boolean one."""
+    mask = kwargs["attention_mask"]
+    if mask.ndim == 4 and model.config._attn_implementation == "eager":
+        lowest = torch.finfo(model.dtype).min
+        kwargs["attention_mask"] = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
+            ~mask, lowest
+        )
+    return kwargs
+
+
+def _token_logps(head: torch.nn.Module, hidden: Tensor, predicted: Tensor) -> Tensor:
+    """(N, D) hidden states and (N,) tokens -> (N,) log-probabilities, at most `CHUNK_TOKENS` rows of logits at once."""
+
+    def logps(rows: Tensor, tokens: Tensor) -> Tensor:
+        logits = head(rows)
+        return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), tokens, reduction="none")
+
+    if len(predicted) <= CHUNK_TOKENS:
+        return logps(hidden, predicted)
+    chunks = zip(hidden.split(CHUNK_TOKENS), predicted.split(CHUNK_TOKENS), strict=True)
+    return torch.cat([checkpoint(logps, rows, tokens, use_reentrant=False) for rows, tokens in chunks])
+
+
+def check_prefix_sharing(model: PreTrainedModel, longest_row: int) -> None:
+    """Raise a UserError where attention would not be what the shared row's mask says.
+
+    Args:
+        model: the language model.
+        longest_row: tokens of the longest `[prompt | chosen | rejected]`.
+    """
+    config = model.config.get_text_config()
+    name, mend = type(model).__name__, "pass --prefix_sharing false"
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < longest_row:
+        raise UserError(f"{name} has a sliding window of {window} tokens, less than a row's {longest_row}: {mend}")
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise UserError(
+            f"--attn_implementation {model.config._attn_implementation} takes no mask of its own, as prefix sharing "
+            f"needs: use sdpa, or {mend}"
+        )
+    shared, plain = (_trial(model, prefix_sharing) for prefix_sharing in (True, False))
+    if not torch.allclose(shared, plain, rtol=_tolerance(model), atol=_tolerance(model)):
+        raise UserError(f"{name} does not follow the shared prompt's mask and position ids: {mend}")
+
+
+def _check_response_head(model: PreTrainedModel) -> None:
+    """Compare with the model's own logits: a model that scales or caps them after the head would differ."""
+    batch = _trial_batch(model)
+    with torch.no_grad():
+        own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        own = own.double().log_softmax(-1).flatten(0, 1)[batch["predicted_at"]]
+        own = own.gather(1, batch["predicted"][:, None])[:, 0]
+        sums = own.new_zeros(2).index_add(0, batch["response"], own)
+    if not torch.allclose(_trial(model, False), sums, rtol=_tolerance(model), atol=_tolerance(model)):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the LM head, which is not supported; use another model"
+        )
+
+
+def _trial(model: PreTrainedModel, prefix_sharing: bool) -> Tensor:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            chosen, rejected = pair_logps(model, _trial_batch(model, prefix_sharing))
+    finally:
+        model.train(training)
+    return torch.cat([chosen, rejected]).double()
+
+
+def _trial_batch(model: PreTrainedModel, prefix_sharing: bool = False) -> dict[str, Tensor]:
+    tokens = [(7 * n) % model.config.get_text_config().vocab_size for n in range(1, 13)]
+    pair = {"prompt_ids": tokens[:5], "chosen_ids": tokens[5:9], "rejected_ids": tokens[9:]}
+    return {name: value.to(model.device) for name, value in PairCollator(0, prefix_sharing)([pair]).items()}
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    exact = model.dtype in (torch.float32, torch.float64) and not getattr(model, "is_quantized", False)
+    return 1e-3 if exact else 5e-2

@@ -1,0 +1,195 @@
+"""From texts to capped token ids, in one batched pass.
+
+The cap, for a row of at most `max_length` tokens of which a response may always use `max_response_length`:
+
+1. A response's end is cut only beyond max(max_response_length, max_length − prompt tokens). A cut response gets no
+   end-of-text token: the model must not learn to stop there.
+2. What is left after the longer response is the prompt's. It loses its oldest turns first, then its oldest tokens,
+   so that the last turn's end and the "Assistant:" marker always stay.
+
+Both responses see the same prompt, and no pair is lost.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from resdpo_trl.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+SHORTEST = 16
+
+
+def tokenize(
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_response_length: int | None = None,
+    ends_turns: bool = False,
+    description: str = "Tokenizing",
+) -> Dataset:
+    """Tokenize and cap pairs.
+
+    Args:
+        pairs: columns prompt, chosen, rejected, turn_starts (see `resdpo_trl.text.data`).
+        tokenizer: a fast tokenizer with an end-of-text token.
+        max_length: tokens of prompt and one response, at most; at least 16.
+        max_response_length: tokens that a response may always use; half of `max_length` by default.
+        ends_turns: the responses already carry their end (a chat template's): add no end-of-text token.
+
+    Returns:
+        Columns prompt_ids, chosen_ids, rejected_ids, `length` (their sum, to batch by), and what was cut of each row:
+        turns_dropped, prompt_tokens_dropped, chosen_tokens_cut, rejected_tokens_cut.
+    """
+    from datasets import Features, List, Value
+
+    if max_length < SHORTEST:
+        raise UserError(f"--max_length {max_length}: must be at least {SHORTEST} tokens")
+    if max_response_length is None:
+        max_response_length = max_length // 2
+    if not 1 <= max_response_length <= max_length - SHORTEST // 2:
+        raise UserError(
+            f"--max_response_length {max_response_length}: must lie between 1 and --max_length − {SHORTEST // 2} "
+            f"({max_length - SHORTEST // 2}), so that the prompt keeps its end"
+        )
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs the model's fast tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token (eos_token): set one in its tokenizer_config.json")
+    ids = List(Value("int32"))
+    counts = ("length", "turns_dropped", "prompt_tokens_dropped", "chosen_tokens_cut", "rejected_tokens_cut")
+    return pairs.map(
+        _tokenize_batch,
+        batched=True,
+        remove_columns=pairs.column_names,
+        features=Features(
+            {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids} | {name: Value("int32") for name in counts}
+        ),
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "max_length": max_length,
+            "max_response_length": max_response_length,
+            "ends_turns": ends_turns,
+        },
+        desc=description,
+    )
+
+
+def cap_counts(tokenized: Dataset) -> dict[str, int]:
+    """What the cap cut, over all pairs of a split."""
+    table = tokenized.with_format("numpy")
+    turns, tokens = table["turns_dropped"][:], table["prompt_tokens_dropped"][:]
+    chosen, rejected = table["chosen_tokens_cut"][:], table["rejected_tokens_cut"][:]
+    return {
+        "pairs": len(tokenized),
+        "prompts_shortened": int((tokens > 0).sum()),
+        "turns_dropped": int(turns.sum()),
+        "prompt_tokens_dropped": int(tokens.sum()),
+        "chosen_cut": int((chosen > 0).sum()),
+        "rejected_cut": int((rejected > 0).sum()),
+        "response_tokens_cut": int(chosen.sum() + rejected.sum()),
+        "pairs_lost": 0,
+    }
+
+
+def sft_rows(tokenized: Dataset, completion_only_loss: bool) -> Dataset:
+    """Rows of TRL's `SFTTrainer`: the prompt with its chosen response, labels on the response (or on everything)."""
+    from datasets import Features, List, Value
+
+    ids = List(Value("int32"))
+    return tokenized.select_columns(["prompt_ids", "chosen_ids"]).map(
+        _sft_batch,
+        batched=True,
+        remove_columns=["prompt_ids", "chosen_ids"],
+        features=Features({"input_ids": ids, "labels": ids, "length": Value("int32")}),
+        fn_kwargs={"completion_only_loss": completion_only_loss},
+        desc="Rows for SFT",
+    )
+
+
+def cap_prompt(
+    prompt: list[int], turn_tokens: list[int], budget: int
+) -> tuple[list[int], int]:
+    """The newest `budget` tokens of a prompt, cut at a turn's start where one lets enough of it stay.
+
+    Args:
+        prompt: token ids.
+        turn_tokens: ascending indices of the tokens at which turns start, the first turn's 0 left out.
+        budget: tokens to keep, at most.
+
+    Returns:
+        The kept ids, and how many whole turns were dropped.
+    """
+    excess = len(prompt) - budget
+    if excess <= 0:
+        return prompt, 0
+    for dropped, start in enumerate(turn_tokens, 1):
+        if start >= excess:
+            return prompt[start:], dropped
+    return prompt[excess:], len(turn_tokens)  # the newest turn alone is too long
+
+
+def _tokenize_batch(
+    batch: dict[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_response_length: int,
+    ends_turns: bool,
+) -> dict[str, list[Any]]:
+    size = len(batch["prompt"])
+    encoded = tokenizer(batch["prompt"] + batch["chosen"] + batch["rejected"], add_special_tokens=False)
+    ids = encoded["input_ids"]
+    start = [] if ends_turns else _beginning(tokenizer)
+    end = [] if ends_turns else [tokenizer.eos_token_id]
+    out: dict[str, list[Any]] = {
+        name: []
+        for name in (
+            "prompt_ids", "chosen_ids", "rejected_ids", "length",
+            "turns_dropped", "prompt_tokens_dropped", "chosen_tokens_cut", "rejected_tokens_cut",
+        )
+    }  # fmt: skip
+    for row in range(size):
+        prompt = ids[row]
+        room = max_length - len(start)
+        limit = max(max_response_length, room - len(prompt))
+        chosen, rejected = ids[size + row] + end, ids[2 * size + row] + end
+        budget = room - min(max(len(chosen), len(rejected)), limit)
+        kept, turns = prompt, 0
+        if len(prompt) > budget:
+            tokens = (_token_at(encoded, row, offset) for offset in batch["turn_starts"][row])
+            kept, turns = cap_prompt(prompt, [token for token in tokens if token is not None], budget)
+        out["prompt_ids"].append(start + kept)
+        out["chosen_ids"].append(chosen[:limit])
+        out["rejected_ids"].append(rejected[:limit])
+        out["length"].append(len(start) + len(kept) + min(len(chosen), limit) + min(len(rejected), limit))
+        out["turns_dropped"].append(turns)
+        out["prompt_tokens_dropped"].append(len(prompt) - len(kept))
+        out["chosen_tokens_cut"].append(max(0, len(chosen) - limit))
+        out["rejected_tokens_cut"].append(max(0, len(rejected) - limit))
+    return out
+
+
+def _token_at(encoded: Any, row: int, offset: int) -> int | None:
+    """The first token that starts at or after a character; the tokens before it belong to the turn before."""
+    token = encoded.char_to_token(row, offset)
+    if token is None:
+        return None
+    return token if encoded.token_to_chars(row, token).start >= offset else token + 1
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-text token where the tokenizer puts one before a text (Llama's does, GPT-2's does not)."""
+    ids = tokenizer("a")["input_ids"]
+    return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+
+
+def _sft_batch(batch: dict[str, list[Any]], completion_only_loss: bool) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    for prompt, chosen in zip(batch["prompt_ids"], batch["chosen_ids"], strict=True):
+        out["input_ids"].append(prompt + chosen)
+        out["labels"].append([-100] * len(prompt) + chosen if completion_only_loss else prompt + chosen)
+        out["length"].append(len(prompt) + len(chosen))
+    return out

@@ -1,0 +1,274 @@
+"""TRL's DPO trainer with this project's loss, scoring and exact evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import time
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import use_adapter
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.losses import LogProbs, PreferenceLoss
+from resdpo_trl.metrics import concatenate, preference_metrics
+from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.config import TextDPOConfig
+from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
+
+
+class LengthSampler(LengthGroupedSampler):
+    """transformers' batches of like length, drawn anew each epoch from seed and epoch: the same on every process."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class _LikeLengths:
+    """A Trainer whose `group_by_length` reads the data set's `length` column."""
+
+    args: Any
+    train_dataset: Any
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)  # type: ignore[misc]
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthSampler(batch, dataset["length"][:], seed)
+
+
+class TextSFTTrainer(_LikeLengths, SFTTrainer):
+    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
+
+
+class TextDPOTrainer(_LikeLengths, DPOTrainer):
+    """`trl.DPOTrainer` on pairs that `resdpo_trl.text.tokens.tokenize` made.
+
+    What differs from TRL's: the loss is `resdpo_trl.losses`; the prompt of a pair runs once (`prefix_sharing`);
+    evaluation is the mean over all pairs, not over batches; metrics are gathered when they are logged, not at every
+    step; the vocabulary-wide metrics (entropy, mean logits, token accuracy) are left out, for they cost a pass over
+    the logits each.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TextDPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase,
+        ref_model: PreTrainedModel | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.preference_loss = preference_loss(args)
+        bases = [base_model(each) for each in (model, ref_model) if each is not None]
+        for base in bases:
+            add_response_head(base)
+        if args.prefix_sharing:
+            longest = max(max(rows["length"][:]) for rows in (train_dataset, eval_dataset) if rows is not None)
+            for base in bases:
+                check_prefix_sharing(base, longest)
+        self._logged: list[tuple[Tensor, int]] = []  # (metric sums, pairs) of the steps since the last log
+        self._tokens: list[Tensor] = []  # (real, padded) tokens of the same steps
+        self.evaluation_seconds = 0.0  # spent in `evaluate` while training
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=PairCollator(processing_class.pad_token_id, args.prefix_sharing),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+
+    def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:
+        """Log-probabilities of every pair under policy and reference, in the data set's order, on the CPU.
+
+        Batches are of like length. The reference's come from the columns that `add_reference` wrote, from the
+        reference model otherwise.
+        """
+        return self._over_pairs(dataset, self._batch_logps, description)
+
+    def add_reference(self, dataset: Dataset, description: str = "Reference log-probabilities") -> Dataset:
+        """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
+        if self.state.global_step > 0 and self.ref_model is None:
+            raise RuntimeError("the policy has moved: the reference's log-probabilities must come before training")
+        pairs = self._over_pairs(dataset, self._reference_only, description)
+        return dataset.add_column("ref_chosen_logps", pairs.ref_chosen.numpy()).add_column(
+            "ref_rejected_logps", pairs.ref_rejected.numpy()
+        )
+
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        started = time.perf_counter()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        figures = preference_metrics(self.score(dataset, "Evaluating"), self.preference_loss)
+        metrics = {f"{metric_key_prefix}_{name}": float(values.mean()) for name, values in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.evaluation_seconds += time.perf_counter() - started
+        return metrics
+
+    def last_train_metrics(self) -> dict[str, float]:
+        """The newest training figures that were logged."""
+        logs = (entry for entry in reversed(self.state.log_history) if "rewards/margins" in entry)
+        return {name: value for name, value in next(logs, {}).items() if name not in ("step", "epoch")}
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(B,) chosen and rejected log-probabilities under the reference: its own model, or the policy's base."""
+        with torch.no_grad(), self.accelerator.autocast():
+            if self.ref_model is None and hasattr(unwrapped := self.accelerator.unwrap_model(model), "peft_config"):
+                # a continued adapter was copied by TRL under the name "ref"; a new one is simply switched off
+                with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
+                    return pair_logps(model, inputs)
+            return pair_logps(model if self.ref_model is None else self.ref_model, inputs)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # tokenized and capped already
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        return dataset if "ref_chosen_logps" in dataset.column_names else self.add_reference(dataset)
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Tensor:
+        chosen, rejected = pair_logps(model, inputs)
+        pairs = self._with_reference(model, inputs, chosen, rejected)
+        losses = self.preference_loss(pairs)
+        self._note(pairs, losses.detach(), inputs)
+        return losses.mean()
+
+    def _batch_logps(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> LogProbs:
+        with torch.no_grad(), self.accelerator.autocast():
+            chosen, rejected = pair_logps(model, inputs)
+        return self._with_reference(model, inputs, chosen, rejected)
+
+    def _reference_only(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> LogProbs:
+        chosen, rejected = self.compute_ref_log_probs(model, inputs)
+        return LogProbs(chosen, rejected, chosen, rejected, inputs["chosen_tokens"], inputs["rejected_tokens"])
+
+    def _with_reference(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], chosen: Tensor, rejected: Tensor
+    ) -> LogProbs:
+        if "ref_chosen_logps" in inputs:
+            reference = inputs["ref_chosen_logps"].to(chosen.dtype), inputs["ref_rejected_logps"].to(chosen.dtype)
+        else:
+            reference = self.compute_ref_log_probs(model, inputs)
+        return LogProbs(chosen, rejected, *reference, inputs["chosen_tokens"], inputs["rejected_tokens"])
+
+    def _over_pairs(self, dataset: Dataset, function: Any, description: str) -> LogProbs:
+        """Apply `function(model, batch) -> LogProbs` to all pairs, longest first, and undo the sorting."""
+        order = np.argsort(np.asarray(dataset["length"][:]), kind="stable")[::-1].copy()
+        columns = [name for name in self._signature_columns_of(dataset)]
+        loader = self.accelerator.prepare_data_loader(
+            DataLoader(
+                dataset.select(order).select_columns(columns),
+                batch_size=self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        parts = []
+        for inputs in tqdm(loader, desc=description, leave=False, disable=not self.is_world_process_zero()):
+            pairs = function(model, self._prepare_inputs(inputs))
+            gathered = self.accelerator.gather_for_metrics(list(vars(pairs).values()))
+            parts.append(LogProbs(*(value.cpu() for value in gathered)))
+        model.train(training)
+        sorted_pairs = concatenate(parts)
+        place = torch.empty(len(order), dtype=torch.long)
+        place[torch.from_numpy(order)] = torch.arange(len(order))
+        return LogProbs(*(value[place] for value in vars(sorted_pairs).values()))
+
+    def _signature_columns_of(self, dataset: Dataset) -> list[str]:
+        self._set_signature_columns_if_needed()
+        return [name for name in self._signature_columns if name in dataset.column_names]
+
+    def _note(self, pairs: LogProbs, losses: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Keep this step's sums on the device; `log` brings them together, so that no step waits for another."""
+        rewards_chosen, rewards_rejected = self.preference_loss.rewards(pairs)
+        weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
+        figures = {
+            "rewards/chosen": rewards_chosen,
+            "rewards/rejected": rewards_rejected,
+            "rewards/margins": rewards_chosen - rewards_rejected,
+            "rewards/accuracies": (rewards_chosen > rewards_rejected).to(losses.dtype),
+            "logps/chosen": pairs.chosen.detach(),
+            "logps/rejected": pairs.rejected.detach(),
+            "gradient_weights/chosen": weights_chosen,
+            "gradient_weights/rejected": weights_rejected,
+        }
+        self._names = list(figures)
+        self._logged.append((torch.stack([values.sum() for values in figures.values()]), len(losses)))
+        mask = inputs["attention_mask"]
+        # (R, T) real tokens: with sharing a real key is one that the last query or the row's rejected part sees
+        real = (mask.any(dim=2) if mask.ndim == 4 else mask).sum()
+        self._tokens.append(torch.stack([real, torch.tensor(inputs["input_ids"].numel(), device=real.device) - real]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._logged and not any(name.startswith("eval_") for name in logs):
+            sums = torch.stack([sums for sums, _ in self._logged]).double().sum(0)
+            count = sums.new_tensor([float(sum(count for _, count in self._logged))])
+            tokens = torch.stack(self._tokens).double().sum(0)
+            total = self.accelerator.reduce(torch.cat([sums, count, tokens]))
+            means = (total[: len(sums)] / total[len(sums)]).tolist()
+            logs.update(zip(self._names, means, strict=True))
+            real, padding = total[-2:].tolist()
+            self._total_train_tokens += int(real)
+            logs["num_tokens"] = self._total_train_tokens
+            logs["padding"] = padding / (real + padding)
+            self._logged.clear()
+            self._tokens.clear()
+        Trainer.log(self, logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
+
+
+def preference_loss(args: TextDPOConfig) -> PreferenceLoss:
+    """The loss that a configuration asks for; a UserError where it makes no sense."""
+    try:
+        return PreferenceLoss(
+            loss_types=tuple(args.loss_type),
+            loss_weights=tuple(args.loss_weights) if args.loss_weights else None,
+            beta=args.beta,
+            label_smoothing=args.label_smoothing,
+            f_divergence_type=args.f_divergence_type,
+            f_alpha_divergence_coef=args.f_alpha_divergence_coef,
+            discopop_tau=args.discopop_tau,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
