@@ -120,8 +120,13 @@ class TextDPOConfig(DPOConfig):
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pairs of an evaluation batch."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of DPO."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of DPO."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
+    gradient_checkpointing: bool | None = field(
+        default=None,  # not False: transformers 5.23 warns of the old name wherever it is set
+        metadata={
+            "nargs": "?",
+            "const": True,
+            "help": "Recompute activations in the backward pass: less memory, more time.",
+        },
     )
     precompute_ref_log_probs: bool = field(
         default=True,
@@ -149,7 +154,7 @@ class TextDPOConfig(DPOConfig):
     metric_for_best_model: str | None = field(
         default="eval_loss", metadata={"help": "Figure by which the best epoch is chosen."}
     )
-    report_to: str | list[str] = field(
+    report_to: None | str | list[str] = field(
         default="none", metadata={"help": "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."}
     )
 
@@ -196,8 +201,8 @@ def sft_config(dpo: TextDPOConfig, sft: SFTStageConfig, output_dir: str) -> SFTC
     shared = (
         "seed", "data_seed", "bf16", "fp16", "use_cpu", "optim", "optim_args", "adam_beta1", "adam_beta2",
         "adam_epsilon", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
-        "gradient_accumulation_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs", "logging_steps",
-        "report_to", "run_name", "per_device_eval_batch_size", "dataloader_num_workers", "train_sampling_strategy",
+        "gradient_accumulation_steps", "gradient_checkpointing_kwargs", "logging_steps", "run_name",
+        "per_device_eval_batch_size", "dataloader_num_workers", "train_sampling_strategy",
         "remove_unused_columns", "torch_compile", "tf32", "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed",
         "save_strategy", "save_steps", "save_total_limit", "save_only_model", "activation_offloading",
     )  # fmt: skip
@@ -209,5 +214,7 @@ def sft_config(dpo: TextDPOConfig, sft: SFTStageConfig, output_dir: str) -> SFTC
         eval_strategy="epoch",
         max_length=None,  # the rows are capped already
         dataset_kwargs={"skip_prepare_dataset": True},
+        gradient_checkpointing=dpo.gradient_checkpointing or None,
+        report_to=dpo.report_to or "none",
         **{name: getattr(dpo, name) for name in shared},
     )

@@ -6,7 +6,7 @@ One row becomes
     chosen       the preferred response, with the space before it, without what trails
     rejected     the other response
     turn_starts  where a turn of the prompt starts, as character offsets: the cap drops whole turns
-    group        a digest of the conversation's opening: pairs of one conversation never part between splits
+    group        a digest of the conversation's opening turn: what keeps a conversation's pairs in one split
 
 or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt, or `no_marker`,
 a dialogue whose two sides share no "\\n\\nAssistant:".
@@ -35,6 +35,7 @@ MARKER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 SUFFIXES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
 REASONS = ("identical", "empty", "no_marker")
+COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
 SPLITS = ("train", "validation", "test")
 MENU = (
     "needs columns chosen and rejected (HH dialogues or conversations), or prompt, chosen and rejected; "
@@ -241,7 +242,7 @@ def _load(config: DataConfig) -> dict[str, Dataset]:
             raise UserError(f"{flag}: {path.name} is not .jsonl, .jsonl.gz or .parquet; convert it to one of these")
         try:
             return {"train": load_dataset(SUFFIXES[suffix], data_files=str(path), split="train")}
-        except (DatasetGenerationError, ValueError, OSError) as error:
+        except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
             if SUFFIXES[suffix] == "json":
                 _find_bad_line(path)
             raise UserError(f"{flag} can't be read ({_first_line(error)}): write it anew") from None
@@ -257,7 +258,7 @@ def _load(config: DataConfig) -> dict[str, Dataset]:
             f"{flag}: not a local path, and the Hub does not give it ({_first_line(error)}); pass a folder, .jsonl, "
             ".jsonl.gz or .parquet file, or 'chitchat'"
         ) from None
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
         for file in sorted(path.rglob("*.json*")):
             _find_bad_line(file)
         raise UserError(f"{flag} can't be loaded ({_first_line(error)})") from None
@@ -441,6 +442,20 @@ def _render(
     return text["prompt"], text["chosen"], text["rejected"], starts
 
 
+def _groups(rows: Dataset) -> np.ndarray:
+    """(N,) what may not part between splits: the conversation's opening, or the prompt where many share an opening.
+
+    A greeting or a system prompt opens many conversations that have nothing else in common.
+    """
+    groups = np.asarray(rows["group"][:])
+    _, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    common = counts[place] > max(COMMON_OPENING, len(rows) // 100)
+    if common.any():
+        at = np.flatnonzero(common)
+        groups[at] = [_digest(prompt) for prompt in rows.select(at)["prompt"]]
+    return groups
+
+
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
@@ -460,7 +475,7 @@ def _split(parsed: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]
     if not rest:
         raise UserError(f"--dataset_name {config.dataset_name}: no training split (found: {', '.join(parsed)})")
     rows = concatenate_datasets(rest) if len(rest) > 1 else rest[0]
-    groups = np.asarray(rows["group"][:])
+    groups = _groups(rows)
     order = np.argsort(groups, kind="stable")
     # (S,) where in the order a group begins: the only places to cut
     starts = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]]) if len(order) else np.empty(0, int)

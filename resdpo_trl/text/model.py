@@ -42,7 +42,7 @@ def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, f
 def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> PreTrainedModel:
     """A causal language model, quantized if asked; a folder with a PEFT adapter gives a trainable `PeftModel`."""
     from accelerate import PartialState
-    from trl import get_kbit_device_map, get_quantization_config
+    from trl import get_quantization_config
 
     _check_name(name, flag)
     quantization = get_quantization_config(model)
@@ -54,8 +54,7 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
         "use_safetensors": True,
     }
     if quantization is not None:
-        device_map = get_kbit_device_map() or {"": PartialState().device}
-        options |= {"quantization_config": quantization, "device_map": device_map}
+        options |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
     try:
         if (Path(name) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM

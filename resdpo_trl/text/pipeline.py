@@ -227,7 +227,12 @@ class TextRun:
         reference = str(self.run.reference)
         model = load_model(reference, self.model, self.dpo.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
-        args = dataclasses.replace(self.dpo, output_dir=str(self.run.checkpoints("dpo")), push_to_hub=False)
+        args = dataclasses.replace(
+            self.dpo,
+            output_dir=str(self.run.checkpoints("dpo")),
+            push_to_hub=False,
+            report_to=self.dpo.report_to or "none",
+        )
         trainer = TextDPOTrainer(
             model=model,
             ref_model=load_model(reference, self.model, self.dpo.trust_remote_code, "reference")

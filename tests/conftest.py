@@ -1,0 +1,107 @@
+"""Tiny real models, tokenizers and pairs. Everything is made here: no network, no file from elsewhere."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: a test that needs the Hub is a defect
+
+import random
+
+import pytest
+import torch
+
+TURNS = [
+    "how do I keep basil alive in winter?",
+    "my neighbour plays the trumpet at night, what can I say to her?",
+    "is it safe to eat rice from yesterday?",
+    "tell me something about comets",
+    "what is the capital of Mongolia?",
+    "I want to learn to whistle",
+]
+ANSWERS = [
+    "Keep it on a sunny sill and water it from below.",
+    "Ask kindly, and offer an hour that suits you both.",
+    "If it was cooled quickly and kept cold, yes.",
+    "They are ice and dust, and their tails point away from the sun.",
+    "Ulaanbaatar.",
+    "Wet your lips, make a small O, and blow gently.",
+    "No idea.",
+    "Who cares about that, honestly?",
+]
+
+
+def write_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Dialogues of one to four exchanges in HH's form, written here; the chosen answer is the longer one."""
+    generator = random.Random(seed)
+    rows = []
+    for number in range(count):
+        prompt = ""
+        for turn in range(generator.randint(1, 4)):
+            opening = f"Question {number}: " if turn == 0 else ""
+            prompt += f"\n\nHuman: {opening}{generator.choice(TURNS)}"
+            prompt += f"\n\nAssistant: {generator.choice(ANSWERS)}" if turn < 3 else ""
+        prompt = prompt[: prompt.rindex("\n\nAssistant:")] if prompt.count("Human") == prompt.count("Assistant") else prompt
+        first, second = sorted(generator.sample(ANSWERS, 2), key=len)
+        rows.append({"chosen": f"{prompt}\n\nAssistant: {second}", "rejected": f"{prompt}\n\nAssistant: {first}"})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def dialogues() -> list[dict[str, str]]:
+    return write_pairs(120)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from resdpo_trl.text.model import train_tokenizer
+
+    return train_tokenizer(["\n\nHuman: \n\nAssistant:" * 20, *TURNS * 3, *ANSWERS * 3], 400)
+
+
+def tiny_model(kind: str, vocab_size: int = 400, seed: int = 0, **changes):
+    """A language model of a few thousand parameters whose logits are far from uniform."""
+    from transformers import (
+        AutoModelForCausalLM,
+        GPT2Config,
+        LlamaConfig,
+        MistralConfig,
+        Qwen3Config,
+    )
+
+    llama_like = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    config = {
+        "gpt2": lambda: GPT2Config(
+            **{"vocab_size": vocab_size, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4} | changes
+        ),
+        "llama": lambda: LlamaConfig(**llama_like | changes),
+        "qwen3": lambda: Qwen3Config(**llama_like | {"head_dim": 8} | changes),
+        "mistral": lambda: MistralConfig(**llama_like | {"sliding_window": 8} | changes),
+    }[kind]()
+    config.eos_token_id = config.bos_token_id = config.pad_token_id = 0
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def random_pairs(count: int, seed: int = 0, vocab_size: int = 400) -> list[dict[str, list[int]]]:
+    """Tokenized pairs of every shape: one-token responses, long ones, prompts of one token."""
+    generator = random.Random(seed)
+    lengths = [(1, 1, 1), (1, 5, 30), (60, 1, 1), (40, 25, 2)]
+    lengths += [tuple(generator.randint(1, 40) for _ in range(3)) for _ in range(count)]
+    return [
+        {
+            f"{name}_ids": [generator.randrange(1, vocab_size) for _ in range(length)]
+            for name, length in zip(("prompt", "chosen", "rejected"), shape, strict=True)
+        }
+        for shape in lengths[:count]
+    ]

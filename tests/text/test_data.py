@@ -1,0 +1,270 @@
+import gzip
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.text.data import MARKER, DataConfig, chitchat_pairs, load_preferences, parse_dialogue
+from tests.conftest import write_pairs
+
+H, A = "\n\nHuman: ", "\n\nAssistant:"
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(name, **options):
+    return load_preferences(DataConfig(dataset_name=str(name), **options))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        (f"{H}hi{A} Yes.", f"{H}hi{A} No.", (f"{H}hi{A}", " Yes.", " No.")),
+        # two turns: the last shared marker, not the first
+        (f"{H}a{A} b{H}c{A} d", f"{H}a{A} b{H}c{A} e", (f"{H}a{A} b{H}c{A}", " d", " e")),
+        # parted at an earlier turn: what follows is the response, later turns included
+        (f"{H}a{A} b{H}c{A} d", f"{H}a{A} x{H}y{A} z", (f"{H}a{A}", f" b{H}c{A} d", f" x{H}y{A} z")),
+        # one is the beginning of the other
+        (f"{H}a{A} b", f"{H}a{A} b{H}c{A} d", (f"{H}a{A}", " b", f" b{H}c{A} d")),
+        # one ends at a marker that the other has
+        (f"{H}a{A}", f"{H}a{A} b", (f"{H}a{A}", "", " b")),
+        # the marker's first characters are shared, the marker is not
+        (f"{H}a\n\nAssistant: b", f"{H}a\n\nAssistance: b", None),
+        ("no marker", "none here", None),
+        (f"{H}a{A} b", f"{H}x{A} b", None),
+    ],
+)
+def test_the_prompt_ends_at_the_last_shared_marker(chosen, rejected, expected):
+    assert parse_dialogue(chosen, rejected) == expected
+
+
+PIECES = ["a", "b", " ", "\n", "Human:", "Assistant:", A, H]
+TEXT = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
+
+
+@given(shared=TEXT, chosen=TEXT, rejected=TEXT)
+@settings(max_examples=500, deadline=None)
+def test_parsing_against_its_definition(shared, chosen, rejected):
+    """By brute force: the longest prefix of both that ends with the marker."""
+    first, second = shared + chosen, shared + rejected
+    ends = [n for n in range(len(first) + 1) if first[:n].endswith(MARKER) and second.startswith(first[:n])]
+    parts = parse_dialogue(first, second)
+    if not ends:
+        assert parts is None
+    else:
+        n = max(ends)
+        assert parts == (first[:n], first[n:], second[n:])
+
+
+def test_unusable_pairs_are_dropped_and_counted(tmp_path):
+    rows = write_pairs(40) + [
+        {"chosen": f"{H}q{A} same", "rejected": f"{H}q{A} same "},
+        {"chosen": f"{H}q{A} ", "rejected": f"{H}q{A} something"},
+        {"chosen": None, "rejected": f"{H}q{A} something"},
+        {"chosen": "no marker", "rejected": "none"},
+        {"chosen": f"{H}a{A} b{H}c{A} d", "rejected": f"{H}a{A} x{H}y{A} z"},
+    ]
+    counts = load(write_jsonl(tmp_path / "p.jsonl", rows)).counts
+    assert counts["rows"] == 45
+    assert counts["kept"] == 41
+    assert counts["dropped"] == {"identical": 1, "empty": 2, "no_marker": 1}
+    assert counts["parted_early"] == 1
+    assert counts["train"] + counts["validation"] + counts["test"] <= 41
+
+
+def test_every_file_format_gives_the_same_pairs(tmp_path):
+    rows = write_pairs(60)
+    plain = write_jsonl(tmp_path / "p.jsonl", rows)
+    with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "p.jsonl").read_text())
+    Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    (tmp_path / "folder" / "part").mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(tmp_path / "folder" / "part" / "train.parquet")
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    expected = load(plain)["train"]["chosen"][:]
+    assert len(expected) > 30
+    for name in ("p.jsonl.gz", "p.parquet", "saved"):
+        assert load(tmp_path / name)["train"]["chosen"][:] == expected
+    assert load(tmp_path / "folder", dataset_data_dir="part")["train"]["chosen"][:] == expected
+
+
+def test_explicit_prompts(tmp_path):
+    rows = [{"prompt": f"The sky {n} is", "chosen": " blue.", "rejected": " green."} for n in range(30)]
+    pairs = load(write_jsonl(tmp_path / "p.jsonl", rows))
+    assert pairs["train"][0]["chosen"] == " blue."
+    assert not pairs.ends_turns
+
+
+def test_the_datas_own_test_split_is_used(tmp_path):
+    rows = write_pairs(80)
+    splits = {"train": Dataset.from_list(rows[:60]), "test": Dataset.from_list(rows[60:])}
+    DatasetDict(splits).save_to_disk(str(tmp_path / "d"))
+    pairs = load(tmp_path / "d")
+    assert len(pairs["test"]) == 20
+    assert len(pairs["train"]) + len(pairs["validation"]) == 60
+
+
+def test_no_conversation_stands_in_two_splits(tmp_path):
+    rows = [row for row in write_pairs(60) for _ in range(1)]
+    # the same openings again, one exchange longer
+    longer = [
+        {side: row[side].replace(A, f"{A} Go on.{H}More?{A}", 1) for side in ("chosen", "rejected")} for row in rows
+    ]
+    pairs = load(write_jsonl(tmp_path / "p.jsonl", rows + longer), test_fraction=0.3, validation_fraction=0.2)
+    groups = [set(pairs[split]["group"]) for split in ("train", "validation", "test")]
+    assert all(groups)
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_file(tmp_path):
+    rows = write_pairs(60)
+    first = load(write_jsonl(tmp_path / "a.jsonl", rows))
+    second = load(write_jsonl(tmp_path / "b.jsonl", rows[::-1]))
+    for split in ("train", "validation", "test"):
+        assert sorted(first[split]["prompt"]) == sorted(second[split]["prompt"])
+
+
+def test_fewer_samples_are_a_subset(tmp_path):
+    name = write_jsonl(tmp_path / "p.jsonl", write_pairs(60))
+    some, more = (set(load(name, max_train_samples=n)["train"]["prompt"]) for n in (10, 30))
+    assert len(some) == 10
+    assert some < more
+
+
+def test_prefer_rejected_swaps_the_sides(tmp_path):
+    name = write_jsonl(tmp_path / "p.jsonl", write_pairs(40))
+    good, bad = load(name)["test"], load(name, prefer="rejected")["test"]
+    assert good["chosen"][:] == bad["rejected"][:]
+    assert good["rejected"][:] == bad["chosen"][:]
+
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_conversations_go_through_the_chat_template(tmp_path, tokenizer, explicit):
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    rows = []
+    for n in range(30):
+        asked = [*prompt, {"role": "user", "content": f"Question {n}"}]
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("Good.", "Bad."))
+        row = {"chosen": chosen, "rejected": rejected}
+        rows.append({"prompt": asked} | row if explicit else {side: asked + row[side] for side in row})
+    name = write_jsonl(tmp_path / "p.jsonl", rows)
+    pairs = load_preferences(DataConfig(dataset_name=name, test_fraction=0.2), tokenizer)
+    row = pairs["test"][0]
+    assert row["prompt"].startswith("<user>Hi<end><assistant>Yes?<end><user>Question ")
+    assert row["prompt"].endswith("<end><assistant>")
+    assert row["chosen"] == "Good.<end>"
+    assert [row["prompt"][start:][:6] for start in row["turn_starts"]] == ["<assis", "<user>"]
+    assert pairs.ends_turns
+    with pytest.raises(UserError, match="chat template"):
+        load(name)
+
+
+def test_chitchat_is_in_hhs_form():
+    rows = chitchat_pairs(seed=0)
+    assert len(rows) > 5000
+    assert rows[:50] == chitchat_pairs(seed=0)[:50]
+    assert rows[:50] != chitchat_pairs(seed=1)[:50]
+    for row in rows.select(range(300)):
+        turns = [turn.partition(":")[0] for turn in row["prompt"].split("\n\n")[1:]]
+        assert turns[-2:] == ["Human", "Assistant"]
+        assert turns[0] == "Human"
+        assert row["prompt"].endswith(MARKER)
+        assert row["chosen"].startswith(" ")
+        assert row["chosen"] != row["rejected"]
+    lengths = [(len(row["chosen"]), len(row["rejected"])) for row in rows.select(range(2000))]
+    # of like length: neither side is the longer one more often than chance lets it be
+    longer = sum(a > b for a, b in lengths) / sum(a != b for a, b in lengths)
+    assert abs(longer - 0.5) < 0.04
+    assert sum(abs(a - b) <= 10 for a, b in lengths) > 0.95 * len(lengths)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_a_malformed_line_is_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(write_pairs(1)[0]) + "\n" + '{"chosen": "x", "rejected": \n')
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: not JSON"):
+        load(path)
+    with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
+        file.write(path.read_text())
+    with pytest.raises(UserError, match=r"p\.jsonl\.gz, line 2: not JSON"):
+        load(tmp_path / "p.jsonl.gz")
+
+
+def test_a_line_that_is_no_object_is_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(write_pairs(1)[0]) + "\n[1, 2]\n")
+    with pytest.raises(UserError, match=r"line 2: not a JSON object"):
+        load(path)
+
+
+def test_a_torn_gzip_is_named(tmp_path):
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in write_pairs(500)).encode())
+    (tmp_path / "p.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="gzip stream is damaged"):
+        load(tmp_path / "p.jsonl.gz")
+
+
+def test_missing_columns_are_named_with_those_found(tmp_path):
+    name = write_jsonl(tmp_path / "p.jsonl", [{"chosen": "x", "worse": "y"}])
+    with pytest.raises(UserError, match=r"no column rejected \(found: chosen, worse\)"):
+        load(name)
+
+
+def test_numbers_are_not_texts(tmp_path):
+    name = write_jsonl(tmp_path / "p.jsonl", [{"chosen": 1, "rejected": 2}])
+    with pytest.raises(UserError, match="must be text"):
+        load(name)
+
+
+def test_no_usable_pair(tmp_path):
+    name = write_jsonl(tmp_path / "p.jsonl", [{"chosen": "x", "rejected": "y"}] * 3)
+    with pytest.raises(UserError, match="no usable pair in 3 rows .3 no_marker."):
+        load(name)
+
+
+def test_too_few_conversations_to_split(tmp_path):
+    with pytest.raises(UserError, match="too few"):
+        load(write_jsonl(tmp_path / "p.jsonl", write_pairs(2)))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "missing.jsonl", "/no/such/folder"])
+def test_a_missing_path(name):
+    with pytest.raises(UserError, match="no such file or folder"):
+        load(name)
+
+
+def test_another_suffix(tmp_path):
+    (tmp_path / "p.csv").write_text("chosen,rejected\n")
+    with pytest.raises(UserError, match=r"not \.jsonl, \.jsonl\.gz or \.parquet"):
+        load(tmp_path / "p.csv")
+
+
+def test_a_hub_id_without_network():
+    with pytest.raises(UserError, match=r"Hub.*pass a folder, \.jsonl"):
+        load("Anthropic/hh-rlhf", dataset_data_dir="harmless-base")
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_train_samples": 0}, {"test_fraction": 1.5}, {"test_fraction": 0.6, "validation_fraction": 0.5}]
+)
+def test_senseless_numbers(options):
+    with pytest.raises(UserError, match="--"):
+        DataConfig(**options)

@@ -1,0 +1,145 @@
+import math
+
+import pytest
+import torch
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.text import scoring
+from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
+from tests.conftest import random_pairs, tiny_model
+
+KINDS = ("gpt2", "llama", "qwen3")
+
+
+def plain_logps(model, pair, side):
+    """One unpadded forward over prompt and response: the definition."""
+    ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
+    logits = type(model).forward(model, input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return logits.gather(1, ids[0, 1:, None])[len(pair["prompt_ids"]) - 1 :].sum()
+
+
+def loss_of(chosen, rejected):
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_gradients_equal_separate_forwards(kind, attention, sharing):
+    model = tiny_model(kind).double().eval()
+    model.set_attn_implementation(attention)
+    pairs = random_pairs(8)
+    chosen = torch.stack([plain_logps(model, pair, "chosen") for pair in pairs])
+    rejected = torch.stack([plain_logps(model, pair, "rejected") for pair in pairs])
+    loss_of(chosen, rejected).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    add_response_head(model)
+    scores = pair_logps(model, PairCollator(0, sharing)(pairs))
+    # transformers computes Llama's norms and every eager softmax in float32 whatever the model's type
+    exact = kind == "gpt2" and attention == "sdpa"
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if exact else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(torch.stack(scores), torch.stack([chosen, rejected]), **tolerance)
+    loss_of(*scores).backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, **tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_stays_within_one_in_ten_thousand(kind):
+    model = tiny_model(kind).eval()
+    pairs = random_pairs(8)
+    expected = torch.stack([plain_logps(model, pair, "chosen") for pair in pairs])
+    add_response_head(model)
+    chosen, _ = pair_logps(model, PairCollator(0)(pairs))
+    torch.testing.assert_close(chosen, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_of_the_vocabulary_change_nothing(monkeypatch):
+    model = tiny_model("gpt2").double().eval()
+    add_response_head(model)
+    batch = PairCollator(0)(random_pairs(6))
+    results = []
+    for size in (4096, 7):
+        monkeypatch.setattr(scoring, "CHUNK_TOKENS", size)
+        model.zero_grad()
+        scores = pair_logps(model, batch)
+        loss_of(*scores).backward()
+        results.append([*scores, *(parameter.grad.clone() for parameter in model.parameters())])
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(whole, chunked, rtol=1e-10, atol=1e-12)
+
+
+def test_lora_scores_the_same_both_ways():
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("llama").double()
+    add_response_head(model)
+    model = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
+    model.eval()
+    pairs = random_pairs(6)
+    shared, separate = (torch.stack(pair_logps(model, PairCollator(0, way)(pairs))) for way in (True, False))
+    torch.testing.assert_close(shared, separate, rtol=1e-10, atol=1e-10)
+    with model.disable_adapter():
+        assert (torch.stack(pair_logps(model, PairCollator(0)(pairs))) - shared).abs().max() > 1e-3
+
+
+def test_generation_is_untouched():
+    model = tiny_model("gpt2").eval()
+    ids = torch.tensor([[5, 6, 7]])
+    before = model.generate(ids, max_new_tokens=8, do_sample=False)
+    add_response_head(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), before)
+
+
+def test_a_sliding_window_is_refused_and_works_without_sharing():
+    model = tiny_model("mistral")
+    add_response_head(model)
+    with pytest.raises(UserError, match=r"sliding window of 8.*--prefix_sharing false"):
+        check_prefix_sharing(model, longest_row=40)
+
+
+def test_a_recurrent_model_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+    add_response_head(model)
+    with pytest.raises(UserError, match="--prefix_sharing false"):
+        check_prefix_sharing(model, 20)
+
+
+def test_logits_changed_after_the_head_are_refused():
+    from transformers import CohereConfig, CohereForCausalLM
+
+    torch.manual_seed(0)
+    config = CohereConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, logit_scale=0.01, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = CohereForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    with pytest.raises(UserError, match="after the LM head"):
+        add_response_head(model)
+
+
+def test_the_batch_of_a_pair_by_hand():
+    pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5], "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    batch = PairCollator(9)([pair, {**pair, "rejected_ids": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 4, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 3], [0, 1, 2, 2, 0]]
+    assert batch["attention_mask"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
+    ]
+    assert batch["predicted_at"].tolist() == [1, 1, 3, 6, 6]
+    assert batch["predicted"].tolist() == [3, 4, 5, 3, 4]
+    assert batch["response"].tolist() == [0, 1, 1, 2, 3]
+    assert batch["ref_rejected_logps"].tolist() == [-2.0, -2.0]
+    assert math.isclose(batch["chosen_tokens"].float().mean(), 1.0)

@@ -1,0 +1,135 @@
+import random
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.text.data import MARKER, DataConfig, _turn_starts, load_preferences
+from resdpo_trl.text.tokens import cap_counts, cap_prompt, sft_rows, tokenize
+
+
+def texts(rows):
+    return Dataset.from_list([row | {"turn_starts": _turn_starts(row["prompt"]), "group": "g"} for row in rows])
+
+
+def dialogue(words, generator):
+    turns = [
+        f"\n\n{'Human' if n % 2 == 0 else 'Assistant'}: " + " ".join(generator.choices("ab cde fgh".split(), k=k))
+        for n, k in enumerate(words)
+    ]
+    return "".join(turns) + MARKER
+
+
+@given(
+    words=st.lists(st.integers(1, 60), min_size=1, max_size=5).filter(lambda lengths: len(lengths) % 2),
+    chosen=st.integers(1, 80),
+    rejected=st.integers(1, 80),
+    max_length=st.sampled_from([16, 32, 64, 128]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_the_cap_promises(tokenizer, words, chosen, rejected, max_length, seed):
+    generator = random.Random(seed)
+    row = {
+        "prompt": dialogue(words, generator),
+        "chosen": " x" * chosen,
+        "rejected": " yz" * rejected,
+    }
+    (capped,) = tokenize(texts([row]), tokenizer, max_length)
+    whole = {name: tokenizer(row[name])["input_ids"] for name in row}
+    eos, budget = tokenizer.eos_token_id, max_length // 2
+    for side in ("chosen", "rejected"):
+        ids, full = capped[f"{side}_ids"], whole[side]
+        assert 1 <= len(ids)
+        assert len(capped["prompt_ids"]) + len(ids) <= max_length
+        cut = capped[f"{side}_tokens_cut"]
+        if cut:
+            assert ids == full[: len(ids)]  # its start, and no end-of-text
+            assert len(ids) >= budget
+            assert len(ids) + cut == len(full) + 1
+        else:
+            assert ids == [*full, eos]
+    kept = capped["prompt_ids"]
+    assert whole["prompt"][-len(kept) :] == kept  # the newest tokens: the marker and the last turn's end stay
+    assert capped["prompt_tokens_dropped"] == len(whole["prompt"]) - len(kept)
+    marker = tokenizer(MARKER)["input_ids"]
+    assert len(marker) < len(kept) or len(kept) == len(whole["prompt"])
+    assert kept[-len(marker) :] == marker
+    # nothing is cut that would have fitted
+    longest = max(len(capped["chosen_ids"]), len(capped["rejected_ids"]))
+    if len(whole["prompt"]) + longest <= max_length:
+        assert capped["prompt_tokens_dropped"] == 0
+    # whole turns went first: the rest starts at a turn unless the newest turn alone is too long
+    if capped["prompt_tokens_dropped"]:
+        starts = [len(tokenizer(row["prompt"][:at])["input_ids"]) for at in _turn_starts(row["prompt"])]
+        room = max_length - longest
+        fitting = [start for start in starts if len(whole["prompt"]) - start <= room]
+        expected = min(fitting) if fitting else len(whole["prompt"]) - room
+        assert capped["prompt_tokens_dropped"] == expected
+        assert capped["turns_dropped"] == (starts.index(expected) + 1 if fitting else len(starts))
+
+
+def test_cap_prompt_by_hand():
+    prompt = list(range(10))
+    assert cap_prompt(prompt, [3, 6], 10) == (prompt, 0)
+    assert cap_prompt(prompt, [3, 6], 9) == (prompt[3:], 1)
+    assert cap_prompt(prompt, [3, 6], 7) == (prompt[3:], 1)
+    assert cap_prompt(prompt, [3, 6], 6) == (prompt[6:], 2)
+    assert cap_prompt(prompt, [3, 6], 2) == (prompt[8:], 2)
+    assert cap_prompt(prompt, [], 2) == (prompt[8:], 0)
+
+
+def test_counts_add_up(tokenizer, dialogues, tmp_path):
+    import json
+
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in dialogues))
+    pairs = load_preferences(DataConfig(dataset_name=str(path)))["train"]
+    roomy, tight = (tokenize(pairs, tokenizer, length) for length in (1000, 32))
+    assert len(roomy) == len(tight) == len(pairs)
+    assert cap_counts(roomy) == dict.fromkeys(cap_counts(roomy), 0) | {"pairs": len(pairs)}
+    counts = cap_counts(tight)
+    assert counts["prompts_shortened"] == sum(n > 0 for n in tight["prompt_tokens_dropped"]) > 0
+    assert counts["prompt_tokens_dropped"] == sum(map(len, roomy["prompt_ids"])) - sum(map(len, tight["prompt_ids"]))
+    for row in roomy:
+        assert row["length"] == sum(len(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+
+
+def test_a_beginning_of_text_stays_in_front(dialogues):
+    from tokenizers.processors import TemplateProcessing
+
+    from resdpo_trl.text.model import train_tokenizer
+
+    tokenizer = train_tokenizer(["a b c"], 300)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    row = {"prompt": "\n\nHuman: " + "a b c " * 30 + MARKER, "chosen": " a", "rejected": " b"}
+    for max_length in (32, 1000):
+        (capped,) = tokenize(texts([row]), tokenizer, max_length)
+        assert capped["prompt_ids"][0] == tokenizer.bos_token_id
+        assert tokenizer.bos_token_id not in capped["prompt_ids"][1:]
+        assert len(capped["prompt_ids"]) + len(capped["chosen_ids"]) <= max_length
+
+
+def test_a_templates_end_of_turn_is_not_doubled(tokenizer):
+    row = {"prompt": "<user>a<end>", "chosen": "b<end>", "rejected": "c<end>"}
+    (capped,) = tokenize(texts([row]), tokenizer, 64, ends_turns=True)
+    assert tokenizer.eos_token_id not in capped["chosen_ids"]
+
+
+def test_sft_learns_the_response_or_everything(tokenizer):
+    pairs = tokenize(texts([{"prompt": f"\n\nHuman: a{MARKER}", "chosen": " b", "rejected": " c"}]), tokenizer, 64)
+    (pair,), (row,), (whole,) = pairs, sft_rows(pairs, True), sft_rows(pairs, False)
+    prompt = len(pair["prompt_ids"])
+    assert row["input_ids"] == whole["input_ids"] == whole["labels"] == pair["prompt_ids"] + pair["chosen_ids"]
+    assert row["labels"] == [-100] * prompt + pair["chosen_ids"]
+    assert row["labels"][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("length", "response"), [(15, None), (32, 25), (32, 0)])
+def test_caps_without_room(tokenizer, length, response):
+    with pytest.raises(UserError, match="--max"):
+        tokenize(texts([{"prompt": "a", "chosen": "b", "rejected": "c"}]), tokenizer, length, response)
