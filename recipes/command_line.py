@@ -1,6 +1,6 @@
 """What the recipes share at the command line: fields as flags over a preset, clear refusals, exit statuses.
 
-    0 done   2 something the user can mend   1 anything else   130 Ctrl-C
+0 done   2 something the user can mend   1 anything else   130 Ctrl-C
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class RecipeParser(TrlParser):
             if not word.startswith("--"):
                 raise UserError(f"{place}unexpected argument {word!r}")
             name = word.partition("=")[0].lstrip("-").replace("-", "_")
-            known = [option.lstrip("-") for option in self._option_string_actions if "_" in option or "-" not in option[2:]]
+            known = [
+                option.lstrip("-") for option in self._option_string_actions if "_" in option or "-" not in option[2:]
+            ]
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else "; --help lists them"
             raise UserError(f"{place}unknown field {name}{hint}" if place else f"unknown flag --{name}{hint}")

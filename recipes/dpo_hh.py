@@ -1,16 +1,16 @@
 """SFT on the preferred answers makes the reference, DPO makes the policy; both are judged on held-out pairs.
 
-    # two CPU cores, no network, minutes: a small GPT-2 from scratch on people's chit-chat
-    accelerate launch recipes/dpo_hh.py
+# two CPU cores, no network, minutes: a small GPT-2 from scratch on people's chit-chat
+accelerate launch recipes/dpo_hh.py
 
-    # the same small model on your own pairs
-    accelerate launch recipes/dpo_hh.py --dataset_name pairs.jsonl
+# the same small model on your own pairs
+accelerate launch recipes/dpo_hh.py --dataset_name pairs.jsonl
 
-    # GPT-2 on 3,000 pairs of Anthropic HH, on a GPU
-    accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/gpt2.yaml
+# GPT-2 on 3,000 pairs of Anthropic HH, on a GPU
+accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/gpt2.yaml
 
-    # LoRA on any causal language model
-    accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --use_peft
+# LoRA on any causal language model
+accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --use_peft
 """
 
 from command_line import RecipeParser, run
@@ -28,7 +28,7 @@ def main() -> None:
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun
 
-    job = TextRun(data, model, scratch, sft, dpo, options, preset)
+    job = TextRun(data, model, scratch, options, dpo, sft, preset)
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)

@@ -329,6 +329,4 @@ LOSSES: dict[str, Callable[[LogProbs, PreferenceLoss], Tensor]] = {
     )
 }
 # the losses that see the rewards only through their difference (`sft` does not see them at all)
-DIFFERENCE_LOSSES = frozenset(
-    {"sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sigmoid_norm", "sft"}
-)
+DIFFERENCE_LOSSES = frozenset({"sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sigmoid_norm", "sft"})

@@ -16,7 +16,8 @@ def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.nd
 
     `rewards/accuracies` is 1 where the chosen reward is the larger. `loss` is over all N pairs at once.
     """
-    pairs = LogProbs(**{name: _float64(value) for name, value in vars(pairs).items()})
+    values: dict[str, Any] = {name: _float64(value) for name, value in vars(pairs).items()}
+    pairs = LogProbs(**values)
     chosen, rejected = loss.rewards(pairs)
     figures = {
         "loss": loss(pairs),

@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class RunFolder:
     def start(self, config: dict[str, Any], seed: int, **facts: Any) -> None:
         """Write run.json: everything needed to tell what ran, without secrets."""
         self._run = {
-            "command": [_redacted(part, previous) for previous, part in zip([""] + sys.argv, sys.argv, strict=False)],
+            "command": [_redacted(part, previous) for previous, part in zip(["", *sys.argv], sys.argv, strict=False)],
             "started": _now(),
             "ended": None,
             "seed": seed,
@@ -238,4 +238,4 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

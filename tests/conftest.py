@@ -39,7 +39,9 @@ def write_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
             opening = f"Question {number}: " if turn == 0 else ""
             prompt += f"\n\nHuman: {opening}{generator.choice(TURNS)}"
             prompt += f"\n\nAssistant: {generator.choice(ANSWERS)}" if turn < 3 else ""
-        prompt = prompt[: prompt.rindex("\n\nAssistant:")] if prompt.count("Human") == prompt.count("Assistant") else prompt
+        prompt = (
+            prompt[: prompt.rindex("\n\nAssistant:")] if prompt.count("Human") == prompt.count("Assistant") else prompt
+        )
         first, second = sorted(generator.sample(ANSWERS, 2), key=len)
         rows.append({"chosen": f"{prompt}\n\nAssistant: {second}", "rejected": f"{prompt}\n\nAssistant: {first}"})
     return rows

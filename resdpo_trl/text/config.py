@@ -8,6 +8,7 @@ from typing import Any
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.text.tokens import SHORTEST
 
 # `DPOConfig` fields that this trainer does not honour: value that means "not asked for", and what to do instead
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -20,6 +21,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "model_init_kwargs": (None, "use --dtype, --attn_implementation and --model_revision"),
     "pad_token": (None, "set it in the tokenizer's folder"),
     "pad_to_multiple_of": (None, "batches are padded to their longest row"),
+}
+REFUSED_SFT: dict[str, tuple[Any, str]] = {
+    "packing": (False, "batches are of like length already"),
+    "assistant_only_loss": (False, "see --completion_only_loss"),
+    "dataset_kwargs": (None, "the pairs are tokenized here"),
+    "chat_template_path": (None, "set it in the tokenizer's folder"),
+    "eos_token": (None, "set it in the tokenizer's folder"),
+} | {
+    name: REFUSED[name]
+    for name in ("padding_free", "truncation_mode", "model_init_kwargs", "pad_token", "pad_to_multiple_of")
 }
 
 
@@ -96,12 +107,9 @@ class SFTStageConfig:
 
 
 @dataclass
-class TextDPOConfig(DPOConfig):
-    """`trl.DPOConfig` with defaults for one machine, and the sharing of the prompt."""
+class OneMachine:
+    """Defaults of TRL's configurations that suit one machine and short dialogues."""
 
-    _argument_group_name = "DPO stage and training"
-
-    output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
@@ -113,26 +121,15 @@ class TextDPOConfig(DPOConfig):
     max_length: int | None = field(
         default=256, metadata={"help": "Tokens of a prompt with one response, at most; no pair is lost to it."}
     )
-    prefix_sharing: bool = field(
-        default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}
-    )
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs of a step on each device."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pairs of an evaluation batch."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of DPO."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of DPO."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a step on each device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of an evaluation batch."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
     gradient_checkpointing: bool | None = field(
         default=None,  # not False: transformers 5.23 warns of the old name wherever it is set
         metadata={
             "nargs": "?",
             "const": True,
             "help": "Recompute activations in the backward pass: less memory, more time.",
-        },
-    )
-    precompute_ref_log_probs: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute the reference's log-probabilities once, before training, and keep no reference model in "
-            "memory. Not with --sync_ref_model."
         },
     )
     train_sampling_strategy: str = field(
@@ -143,19 +140,58 @@ class TextDPOConfig(DPOConfig):
         },
     )
     remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay false: the sampler reads the pairs' lengths."}
+        default=False, metadata={"help": "Must stay false: the sampler reads the rows' lengths."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two training lines of metrics.jsonl."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "policy/ is the epoch with the least validation loss, not the last one."}
+        default=True, metadata={"help": "Keep the epoch with the least validation loss, not the last one."}
     )
     metric_for_best_model: str | None = field(
         default="eval_loss", metadata={"help": "Figure by which the best epoch is chosen."}
     )
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default="none", metadata={"help": "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."}
+    )
+
+    def __post_init__(self) -> None:
+        args: Any = self  # the fields of TrainingArguments stand in the class that this is mixed into
+        if args.learning_rate <= 0:
+            raise UserError(f"--learning_rate {args.learning_rate}: must be above 0")
+        if self.max_length is None or self.max_length < SHORTEST:
+            raise UserError(f"--max_length {self.max_length}: must be at least {SHORTEST} tokens")
+        if args.output_dir is None:
+            raise UserError("--output_dir: name a folder")
+        if self.remove_unused_columns:
+            raise UserError("--remove_unused_columns must stay false: the sampler reads the rows' lengths")
+        if self.load_best_model_at_end and self.eval_strategy != self.save_strategy:
+            raise UserError(
+                f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must be the same for "
+                "the best epoch to be kept, or pass --load_best_model_at_end false"
+            )
+        if args.bf16 is None and not args.fp16:
+            args.bf16 = has_bfloat16(args.use_cpu)
+        super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class TextDPOConfig(OneMachine, DPOConfig):  # type: ignore[misc]  # it may be None here
+    """`trl.DPOConfig` with this project's defaults, and the sharing of the prompt."""
+
+    _argument_group_name = "DPO and training"
+
+    output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of DPO."})
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the reference's log-probabilities once, before training, and keep no reference model in "
+            "memory. Not with --sync_ref_model."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -163,26 +199,34 @@ class TextDPOConfig(DPOConfig):
             self.loss_type = [self.loss_type]
         if not self.beta > 0:
             raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
-        if self.learning_rate <= 0:
-            raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
-        if self.max_length is None or self.max_length < 16:
-            raise UserError(f"--max_length {self.max_length}: must be at least 16 tokens")
-        if self.output_dir is None:
-            raise UserError("--output_dir: name a folder")
-        for name, (unset, mend) in REFUSED.items():
-            value = getattr(self, name)
-            if value != unset and not (name == "pad_to_multiple_of" and value == "auto"):
-                raise UserError(f"--{name} is not supported here: {mend}")
+        _refuse(self, REFUSED)
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise UserError("--sync_ref_model moves the reference: pass --precompute_ref_log_probs false with it")
-        if self.load_best_model_at_end and self.eval_strategy != self.save_strategy:
-            raise UserError(
-                f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must be the same for the "
-                "best epoch to be kept, or pass --load_best_model_at_end false"
-            )
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = has_bfloat16(self.use_cpu)
         super().__post_init__()
+
+
+@dataclass
+class TextSFTConfig(OneMachine, SFTConfig):  # type: ignore[misc]  # as above
+    """`trl.SFTConfig` with this project's defaults."""
+
+    _argument_group_name = "SFT and training"
+
+    output_dir: str | None = field(default="runs/sft_hh", metadata={"help": "The run's folder."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    completion_only_loss: bool | None = field(
+        default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
+    )
+
+    def __post_init__(self) -> None:
+        _refuse(self, REFUSED_SFT)
+        super().__post_init__()
+
+
+def _refuse(config: Any, refused: dict[str, tuple[Any, str]]) -> None:
+    for name, (unset, mend) in refused.items():
+        value = getattr(config, name)
+        if value != unset and not (name == "pad_to_multiple_of" and value == "auto"):
+            raise UserError(f"--{name} is not supported here: {mend}")
 
 
 def has_bfloat16(use_cpu: bool = False) -> bool:
@@ -196,24 +240,22 @@ def has_bfloat16(use_cpu: bool = False) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def sft_config(dpo: TextDPOConfig, sft: SFTStageConfig, output_dir: str) -> SFTConfig:
-    """The SFT stage's configuration: its own epochs, rate and batch, the rest from the DPO stage's."""
+def sft_stage(dpo: TextDPOConfig, sft: SFTStageConfig) -> TextSFTConfig:
+    """The configuration of a DPO run's SFT stage: its own epochs, rate and batch, the rest from the DPO stage."""
     shared = (
-        "seed", "data_seed", "bf16", "fp16", "use_cpu", "optim", "optim_args", "adam_beta1", "adam_beta2",
-        "adam_epsilon", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps",
-        "gradient_accumulation_steps", "gradient_checkpointing_kwargs", "logging_steps", "run_name",
-        "per_device_eval_batch_size", "dataloader_num_workers", "train_sampling_strategy",
-        "remove_unused_columns", "torch_compile", "tf32", "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed",
-        "save_strategy", "save_steps", "save_total_limit", "save_only_model", "activation_offloading",
+        "output_dir", "max_length", "seed", "data_seed", "bf16", "fp16", "use_cpu", "optim", "optim_args",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "lr_scheduler_type",
+        "warmup_steps", "gradient_accumulation_steps", "gradient_checkpointing_kwargs", "logging_steps", "run_name",
+        "per_device_eval_batch_size", "dataloader_num_workers", "train_sampling_strategy", "torch_compile", "tf32",
+        "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "eval_strategy",
+        "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "activation_offloading",
+        "load_best_model_at_end", "trust_remote_code",
     )  # fmt: skip
-    return SFTConfig(
-        output_dir=output_dir,
+    return TextSFTConfig(
         num_train_epochs=sft.sft_epochs,
         learning_rate=sft.sft_learning_rate,
+        completion_only_loss=sft.sft_completion_only_loss,
         per_device_train_batch_size=sft.sft_batch_size or dpo.per_device_train_batch_size,
-        eval_strategy="epoch",
-        max_length=None,  # the rows are capped already
-        dataset_kwargs={"skip_prepare_dataset": True},
         gradient_checkpointing=dpo.gradient_checkpointing or None,
         report_to=dpo.report_to or "none",
         **{name: getattr(dpo, name) for name in shared},

@@ -197,7 +197,7 @@ def chitchat_pairs(seed: int = 0, per_conversation: int = 4, turns: int = 5, sho
     replies = []  # (length, conversation, turn)
     for number, (_, texts) in enumerate(conversations):
         at = [turn for turn in range(1, len(texts)) if shortest <= len(texts[turn]) <= 300 and texts[turn - 1]]
-        chosen = generator.choice(at, min(per_conversation, len(at)), replace=False) if at else []
+        chosen: Any = generator.choice(at, min(per_conversation, len(at)), replace=False) if at else []
         replies += [(len(texts[turn]), number, int(turn)) for turn in sorted(chosen)]
     replies.sort()
     rows = []
@@ -279,9 +279,7 @@ def _find_bad_line(path: Path) -> None:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not JSON ({error.msg}); mend or delete the line"
-                    ) from None
+                    raise UserError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete the line") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, line {number}: not a JSON object; each line is one pair")
     except UnicodeDecodeError:
@@ -426,7 +424,7 @@ def _render(
     """A conversational pair through the tokenizer's chat template."""
     from trl.data_utils import apply_chat_template, extract_prompt
 
-    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    row: Any = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     if prompt is None:
         if chosen == rejected:
             return "identical"
@@ -493,8 +491,8 @@ def _split(parsed: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]
         later = starts[starts >= taken + wanted]
         if len(later) == 0:
             raise UserError(
-                f"--dataset_name {config.dataset_name}: {len(rows)} usable pairs of {len(starts)} conversations are too "
-                "few for a training, a validation and a test split; three conversations is the least"
+                f"--dataset_name {config.dataset_name}: {len(rows)} usable pairs of {len(starts)} conversations are "
+                "too few for a training, a validation and a test split; three conversations is the least"
             )
         splits[split] = rows.select(np.sort(order[taken : taken + wanted]))
         taken = int(later[0])

@@ -125,8 +125,8 @@ def check_same_tokenizer(
     """Raise a UserError where the same text would become other tokens."""
     if first.get_vocab() != second.get_vocab() or first.eos_token_id != second.eos_token_id:
         raise UserError(
-            f"{second_flag} has another tokenizer than {first_flag} ({len(second)} and {len(first)} tokens): a reference "
-            "must come from the same model family; pass one that was trained from it"
+            f"{second_flag} has another tokenizer than {first_flag} ({len(second)} and {len(first)} tokens): a "
+            "reference must come from the same model family; pass one that was trained from it"
         )
 
 

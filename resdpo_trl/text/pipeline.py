@@ -27,9 +27,10 @@ from resdpo_trl.text.config import (
     SFTStageConfig,
     TextDPOConfig,
     TextModelConfig,
-    sft_config,
+    TextSFTConfig,
+    sft_stage,
 )
-from resdpo_trl.text.data import SPLITS, DataConfig, Preferences, fingerprint, load_preferences
+from resdpo_trl.text.data import QUICKSTART, SPLITS, DataConfig, Preferences, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer
 from resdpo_trl.text.model import (
     build_model,
@@ -51,29 +52,33 @@ class TextRun:
         data: DataConfig,
         model: TextModelConfig,
         scratch: ScratchConfig,
-        sft: SFTStageConfig,
-        dpo: TextDPOConfig,
         options: RunConfig,
+        training: TextDPOConfig | TextSFTConfig,
+        sft: SFTStageConfig | None = None,
         preset: Path | None = None,
     ):
-        self.data, self.model, self.scratch, self.sft, self.dpo, self.options = data, model, scratch, sft, dpo, options
-        self.loss = preference_loss(dpo)
-        self.resume = dpo.resume_from_checkpoint is not None
+        """`training` is a `TextDPOConfig` with the `sft` stage before it, or a `TextSFTConfig` alone."""
+        self.data, self.model, self.scratch, self.options, self.training = data, model, scratch, options, training
+        self.sft = sft or SFTStageConfig(sft_epochs=training.num_train_epochs)
+        if isinstance(training, TextDPOConfig):
+            preference_loss(training)  # refuse what makes no sense before anything is loaded
+        self.resume = training.resume_from_checkpoint is not None
+        self.started = time.perf_counter()
         self._check_model_flags()
-        self.run = RunFolder(dpo.output_dir or "", main_process=PartialState().is_main_process)
+        self.run = RunFolder(training.output_dir or "", main_process=PartialState().is_main_process)
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
         PartialState().wait_for_everyone()
         config = {
             "preset": str(preset) if preset else None,
             "data": dataclasses.asdict(data),
             "model": dataclasses.asdict(model),
-            "sft": dataclasses.asdict(sft),
-            "dpo": dpo.to_dict(),
+            "sft_stage": dataclasses.asdict(self.sft),
+            "training": training.to_dict(),
             "run": dataclasses.asdict(options),
         }
-        if not model.model_name_or_path and not sft.sft_checkpoint:
+        if not model.model_name_or_path and not self.sft.sft_checkpoint:
             config["scratch"] = dataclasses.asdict(scratch)
-        self.run.start(config, dpo.seed)
+        self.run.start(config, training.seed)
         self.say = print if self.run.main_process else _silent
         self.answers: dict[str, dict[str, list[str]]] = {}
         self.base_saved = self.run.checkpoints("base")
@@ -86,27 +91,36 @@ class TextRun:
         ]
         named = self.model.model_name_or_path or self.sft.sft_checkpoint
         if named and changed and self.model.model_name_or_path:
-            raise UserError(f"--{changed[0]} shapes a model from scratch, and --model_name_or_path names one: drop either")
+            raise UserError(
+                f"--{changed[0]} shapes a model from scratch, and --model_name_or_path names one: drop either"
+            )
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
-            raise UserError("--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters")
+            raise UserError(
+                "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
+            )
         if (self.model.load_in_4bit or self.model.load_in_8bit or self.model.use_peft) and not named:
             raise UserError("--use_peft and quantized loading need a model to start from: pass --model_name_or_path")
-        if self.dpo.sync_ref_model and self.model.use_peft:
-            raise UserError("--sync_ref_model moves a full reference model, which --use_peft does not keep: drop either")
+        if getattr(self.training, "sync_ref_model", False) and self.model.use_peft:
+            raise UserError(
+                "--sync_ref_model moves a full reference model, which --use_peft does not keep: drop either"
+            )
 
     def say_what_runs(self) -> None:
-        model = self.model.model_name_or_path or (
-            f"the reference {self.sft.sft_checkpoint}" if self.sft.sft_checkpoint else "a small GPT-2 from scratch"
-        )
-        source = "people's chit-chat (no network needed)" if self.data.dataset_name == "chitchat" else (
-            self.data.dataset_name + (f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else "")
-        )
-        state = parallelism()
-        precision = "bfloat16 autocast" if self.dpo.bf16 else "float16 autocast" if self.dpo.fp16 else "float32"
-        threads = f", {torch.get_num_threads()} threads" if self.dpo.device.type == "cpu" else ""
+        """Two lines: the job, and what it runs on."""
+        if self.model.model_name_or_path or self.sft.sft_checkpoint:
+            model = self.model.model_name_or_path or f"the reference {self.sft.sft_checkpoint}"
+        else:
+            model = "a small GPT-2 from scratch"
+        source = self.data.dataset_name + (f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else "")
+        if source == QUICKSTART:
+            source = "people's chit-chat (no network needed)"
+        stages = "SFT and DPO" if isinstance(self.training, TextDPOConfig) else "SFT"
+        precision = "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
+        device = self.training.device.type
+        threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         self.say(
-            f"DPO of {model} on {source}; for GPT-2 on Anthropic HH: --config recipes/configs/hh/gpt2.yaml\n"
-            f"{self.dpo.device.type}{threads}, {state['num_processes']} process(es), {precision}; "
+            f"{stages} of {model} on {source}; for GPT-2 on Anthropic HH: --config recipes/configs/hh/gpt2.yaml\n"
+            f"{device}{threads}, {parallelism()['num_processes']} process(es), {precision}; "
             f"files go to {self.run.path}"
         )
 
@@ -115,22 +129,18 @@ class TextRun:
     def prepare_pairs(self) -> dict[str, Dataset]:
         """The tokenized, capped pairs of each split."""
         flags = self._sources()
-        self.tokenizer: PreTrainedTokenizerBase | None = None
-        for name, flag in flags:
-            tokenizer = load_tokenizer(name, self.model, self.dpo.trust_remote_code, flag)
-            if self.tokenizer is not None:
-                check_same_tokenizer(self.tokenizer, flags[0][1], tokenizer, flag)
-            self.tokenizer = self.tokenizer or tokenizer
+        found = [load_tokenizer(name, self.model, self.training.trust_remote_code, flag) for name, flag in flags]
+        for tokenizer, (_, flag) in zip(found[1:], flags[1:], strict=True):
+            check_same_tokenizer(found[0], flags[0][1], tokenizer, flag)
         with PartialState().main_process_first():
             started = time.perf_counter()
-            texts = load_preferences(self.data, self.tokenizer)
-            if self.tokenizer is None:
-                self.tokenizer = self._scratch_tokenizer(texts)
+            texts = load_preferences(self.data, found[0] if found else None)
+            self.tokenizer = found[0] if found else self._scratch_tokenizer(texts)
             pairs = {
                 split: tokenize(
                     texts[split],
                     self.tokenizer,
-                    self.dpo.max_length or 0,
+                    self.training.max_length or 0,
                     self.data.max_response_length,
                     texts.ends_turns,
                     f"Tokenizing {split}",
@@ -138,7 +148,7 @@ class TextRun:
                 for split in SPLITS
             }
         counts = texts.counts | {"cap": {split: cap_counts(rows) for split, rows in pairs.items()}}
-        counts["max_length"] = self.dpo.max_length
+        counts["max_length"] = self.training.max_length
         self.run.record(data_fingerprint={split: fingerprint(rows) for split, rows in pairs.items()})
         self.run.summarize(data=counts)
         self.preparation_seconds = time.perf_counter() - started
@@ -168,7 +178,7 @@ class TextRun:
 
     def make_reference(self, pairs: dict[str, Dataset]) -> None:
         """SFT on the preferred responses, into reference/; or the model as given."""
-        set_seed(self.dpo.seed)
+        set_seed(self.training.seed)
         if self.run.reference.is_dir():  # a resumed run that was past this
             return
         if self.sft.sft_checkpoint or self.sft.sft_epochs == 0:
@@ -176,31 +186,34 @@ class TextRun:
             if name is None:
                 raise UserError("--sft_epochs 0 needs a model that has learned something: pass --model_name_or_path")
             flag = "--sft_checkpoint" if self.sft.sft_checkpoint else "--model_name_or_path"
-            model = load_model(name, self.model, self.dpo.trust_remote_code, flag)
+            model = load_model(name, self.model, self.training.trust_remote_code, flag)
             self._answer("base" if self.sft.sft_epochs == 0 else "reference", model, pairs)
-            check_fits(model, self.tokenizer, self.dpo.max_length or 0)
+            check_fits(model, self.tokenizer, self.training.max_length or 0)
             self._publish(self.run.reference, model.save_pretrained)
             self.run.summarize(sft={"skipped": name})
             return
         model = self._base_model()
-        check_fits(model, self.tokenizer, self.dpo.max_length or 0)
+        check_fits(model, self.tokenizer, self.training.max_length or 0)
         self._answer("base", model, pairs)
-        rows = {split: sft_rows(pairs[split], self.sft.sft_completion_only_loss) for split in ("train", "validation")}
+        args = self._sft_arguments()
+        rows = {
+            split: sft_rows(pairs[split], args.completion_only_loss is not False) for split in ("train", "validation")
+        }
         trainer = TextSFTTrainer(
             model=model,
-            args=sft_config(self.dpo, self.sft, str(self.run.checkpoints("sft"))),
+            args=args,
             train_dataset=rows["train"],
             eval_dataset=rows["validation"],
             processing_class=self.tokenizer,
             peft_config=get_peft_config(self.model),
         )
         use_run_callbacks(trainer, self.run, "sft", "SFT")
+        checkpoint = self._checkpoint("sft")
         before = trainer.evaluate()["eval_loss"]
         started = time.perf_counter()
-        checkpoint = self._checkpoint("sft")
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
-        after = trainer.evaluate()["eval_loss"]
+        after = self._sft_loss(trainer)
         self._publish(self.run.reference, trainer.save_model)
         self.run.summarize(
             sft={
@@ -213,29 +226,49 @@ class TextRun:
         self._answer("reference", trainer.model, pairs)
         _free(trainer)
 
+    def _sft_loss(self, trainer: TextSFTTrainer) -> float:
+        """Validation loss of the weights that are kept."""
+        evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] > 0]
+        if trainer.args.load_best_model_at_end and evaluated:
+            return min(entry["eval_loss"] for entry in evaluated)
+        if evaluated and evaluated[-1]["step"] == trainer.state.global_step:
+            return evaluated[-1]["eval_loss"]
+        return trainer.evaluate()["eval_loss"]
+
+    def _sft_arguments(self) -> TextSFTConfig:
+        own = self.training
+        args = sft_stage(own, self.sft) if isinstance(own, TextDPOConfig) else own
+        return dataclasses.replace(
+            args,
+            output_dir=str(self.run.checkpoints("sft")),
+            push_to_hub=False,
+            report_to=args.report_to or "none",
+        )
+
     def _base_model(self) -> Any:
         if self.model.model_name_or_path:
             return load_model(
-                self.model.model_name_or_path, self.model, self.dpo.trust_remote_code, "--model_name_or_path"
+                self.model.model_name_or_path, self.model, self.training.trust_remote_code, "--model_name_or_path"
             )
-        return build_model(self.scratch, self.tokenizer, self.dpo.max_length or 0, self.dpo.seed)
+        return build_model(self.scratch, self.tokenizer, self.training.max_length or 0, self.training.seed)
 
     # --- the policy ----------------------------------------------------------------------------------------------
 
     def make_policy(self, pairs: dict[str, Dataset]) -> None:
         """DPO from the reference, into policy/; then the test, once."""
         reference = str(self.run.reference)
-        model = load_model(reference, self.model, self.dpo.trust_remote_code, "reference")
+        model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
+        assert isinstance(self.training, TextDPOConfig)
         args = dataclasses.replace(
-            self.dpo,
+            self.training,
             output_dir=str(self.run.checkpoints("dpo")),
             push_to_hub=False,
-            report_to=self.dpo.report_to or "none",
+            report_to=self.training.report_to or "none",
         )
         trainer = TextDPOTrainer(
             model=model,
-            ref_model=load_model(reference, self.model, self.dpo.trust_remote_code, "reference")
+            ref_model=load_model(reference, self.model, self.training.trust_remote_code, "reference")
             if not args.precompute_ref_log_probs and not self.model.use_peft
             else None,
             args=args,
@@ -249,11 +282,12 @@ class TextRun:
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=self._checkpoint("dpo"))
         seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        loss = trainer.preference_loss
         self._publish(self.run.policy, trainer.save_model)
         validation = trainer.score(trainer.eval_dataset, "Validation")
         scores = trainer.score(test, "Test")
         figures = {
-            split: with_intervals(preference_metrics(found, self.loss) | raw_accuracy(found))
+            split: with_intervals(preference_metrics(found, loss) | raw_accuracy(found))
             for split, found in (("validation", validation), ("test", scores))
         }
         step, epoch = trainer.state.global_step, trainer.state.epoch
@@ -267,8 +301,8 @@ class TextRun:
                 "best_checkpoint": Path(trainer.state.best_model_checkpoint).name
                 if trainer.state.best_model_checkpoint
                 else None,
-                "beta": self.dpo.beta,
-                "loss_type": list(self.dpo.loss_type),
+                "beta": loss.beta,
+                "loss_type": list(loss.loss_types),
             },
             throughput={
                 "preparation_seconds": self.preparation_seconds,
@@ -283,7 +317,7 @@ class TextRun:
         """The checkpoint that a resumed stage starts from; the metrics written after it are dropped."""
         if not self.resume:
             return None
-        asked = self.dpo.resume_from_checkpoint
+        asked = self.training.resume_from_checkpoint
         if asked not in (None, "last") and Path(asked or "").resolve().parent.name == stage:
             found: Path | None = Path(asked or "")
             if not (Path(asked or "") / "trainer_state.json").is_file():
@@ -302,7 +336,7 @@ class TextRun:
         if count == 0 or not self.run.main_process:
             return
         prompts = pairs["test"]["prompt_ids"][:count]
-        model.to(self.dpo.device)
+        model.to(self.training.device)
         self.answers[name] = {
             kind: answer(
                 model,
@@ -310,7 +344,7 @@ class TextRun:
                 prompts,
                 self.options.max_new_tokens,
                 sampled=kind == "sampled",
-                seed=self.dpo.seed,
+                seed=self.training.seed,
                 description=f"{name} answers, {kind}",
             )
             for kind in ("greedy", "sampled")
@@ -333,13 +367,18 @@ class TextRun:
             self.run.write_samples(rows)
 
     def finish(self) -> None:
-        """The model card, run.json's end, the Hub if asked, and the table."""
+        """The model card, run.json's end, the table, and the Hub if asked."""
+        trained = self.run.policy if self.run.policy.is_dir() else self.run.reference
         if self.run.main_process:
-            write_model_card(self.run, self.model.model_name_or_path)
+            write_model_card(self.run, trained, self.model.model_name_or_path)
+        throughput = self.run.summary.get("throughput", {}) | {"total_seconds": time.perf_counter() - self.started}
+        self.run.summarize(throughput=throughput)
         self.run.end()
         self.say(describe_results(self.run.summary, self.run.path))
-        if self.dpo.push_to_hub and self.run.main_process:
-            push_model(self.run.policy, self.dpo.hub_model_id, bool(self.dpo.hub_private_repo), self.dpo.hub_token)
+        if self.training.push_to_hub and self.run.main_process:
+            push_model(
+                trained, self.training.hub_model_id, bool(self.training.hub_private_repo), self.training.hub_token
+            )
 
     def _publish(self, folder: Path, save: Any) -> None:
         """Save a model whole or not at all: aside, then renamed."""
@@ -381,8 +420,14 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
         low, high = test["interval_95"]["rewards/accuracies"]
         rows += [
             ("DPO loss, test", f"{test['loss']:.4f}   (ln 2 = 0.6931 before training)"),
-            ("accuracy, test", f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}"),
-            ("  of the log-likelihood", f"{test['logps/ref_accuracies']:.3f} reference, {test['logps/accuracies']:.3f} policy"),
+            (
+                "accuracy, test",
+                f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}",
+            ),
+            (
+                "  of the log-likelihood",
+                f"{test['logps/ref_accuracies']:.3f} reference, {test['logps/accuracies']:.3f} policy",
+            ),
             ("margin, test", f"{test['rewards/margins']:.3f}"),
             ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
             ("DPO pairs per second", f"{summary['throughput']['dpo_pairs_per_second']:.1f}"),

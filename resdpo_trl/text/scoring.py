@@ -62,7 +62,7 @@ def add_response_head(model: PreTrainedModel) -> None:
         return _token_logps(self.get_output_embeddings(), hidden, predicted)
 
     model.forward = types.MethodType(forward, model)
-    model._has_response_head = True
+    model._has_response_head = True  # type: ignore[assignment]
     _check_response_head(model)
 
 

@@ -110,9 +110,7 @@ def sft_rows(tokenized: Dataset, completion_only_loss: bool) -> Dataset:
     )
 
 
-def cap_prompt(
-    prompt: list[int], turn_tokens: list[int], budget: int
-) -> tuple[list[int], int]:
+def cap_prompt(prompt: list[int], turn_tokens: list[int], budget: int) -> tuple[list[int], int]:
     """The newest `budget` tokens of a prompt, cut at a turn's start where one lets enough of it stay.
 
     Args:

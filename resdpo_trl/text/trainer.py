@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
-
-import time
 
 import numpy as np
 import torch
@@ -59,6 +58,9 @@ class _LikeLengths:
 
 class TextSFTTrainer(_LikeLengths, SFTTrainer):
     """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # tokenized and capped already
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
@@ -184,7 +186,9 @@ class TextDPOTrainer(_LikeLengths, DPOTrainer):
     def _over_pairs(self, dataset: Dataset, function: Any, description: str) -> LogProbs:
         """Apply `function(model, batch) -> LogProbs` to all pairs, longest first, and undo the sorting."""
         order = np.argsort(np.asarray(dataset["length"][:]), kind="stable")[::-1].copy()
-        columns = [name for name in self._signature_columns_of(dataset)]
+        self._set_signature_columns_if_needed()
+        signature: list[str] = self._signature_columns or []
+        columns = [name for name in signature if name in dataset.column_names]
         loader = self.accelerator.prepare_data_loader(
             DataLoader(
                 dataset.select(order).select_columns(columns),
@@ -207,10 +211,6 @@ class TextDPOTrainer(_LikeLengths, DPOTrainer):
         place = torch.empty(len(order), dtype=torch.long)
         place[torch.from_numpy(order)] = torch.arange(len(order))
         return LogProbs(*(value[place] for value in vars(sorted_pairs).values()))
-
-    def _signature_columns_of(self, dataset: Dataset) -> list[str]:
-        self._set_signature_columns_if_needed()
-        return [name for name in self._signature_columns if name in dataset.column_names]
 
     def _note(self, pairs: LogProbs, losses: Tensor, inputs: dict[str, Tensor]) -> None:
         """Keep this step's sums on the device; `log` brings them together, so that no step waits for another."""

@@ -63,7 +63,8 @@ def test_parsing_against_its_definition(shared, chosen, rejected):
 
 
 def test_unusable_pairs_are_dropped_and_counted(tmp_path):
-    rows = write_pairs(40) + [
+    rows = [
+        *write_pairs(40),
         {"chosen": f"{H}q{A} same", "rejected": f"{H}q{A} same "},
         {"chosen": f"{H}q{A} ", "rejected": f"{H}q{A} something"},
         {"chosen": None, "rejected": f"{H}q{A} something"},
@@ -236,7 +237,7 @@ def test_numbers_are_not_texts(tmp_path):
 
 def test_no_usable_pair(tmp_path):
     name = write_jsonl(tmp_path / "p.jsonl", [{"chosen": "x", "rejected": "y"}] * 3)
-    with pytest.raises(UserError, match="no usable pair in 3 rows .3 no_marker."):
+    with pytest.raises(UserError, match=r"no usable pair in 3 rows \(3 no_marker\)"):
         load(name)
 
 

@@ -127,7 +127,13 @@ def test_logits_changed_after_the_head_are_refused():
 
 
 def test_the_batch_of_a_pair_by_hand():
-    pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5], "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    pair = {
+        "prompt_ids": [1, 2],
+        "chosen_ids": [3],
+        "rejected_ids": [4, 5],
+        "ref_chosen_logps": -1.0,
+        "ref_rejected_logps": -2.0,
+    }
     batch = PairCollator(9)([pair, {**pair, "rejected_ids": [4]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 4, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 3], [0, 1, 2, 2, 0]]

@@ -16,7 +16,7 @@ def texts(rows):
 
 def dialogue(words, generator):
     turns = [
-        f"\n\n{'Human' if n % 2 == 0 else 'Assistant'}: " + " ".join(generator.choices("ab cde fgh".split(), k=k))
+        f"\n\n{'Human' if n % 2 == 0 else 'Assistant'}: " + " ".join(generator.choices(["ab", "cde", "fgh"], k=k))
         for n, k in enumerate(words)
     ]
     return "".join(turns) + MARKER
@@ -42,7 +42,7 @@ def test_what_the_cap_promises(tokenizer, words, chosen, rejected, max_length, s
     eos, budget = tokenizer.eos_token_id, max_length // 2
     for side in ("chosen", "rejected"):
         ids, full = capped[f"{side}_ids"], whole[side]
-        assert 1 <= len(ids)
+        assert len(ids) >= 1
         assert len(capped["prompt_ids"]) + len(ids) <= max_length
         cut = capped[f"{side}_tokens_cut"]
         if cut:

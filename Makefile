@@ -1,0 +1,40 @@
+# make quickstart   environment, install, and the main job on data that a package brings: two CPU cores, no network
+# make test         environment, install with the test extra, and the tests
+# make quality      ruff and mypy
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup quickstart test quality format bench clean
+
+setup: $(VENV)/.installed
+
+# one environment for everything: the test extra holds the quickstart's
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$($(PYTHON) --version) is too old: pass PYTHON=python3.11 or newer" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/dpo_hh.py \
+	  --output_dir runs/quickstart --overwrite_output_dir
+
+test: setup
+	$(BIN)/python -m pytest
+
+quality: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/data_preparation.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

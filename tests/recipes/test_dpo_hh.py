@@ -1,0 +1,374 @@
+"""Whole runs of the recipes: what they leave, what they refuse, what they exit with."""
+
+import importlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_model, write_pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400",
+    "--sft_epochs", "1", "--max_new_tokens", "6", "--num_samples", "3", "--max_length", "64", "--use_cpu",
+    "--logging_steps", "2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def recipe(monkeypatch, capsys):
+    """Run a recipe in this process, as `python recipes/NAME ARGUMENTS` does; gives (status, stdout, stderr)."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / name), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        said = capsys.readouterr()
+        return stop.value.code or 0, said.out, said.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in write_pairs(120)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pairs_file):
+    """One run through `accelerate launch`, as the README says it."""
+    folder = tmp_path_factory.mktemp("runs") / "a run"
+    command = [
+        Path(sys.executable).with_name("accelerate"), "launch", "--config_file", "accelerate_configs/cpu.yaml",
+        "recipes/dpo_hh.py", "--dataset_name", pairs_file, "--output_dir", folder, "--num_train_epochs", "2", *SMALL,
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_a_run_leaves(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "run.json", "reference", "policy", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl"
+    }  # fmt: skip
+    run = json.loads((folder / "run.json").read_text())
+    assert run["ended"] >= run["started"]
+    assert run["num_processes"] == 1
+    assert run["parallelism"] == "NO"
+    assert run["config"]["training"]["beta"] == 0.1
+    assert {"torch", "trl", "transformers", "python"} <= set(run["versions"])
+    assert len(run["data_fingerprint"]["train"]) == 64
+    assert len(list((folder / "checkpoints" / "dpo").glob("checkpoint-*"))) == 2
+
+
+def test_the_models_load_and_differ(finished):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = finished
+    models = [AutoModelForCausalLM.from_pretrained(folder / name) for name in ("reference", "policy")]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    ids = tokenizer("\n\nHuman: hi\n\nAssistant:", return_tensors="pt")["input_ids"]
+    first, second = (model(ids).logits for model in models)
+    assert (first - second).abs().max() > 1e-4
+    assert torch.isfinite(second).all()
+    assert not list(folder.glob("policy/*.bin")) and not list(folder.glob("policy/*.pt"))
+
+
+def test_the_metrics_have_trls_names_and_every_stage(finished):
+    folder, _ = finished
+    rows = rows_of(folder / "metrics.jsonl")
+    assert {(row["stage"], row["split"]) for row in rows} == {
+        ("sft", "train"), ("sft", "validation"), ("dpo", "train"), ("dpo", "validation"), ("dpo", "test"),
+    }  # fmt: skip
+    names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+    names |= {"logps/chosen", "logps/rejected"}
+    for row in rows:
+        if row["stage"] == "dpo":
+            assert names <= set(row), row
+    (trained,) = [row for row in rows if row["stage"] == "dpo" and row["split"] == "train" and row["step"] == 2]
+    assert 0 < trained["gradient_weights/chosen"] < 1
+    assert [row["step"] for row in rows if row["split"] == "test"] == [rows[-1]["step"]]
+
+
+def test_the_summary_has_counts_and_intervals(finished):
+    folder, done = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    test = summary["dpo"]["test"]
+    assert test["n"] == summary["data"]["test"]
+    low, high = test["interval_95"]["rewards/accuracies"]
+    assert low <= test["rewards/accuracies"] <= high
+    assert summary["data"]["cap"]["train"]["pairs_lost"] == 0
+    assert summary["sft"]["validation"]["loss_after"] < summary["sft"]["validation"]["loss_before"]
+    assert summary["throughput"]["dpo_pairs_per_second"] > 0
+    for line in ("accuracy, test", "margin, test", "DPO pairs per second", str(folder), "no pair lost"):
+        assert line in done.stdout, line
+    assert done.stdout.startswith("SFT and DPO of a small GPT-2 from scratch on ")
+    assert "recipes/configs/hh/gpt2.yaml" in done.stdout.splitlines()[0]
+
+
+def test_the_test_figures_can_be_computed_again_from_the_folders(finished):
+    """From policy/ and reference/ with plain forwards of transformers alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from resdpo_trl.text.data import DataConfig, load_preferences
+    from resdpo_trl.text.tokens import tokenize
+
+    folder, _ = finished
+    config = json.loads((folder / "run.json").read_text())["config"]
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("policy", "reference"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    pairs = tokenize(load_preferences(DataConfig(**config["data"]))["test"], tokenizer, 64)
+
+    def ratio(pair, side):
+        prompt, response = pair["prompt_ids"], pair[f"{side}_ids"]
+        ids = torch.tensor([prompt + response])
+        total = 0.0
+        for model, sign in ((policy, 1), (reference, -1)):
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            total += sign * logps[len(prompt) - 1 :].sum().item()
+        return total
+
+    margins = [0.1 * (ratio(pair, "chosen") - ratio(pair, "rejected")) for pair in pairs]
+    test = json.loads((folder / "summary.json").read_text())["dpo"]["test"]
+    assert test["rewards/margins"] == pytest.approx(sum(margins) / len(margins), abs=1e-5)
+    assert test["rewards/accuracies"] == pytest.approx(sum(margin > 0 for margin in margins) / len(margins))
+
+
+def test_the_samples_hold_every_models_answers(finished):
+    folder, _ = finished
+    samples = rows_of(folder / "samples.jsonl")
+    assert len(samples) == 3
+    for sample in samples:
+        assert sample["prompt"].endswith("\n\nAssistant:")
+        assert {name: set(kinds) for name, kinds in sample["answers"].items()} == {
+            name: {"greedy", "sampled"} for name in ("base", "reference", "policy")
+        }
+
+
+def test_the_model_card_tells_what_the_summary_says(finished):
+    from huggingface_hub import ModelCard
+
+    folder, _ = finished
+    card = ModelCard.load(folder / "policy" / "README.md")
+    test = json.loads((folder / "summary.json").read_text())["dpo"]["test"]
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["rewards/accuracies"] == test["rewards/accuracies"]
+    assert f"On {test['n']} held-out pairs" in card.text
+    assert "β 0.1" in card.text
+
+
+def test_same_seed_same_files(recipe, tmp_path, pairs_file):
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        arguments = ["--dataset_name", pairs_file, "--output_dir", tmp_path / name, "--seed", seed, *SMALL]
+        assert recipe("dpo_hh.py", *arguments, "--max_train_samples", 32)[0] == 0
+        weights.append((tmp_path / name / "policy" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_resume_continues_where_the_run_stopped(recipe, tmp_path, pairs_file):
+    """A run without its second epoch of DPO goes on from the first one's checkpoint and ends as the whole one did."""
+    import shutil
+
+    arguments = ["--dataset_name", pairs_file, "--num_train_epochs", "2", "--max_train_samples", 48, *SMALL]
+    arguments += ["--load_best_model_at_end", "false"]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert recipe("dpo_hh.py", *arguments, "--output_dir", whole)[0] == 0
+    shutil.copytree(whole, torn)
+    shutil.rmtree(torn / "policy")
+    shutil.rmtree(torn / "checkpoints" / "dpo" / "checkpoint-6")
+    status, _, said = recipe("dpo_hh.py", *arguments, "--output_dir", torn, "--resume_from_checkpoint")
+    assert status == 0, said
+    assert (torn / "policy" / "model.safetensors").read_bytes() == (whole / "policy" / "model.safetensors").read_bytes()
+    first, second = (
+        [(row["stage"], row["split"], row["step"]) for row in rows_of(path / "metrics.jsonl")] for path in (whole, torn)
+    )
+    assert first == second
+
+
+def test_the_bad_model_prefers_the_rejected(recipe, tmp_path, pairs_file):
+    tests = []
+    for side in ("chosen", "rejected"):
+        arguments = ["--dataset_name", pairs_file, "--output_dir", tmp_path / side, "--prefer", side, *SMALL]
+        assert recipe("dpo_hh.py", *arguments, "--learning_rate", "1e-3", "--num_train_epochs", 3)[0] == 0
+        tests.append(rows_of(tmp_path / side / "samples.jsonl")[0])
+    assert tests[0]["chosen"] == tests[1]["rejected"]
+    assert tests[0]["prompt"] == tests[1]["prompt"]
+
+
+@pytest.fixture
+def model_folder(tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_sft_checkpoint_skips_sft(recipe, tmp_path, pairs_file, model_folder):
+    arguments = ["--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "0", "--max_train_samples", "16"]
+    status, _, said = recipe(
+        "sft_hh.py", *arguments, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "s"
+    )
+    assert status == 0, said
+    reference = tmp_path / "s" / "reference"
+    status, _, said = recipe("dpo_hh.py", *arguments, "--sft_checkpoint", reference, "--output_dir", tmp_path / "d")
+    assert status == 0, said
+    assert json.loads((tmp_path / "d" / "summary.json").read_text())["sft"] == {"skipped": str(reference)}
+    assert {row["stage"] for row in rows_of(tmp_path / "d" / "metrics.jsonl")} == {"dpo"}
+
+
+def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, model_folder):
+    from transformers import AutoModelForCausalLM
+
+    arguments = [
+        "--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "2", "--max_new_tokens", "4",
+        "--max_train_samples", "32", "--model_name_or_path", model_folder, "--use_peft", "--lora_r", "4",
+        "--output_dir", tmp_path / "d", "--learning_rate", "1e-2", "--sft_learning_rate", "1e-2",
+    ]  # fmt: skip
+    status, _, said = recipe("dpo_hh.py", *arguments)
+    assert status == 0, said
+    assert (tmp_path / "d" / "policy" / "adapter_config.json").is_file()
+    test = json.loads((tmp_path / "d" / "summary.json").read_text())["dpo"]["test"]
+    assert test["rewards/margins"] != 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "d" / "policy")
+
+
+# --- bad input: status 2 and one line ------------------------------------------------------------------------------
+
+
+def refused(result, *words):
+    status, _, said = result
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert status == 2, said
+    assert len(lines) == 1
+    assert "Traceback" not in said
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--beta", "0"], ["--beta", "above 0"]),
+        (["--beta", "high"], ["--beta", "high"]),
+        (["--max_length", "15"], ["--max_length 15", "at least 16"]),
+        (["--bta", "0.1"], ["--bta", "did you mean beta"]),
+        (["--max_len", "64"], ["--max_len", "did you mean max_length"]),
+        (["stray"], ["stray"]),
+        (["--loss_type", "sigmod"], ["sigmod", "sigmoid"]),
+        (["--ld_alpha", "0.5"], ["--ld_alpha"]),
+        (["--dataset_name", "./nowhere.jsonl"], ["./nowhere.jsonl", "no such file"]),
+        (["--dataset_name", "Anthropic/hh-rlhf"], ["Anthropic/hh-rlhf", "Hub", ".jsonl"]),
+        (["--model_name_or_path", "./nowhere"], ["--model_name_or_path ./nowhere", "no such folder"]),
+        (["--sft_epochs", "0"], ["--sft_epochs 0", "--model_name_or_path"]),
+        (["--load_in_4bit"], ["--load_in_4bit", "--use_peft"]),
+        (["--config", "nowhere.yaml"], ["--config nowhere.yaml", "hh/quickstart.yaml"]),
+        (["--overwrite_output_dir", "--resume_from_checkpoint"], ["exclude each other"]),
+    ],
+)
+def test_bad_flags(recipe, tmp_path, arguments, words):
+    refused(recipe("dpo_hh.py", "--output_dir", tmp_path / "run", *arguments), *words)
+    assert not (tmp_path / "run" / "policy").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("bta: 0.3\n", ["unknown field bta", "did you mean beta"]),
+        ("beta: high\n", ["--beta", "high"]),
+        ("beta: [0.1\n", ["line", "not YAML"]),
+        ("- beta\n", ["mapping"]),
+        ("beta:\n", ["field beta has no value"]),
+    ],
+)
+def test_bad_presets_name_the_file(recipe, tmp_path, content, words):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(content)
+    refused(recipe("dpo_hh.py", "--config", preset, "--output_dir", tmp_path / "run"), str(preset), *words)
+
+
+def test_an_occupied_folder(recipe, finished, pairs_file):
+    folder, _ = finished
+    before = (folder / "summary.json").read_bytes()
+    result = recipe("dpo_hh.py", "--dataset_name", pairs_file, "--output_dir", folder, *SMALL)
+    refused(result, str(folder), "--resume_from_checkpoint", "--overwrite_output_dir")
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_a_malformed_row(recipe, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(write_pairs(1)[0]) + "\n{oops\n")
+    refused(
+        recipe("dpo_hh.py", "--dataset_name", tmp_path / "p.jsonl", "--output_dir", tmp_path / "r"), "p.jsonl, line 2"
+    )
+
+
+def test_a_reference_of_another_family(recipe, tmp_path, pairs_file, model_folder):
+    from resdpo_trl.text.model import train_tokenizer
+
+    tiny_model("gpt2", vocab_size=300).save_pretrained(tmp_path / "other")
+    train_tokenizer(["other words"], 300).save_pretrained(tmp_path / "other")
+    refused(
+        recipe(
+            "dpo_hh.py",
+            "--dataset_name",
+            pairs_file,
+            "--output_dir",
+            tmp_path / "r",
+            "--model_name_or_path",
+            model_folder,
+            "--sft_checkpoint",
+            tmp_path / "other",
+        ),
+        "--sft_checkpoint has another tokenizer",
+    )
+
+
+def test_control_characters_of_a_file_name_do_not_reach_the_terminal(recipe, tmp_path):
+    _, _, said = recipe("dpo_hh.py", "--dataset_name", "./\x1b[31mred.jsonl", "--output_dir", tmp_path / "r")
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize("name", ["dpo_hh.py", "sft_hh.py"])
+def test_help_is_grouped_and_opens_with_a_command(recipe, name):
+    status, out, _ = recipe(name, "--help")
+    assert status == 0
+    for group in ("data:", "model:", "model from scratch:", "run:"):
+        assert group in out
+    assert "accelerate launch recipes/" in out
+
+
+@pytest.mark.parametrize(
+    "preset", sorted((ROOT / "recipes" / "configs" / "hh").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_preset_parses(recipe, tmp_path, preset, monkeypatch):
+    """Its fields are known and its values accepted; the data or model that it names may not be here."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    command_line = importlib.import_module("command_line")
+    from resdpo_trl.text.config import RunConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+    from resdpo_trl.text.data import DataConfig
+
+    parser = command_line.RecipeParser(
+        (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, RunConfig)
+    )
+    (_, _, _, _, dpo, _), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
+    assert used == preset
+    assert dpo.beta in (0.1, 0.3)
+    assert preset.read_text().startswith("#")
+    assert os.path.isabs(preset)

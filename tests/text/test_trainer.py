@@ -1,0 +1,246 @@
+import dataclasses
+import inspect
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.losses import PreferenceLoss
+from resdpo_trl.metrics import preference_metrics
+from resdpo_trl.text.config import REFUSED, TextDPOConfig, has_bfloat16
+from resdpo_trl.text.trainer import LengthSampler, TextDPOTrainer
+from tests.conftest import random_pairs, tiny_model
+
+
+def tokenized(count=24, seed=0):
+    rows = random_pairs(count, seed)
+    for row in rows:
+        row["length"] = sum(map(len, row.values()))
+    return Dataset.from_list(rows)
+
+
+def config(path, **options):
+    defaults = {
+        "max_length": 128,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "disable_tqdm": True,
+    }
+    return TextDPOConfig(output_dir=str(path), **defaults | options)
+
+
+def trainer(path, tokenizer, model=None, ref_model=None, train=None, evaluation=None, **options):
+    return TextDPOTrainer(
+        model=model or tiny_model("gpt2"),
+        ref_model=ref_model,
+        args=config(path, **options),
+        train_dataset=train or tokenized(),
+        eval_dataset=evaluation or tokenized(9, seed=1),
+        processing_class=tokenizer,
+    )
+
+
+def train_losses(trained):
+    trained.train()
+    return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+
+
+def test_everything_starts_at_zero_margin(tmp_path, tokenizer):
+    """Before the first step the policy is the reference, pair by pair, whatever order they were scored in."""
+    job = trainer(tmp_path, tokenizer)
+    scores = job.score(job.eval_dataset)
+    torch.testing.assert_close(scores.chosen, scores.ref_chosen, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.rejected, scores.ref_rejected, rtol=1e-5, atol=1e-5)
+    assert len(set(scores.chosen.tolist())) == 9
+    assert math.isclose(job.evaluate()["eval_loss"], math.log(2), rel_tol=1e-5)
+
+
+def test_scores_stand_in_the_data_sets_order(tmp_path, tokenizer):
+    job = trainer(tmp_path, tokenizer, per_device_eval_batch_size=2)
+    data = tokenized(9, seed=1)
+    scores = job.score(job.add_reference(data))
+    assert scores.chosen_tokens.tolist() == [len(row["chosen_ids"]) for row in data]
+    one_by_one = [job.score(job.eval_dataset.select([index])).rejected.item() for index in range(9)]
+    torch.testing.assert_close(scores.rejected, torch.tensor(one_by_one), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("precompute", [True, False])
+def test_twenty_steps_follow_trls_trainer(tmp_path, tokenizer, sharing, precompute):
+    """The same batches in the same order: the loss of every step within 1e-4."""
+    data = tokenized(20)
+    shared = {"train_sampling_strategy": "sequential", "num_train_epochs": 4, "precompute_ref_log_probs": precompute}
+    reference = None if precompute else tiny_model("gpt2")
+    ours = train_losses(
+        trainer(tmp_path / "ours", tokenizer, ref_model=reference, train=data, prefix_sharing=sharing, **shared)
+    )
+
+    class AlreadyTokenized(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    args = DPOConfig(
+        str(tmp_path / "trl"), per_device_train_batch_size=4, use_cpu=True, bf16=False, save_strategy="no",
+        logging_steps=1, learning_rate=1e-3, disable_tqdm=True, report_to="none", max_length=None,
+        gradient_checkpointing=False, **shared,
+    )  # fmt: skip
+    theirs = train_losses(
+        AlreadyTokenized(
+            tiny_model("gpt2"),
+            tiny_model("gpt2"),
+            args,
+            train_dataset=data.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
+            processing_class=tokenizer,
+        )
+    )
+    assert len(ours) == len(theirs) == 20
+    assert abs(ours[0] - ours[-1]) > 0.05  # it does learn
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-4)
+
+
+def test_the_metrics_of_a_step_by_hand(tmp_path, tokenizer):
+    job = trainer(tmp_path, tokenizer, max_steps=2, train=tokenized(4), per_device_train_batch_size=4, beta=0.3)
+    job.train()
+    first, second = (entry for entry in job.state.log_history if "loss" in entry)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert first["gradient_weights/chosen"] == pytest.approx(0.5, abs=1e-5)
+    assert second["rewards/margins"] == pytest.approx(second["rewards/chosen"] - second["rewards/rejected"], abs=1e-5)
+    assert second["gradient_weights/chosen"] < 0.5
+    real = sum(tokenized(4)["length"])
+    longest = max(tokenized(4)["length"])
+    assert first["padding"] == pytest.approx(1 - real / (4 * longest))
+    assert second["num_tokens"] == 2 * real
+
+
+def test_evaluation_is_over_pairs_not_over_batches(tmp_path, tokenizer):
+    job = trainer(tmp_path, tokenizer, max_steps=4, per_device_eval_batch_size=4)
+    job.train()
+    pairs = job.score(job.eval_dataset)
+    figures = preference_metrics(pairs, PreferenceLoss())
+    metrics = job.evaluate()
+    for name, values in figures.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(float(values.mean()), rel=1e-6)
+    assert len(figures["loss"]) == 9  # 4 + 4 + 1
+
+
+def test_the_reference_must_come_before_training(tmp_path, tokenizer):
+    job = trainer(tmp_path, tokenizer, max_steps=1)
+    job.train()
+    with pytest.raises(RuntimeError, match="before training"):
+        job.add_reference(tokenized(3))
+
+
+def test_lora_trains_against_its_base(tmp_path, tokenizer):
+    from peft import LoraConfig
+
+    job = TextDPOTrainer(
+        model=tiny_model("llama"),
+        args=config(tmp_path, max_steps=3, learning_rate=1e-2),
+        train_dataset=tokenized(),
+        eval_dataset=tokenized(5, seed=1),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"),
+    )
+    losses = train_losses(job)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[-1] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_a_moving_reference_is_scored_as_it_moves(tmp_path, tokenizer):
+    options = {"precompute_ref_log_probs": False, "sync_ref_model": True, "ref_model_sync_steps": 1}
+    job = trainer(tmp_path, tokenizer, ref_model=tiny_model("gpt2"), max_steps=3, ref_model_mixup_alpha=1.0, **options)
+    job.train()
+    scores = job.score(job.eval_dataset)  # α = 1: the reference is the policy after every step
+    torch.testing.assert_close(scores.chosen, scores.ref_chosen, rtol=1e-4, atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer):
+    plain, saving = (
+        train_losses(trainer(tmp_path / str(on), tokenizer, max_steps=4, gradient_checkpointing=on or None))
+        for on in (False, True)
+    )
+    assert plain == pytest.approx(saving, abs=1e-5)
+
+
+def test_batches_of_like_length_are_seeded_by_epoch():
+    lengths = [(37 * n) % 101 for n in range(512)]
+    sampler = LengthSampler(16, lengths, seed=3)
+    first = list(sampler)
+    assert first == list(sampler)
+    assert sorted(first) == list(range(512))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    padding = sum(max(lengths[i] for i in first[k : k + 16]) * 16 for k in range(0, 512, 16)) / sum(lengths) - 1
+    assert padding < 0.1
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+ASKED = {
+    "ld_alpha": 0.5,
+    "use_weighting": True,
+    "padding_free": True,
+    "truncation_mode": "keep_end",
+    "use_liger_kernel": True,
+    "router_aux_loss_coef": 0.1,
+    "model_init_kwargs": {"dtype": "bfloat16"},
+    "pad_token": "<pad>",
+    "pad_to_multiple_of": 8,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_are_not_honoured_are_refused_by_name(tmp_path, name):
+    with pytest.raises(UserError, match=f"--{name}"):
+        config(tmp_path, **{name: ASKED[name]})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"beta": 0.0}, "--beta"),
+        ({"max_length": 15}, "--max_length"),
+        ({"learning_rate": 0.0}, "--learning_rate"),
+        ({"sync_ref_model": True}, "--sync_ref_model"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "--save_strategy"),
+    ],
+)
+def test_senseless_options_name_the_flag(tmp_path, options, named):
+    with pytest.raises(UserError, match=named):
+        config(tmp_path, **options)
+
+
+def test_every_option_of_trls_loss_is_honoured_or_refused():
+    """A new field of TRL's DPOConfig shows here: honour it, refuse it, or say that it does not touch the loss."""
+    own = set(DPOConfig.__dataclass_fields__) - set(DPOConfig.__mro__[2].__dataclass_fields__)
+    honoured = {
+        "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
+        "discopop_tau", "disable_dropout", "max_length", "precompute_ref_log_probs", "precompute_ref_batch_size",
+        "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "activation_offloading",
+        "trust_remote_code", "dataset_num_proc", "learning_rate",
+    }  # fmt: skip
+    assert own <= honoured | set(REFUSED) | set(dataclasses.fields(DPOConfig) and DPOConfig.__mro__[1].__annotations__)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["_prepare_dataset", "_precompute_ref_logps", "compute_ref_log_probs", "_compute_loss", "evaluate", "log"],
+)
+def test_the_methods_of_trl_that_are_overridden_still_exist(method):
+    assert method in vars(DPOTrainer), f"trl's DPOTrainer.{method} is gone: resdpo_trl/text/trainer.py overrides it"
+    ours = list(inspect.signature(getattr(TextDPOTrainer, method)).parameters)
+    assert ours[0] == "self"
+
+
+def test_bfloat16_is_chosen_where_the_hardware_has_it(tmp_path):
+    assert TextDPOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 == has_bfloat16(use_cpu=True)
+    assert TextDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False).bf16 is False
