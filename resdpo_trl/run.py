@@ -43,6 +43,7 @@ class RunFolder:
         self.reference = self.path / "reference"
         self.policy = self.path / "policy"
         self.summary: dict[str, Any] = {}
+        self.resumed = False
 
     def open(self, overwrite: bool = False, resume: bool = False) -> None:
         """Make the folder ready to write, or say why not.
@@ -61,6 +62,7 @@ class RunFolder:
                 f"--output_dir {self.path} already holds a run ({held[0]}): continue it with "
                 "--resume_from_checkpoint, replace it with --overwrite_output_dir, or name another folder"
             )
+        _barrier()  # every process has looked before the main one writes
         if not self.main_process:
             return
         try:
@@ -72,8 +74,9 @@ class RunFolder:
             (self.path / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} can't be written ({error.strerror}): name another") from None
+        self.resumed = resume
         if resume and (self.path / "summary.json").exists():
-            self.summary = json.loads((self.path / "summary.json").read_text())
+            self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
 
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
@@ -100,6 +103,10 @@ class RunFolder:
             **parallelism(),
             **facts,
         }
+        if self.main_process and self.resumed and (self.path / "run.json").exists():
+            earlier = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            self._run["resumed"] = [*earlier.get("resumed", []), self._run["started"]]
+            self._run["started"] = earlier.get("started")
         self._write("run.json", self._run)
 
     def record(self, **facts: Any) -> None:
@@ -121,6 +128,15 @@ class RunFolder:
             line = {"stage": stage, "split": split, "step": step, "epoch": epoch, **metrics}
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(line) + "\n")
+
+    def logged(self, stage: str, split: str, step: int) -> dict[str, Any] | None:
+        """The first line of metrics.jsonl for this stage, split and step, or None."""
+        path = self.path / "metrics.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            row = json.loads(line)
+            if (row["stage"], row["split"], row["step"]) == (stage, split, step):
+                return row
+        return None
 
     def forget_metrics(self, stage: str, after_step: int) -> None:
         """Drop a stage's lines past the step that a resumed training starts from: it will write them again."""
@@ -163,12 +179,31 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def use_the_cores() -> None:
+    """Give a CPU process its share of the cores where `accelerate launch` left it one thread.
+
+    Without --cpu or a config file the launcher sets OMP_NUM_THREADS=1 whatever the machine has.
+    """
+    import torch
+
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or torch.cuda.is_available() or torch.get_num_threads() > 1:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def parallelism() -> dict[str, Any]:
     """The processes and the kind of parallelism that really run, whatever was asked of the launcher."""
     from accelerate import PartialState
 
     state = PartialState()
     return {"num_processes": state.num_processes, "parallelism": str(state.distributed_type.value)}
+
+
+def _barrier() -> None:
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
 
 
 def _strict(value: Any) -> Any:
@@ -227,7 +262,8 @@ def _belongs(line: str, stage: str, after_step: int) -> bool:
         row = json.loads(line)
     except json.JSONDecodeError:  # a line torn by a crash
         return False
-    return not (row.get("stage") == stage and row.get("step", 0) > after_step)
+    # the test comes after training, at its last step
+    return row.get("stage") != stage or (row.get("step", 0) <= after_step and row.get("split") != "test")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "model_init_kwargs": (None, "use --dtype, --attn_implementation and --model_revision"),
     "pad_token": (None, "set it in the tokenizer's folder"),
     "pad_to_multiple_of": (None, "batches are padded to their longest row"),
+    "dataset_num_proc": (None, "tokenizing uses every core already"),
 }
 REFUSED_SFT: dict[str, tuple[Any, str]] = {
     "packing": (False, "batches are of like length already"),
@@ -30,7 +31,14 @@ REFUSED_SFT: dict[str, tuple[Any, str]] = {
     "eos_token": (None, "set it in the tokenizer's folder"),
 } | {
     name: REFUSED[name]
-    for name in ("padding_free", "truncation_mode", "model_init_kwargs", "pad_token", "pad_to_multiple_of")
+    for name in (
+        "padding_free",
+        "truncation_mode",
+        "model_init_kwargs",
+        "pad_token",
+        "pad_to_multiple_of",
+        "dataset_num_proc",
+    )
 }
 
 
@@ -151,7 +159,7 @@ class OneMachine:
     metric_for_best_model: str | None = field(
         default="eval_loss", metadata={"help": "Figure by which the best epoch is chosen."}
     )
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036  (the parser reads the first two)
         default="none", metadata={"help": "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."}
     )
 

@@ -171,7 +171,7 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def chitchat_pairs(seed: int = 0, per_conversation: int = 4, turns: int = 5, shortest: int = 20) -> Dataset:
+def chitchat_pairs(seed: int = 0, per_conversation: int = 4, turns: int = 3, shortest: int = 20) -> Dataset:
     """The quickstart's pairs: the reply a person gave against a like-long reply from another conversation.
 
     Args:

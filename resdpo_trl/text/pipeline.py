@@ -7,6 +7,8 @@ import gc
 import os
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.errors import UserError
 from resdpo_trl.hub import push_model, write_model_card
 from resdpo_trl.metrics import preference_metrics, raw_accuracy, with_intervals
-from resdpo_trl.run import RunFolder, parallelism
+from resdpo_trl.run import RunFolder, parallelism, use_the_cores
 from resdpo_trl.text.config import (
     RunConfig,
     ScratchConfig,
@@ -64,6 +66,7 @@ class TextRun:
             preference_loss(training)  # refuse what makes no sense before anything is loaded
         self.resume = training.resume_from_checkpoint is not None
         self.started = time.perf_counter()
+        use_the_cores()
         self._check_model_flags()
         self.run = RunFolder(training.output_dir or "", main_process=PartialState().is_main_process)
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
@@ -80,8 +83,6 @@ class TextRun:
             config["scratch"] = dataclasses.asdict(scratch)
         self.run.start(config, training.seed)
         self.say = print if self.run.main_process else _silent
-        self.answers: dict[str, dict[str, list[str]]] = {}
-        self.base_saved = self.run.checkpoints("base")
 
     def _check_model_flags(self) -> None:
         changed = [
@@ -162,8 +163,8 @@ class TextRun:
             found.append((self.model.model_name_or_path, "--model_name_or_path"))
         if self.sft.sft_checkpoint:
             found.append((self.sft.sft_checkpoint, "--sft_checkpoint"))
-        if not found and self.resume and self.base_saved.is_dir():
-            found.append((str(self.base_saved), "the run's base model"))
+        if not found and self.run.reference.is_dir():
+            found.append((str(self.run.reference), "reference"))
         return found
 
     def _scratch_tokenizer(self, texts: Preferences) -> PreTrainedTokenizerBase:
@@ -187,14 +188,12 @@ class TextRun:
                 raise UserError("--sft_epochs 0 needs a model that has learned something: pass --model_name_or_path")
             flag = "--sft_checkpoint" if self.sft.sft_checkpoint else "--model_name_or_path"
             model = load_model(name, self.model, self.training.trust_remote_code, flag)
-            self._answer("base" if self.sft.sft_epochs == 0 else "reference", model, pairs)
             check_fits(model, self.tokenizer, self.training.max_length or 0)
             self._publish(self.run.reference, model.save_pretrained)
             self.run.summarize(sft={"skipped": name})
             return
         model = self._base_model()
         check_fits(model, self.tokenizer, self.training.max_length or 0)
-        self._answer("base", model, pairs)
         args = self._sft_arguments()
         rows = {
             split: sft_rows(pairs[split], args.completion_only_loss is not False) for split in ("train", "validation")
@@ -209,7 +208,8 @@ class TextRun:
         )
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         checkpoint = self._checkpoint("sft")
-        before = trainer.evaluate()["eval_loss"]
+        untrained = self.run.logged("sft", "validation", 0) if checkpoint else None
+        before = untrained["loss"] if untrained else trainer.evaluate()["eval_loss"]
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
@@ -223,7 +223,6 @@ class TextRun:
                 "seconds": seconds,
             }
         )
-        self._answer("reference", trainer.model, pairs)
         _free(trainer)
 
     def _sft_loss(self, trainer: TextSFTTrainer) -> float:
@@ -280,7 +279,8 @@ class TextRun:
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
         test = trainer.add_reference(pairs["test"]) if args.precompute_ref_log_probs else pairs["test"]
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=self._checkpoint("dpo"))
+        checkpoint = self._checkpoint("dpo")
+        trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started - trainer.evaluation_seconds
         loss = trainer.preference_loss
         self._publish(self.run.policy, trainer.save_model)
@@ -292,7 +292,8 @@ class TextRun:
         }
         step, epoch = trainer.state.global_step, trainer.state.epoch
         self.run.log("dpo", "test", step, epoch, figures["test"])
-        trained = int(trainer.state.epoch * len(pairs["train"])) if trainer.state.epoch else 0
+        first = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
+        trained = (step - first) / step * (epoch or 0) * len(pairs["train"])
         self.run.summarize(
             dpo={
                 "train": trainer.last_train_metrics(),
@@ -310,7 +311,6 @@ class TextRun:
                 "dpo_pairs_per_second": trained / seconds,
             },
         )
-        self._answer("policy", trainer.model, pairs)
         _free(trainer)
 
     def _checkpoint(self, stage: str) -> str | None:
@@ -330,14 +330,33 @@ class TextRun:
 
     # --- answers and files ---------------------------------------------------------------------------------------
 
-    def _answer(self, name: str, model: Any, pairs: dict[str, Dataset]) -> None:
-        """The model's answers to the first test prompts, greedy and sampled."""
+    def write_samples(self, pairs: dict[str, Dataset]) -> None:
+        """samples.jsonl: the first test prompts, the people's responses, and the answers of base, reference, policy."""
         count = min(self.options.num_samples, len(pairs["test"]))
         if count == 0 or not self.run.main_process:
             return
-        prompts = pairs["test"]["prompt_ids"][:count]
-        model.to(self.training.device)
-        self.answers[name] = {
+        shown = pairs["test"].select(range(count))
+        models: dict[str, Callable[[], Any]] = {}
+        if self.model.model_name_or_path or not self.sft.sft_checkpoint:
+            models["base"] = self._base_model
+        for name, folder in (("reference", self.run.reference), ("policy", self.run.policy)):
+            if folder.is_dir():
+                models[name] = partial(load_model, str(folder), self.model, self.training.trust_remote_code, name)
+        answers = {name: self._answers(name, load(), shown["prompt_ids"][:]) for name, load in models.items()}
+        rows = []
+        for index, pair in enumerate(shown):
+            texts = {
+                name: self.tokenizer.decode(pair[f"{name}_ids"], skip_special_tokens=True)
+                for name in ("prompt", "chosen", "rejected")
+            }
+            given = {name: {kind: texts[index] for kind, texts in kinds.items()} for name, kinds in answers.items()}
+            rows.append({**texts, "answers": given})
+        self.run.write_samples(rows)
+
+    def _answers(self, name: str, model: Any, prompts: list[list[int]]) -> dict[str, list[str]]:
+        if not getattr(model, "is_quantized", False):
+            model.to(self.training.device)
+        return {
             kind: answer(
                 model,
                 self.tokenizer,
@@ -349,22 +368,6 @@ class TextRun:
             )
             for kind in ("greedy", "sampled")
         }
-
-    def write_samples(self, pairs: dict[str, Dataset]) -> None:
-        """samples.jsonl: the prompts with the people's responses and every model's."""
-        rows = []
-        count = min(self.options.num_samples, len(pairs["test"]))
-        for index, pair in enumerate(pairs["test"].select(range(count))):
-            texts = {
-                name: self.tokenizer.decode(pair[f"{name}_ids"], skip_special_tokens=True)
-                for name in ("prompt", "chosen", "rejected")
-            }
-            answers = {
-                name: {kind: given[index] for kind, given in kinds.items()} for name, kinds in self.answers.items()
-            }
-            rows.append({**texts, "answers": answers})
-        if rows:
-            self.run.write_samples(rows)
 
     def finish(self) -> None:
         """The model card, run.json's end, the table, and the Hub if asked."""
@@ -391,6 +394,8 @@ class TextRun:
         if self.run.main_process:
             self.tokenizer.save_pretrained(str(aside))
             (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
+            if (aside / "ref").is_dir():
+                shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps beside the policy's
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(aside, folder)

@@ -195,6 +195,7 @@ ASKED = {
     "model_init_kwargs": {"dtype": "bfloat16"},
     "pad_token": "<pad>",
     "pad_to_multiple_of": 8,
+    "dataset_num_proc": 4,
 }
 
 
@@ -226,7 +227,7 @@ def test_every_option_of_trls_loss_is_honoured_or_refused():
         "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
         "discopop_tau", "disable_dropout", "max_length", "precompute_ref_log_probs", "precompute_ref_batch_size",
         "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "activation_offloading",
-        "trust_remote_code", "dataset_num_proc", "learning_rate",
+        "trust_remote_code", "learning_rate",
     }  # fmt: skip
     assert own <= honoured | set(REFUSED) | set(dataclasses.fields(DPOConfig) and DPOConfig.__mro__[1].__annotations__)
 
