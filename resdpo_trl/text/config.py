@@ -99,6 +99,10 @@ class SFTStageConfig:
         default=None, metadata={"help": "A folder or Hub id of a finished reference: skips SFT."}
     )
     sft_epochs: float = field(default=1.0, metadata={"help": "Epochs of SFT; 0 takes the model as it is."})
+    sft_max_steps: int = field(
+        default=-1,
+        metadata={"help": "Steps of SFT; if above 0 it overrides --sft_epochs, as --max_steps does for DPO."},
+    )
     sft_learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of SFT."})
     sft_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of an SFT step on each device; --per_device_train_batch_size by default."}
@@ -261,6 +265,7 @@ def sft_stage(dpo: TextDPOConfig, sft: SFTStageConfig) -> TextSFTConfig:
     )  # fmt: skip
     return TextSFTConfig(
         num_train_epochs=sft.sft_epochs,
+        max_steps=sft.sft_max_steps,
         learning_rate=sft.sft_learning_rate,
         completion_only_loss=sft.sft_completion_only_loss,
         per_device_train_batch_size=sft.sft_batch_size or dpo.per_device_train_batch_size,

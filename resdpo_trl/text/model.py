@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -61,7 +62,7 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
 
             return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
         return AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_a_model(name, flag, error) from None
 
 

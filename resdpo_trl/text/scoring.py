@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -119,11 +121,11 @@ def check_prefix_sharing(model: PreTrainedModel, longest_row: int) -> None:
 def _check_response_head(model: PreTrainedModel) -> None:
     """Compare with the model's own logits: a model that scales or caps them after the head would differ."""
     batch = _trial_batch(model)
-    with torch.no_grad():
+    with _evaluating(model):
         own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        own = own.double().log_softmax(-1).flatten(0, 1)[batch["predicted_at"]]
-        own = own.gather(1, batch["predicted"][:, None])[:, 0]
-        sums = own.new_zeros(2).index_add(0, batch["response"], own)
+    own = own.double().log_softmax(-1).flatten(0, 1)[batch["predicted_at"]]
+    own = own.gather(1, batch["predicted"][:, None])[:, 0]
+    sums = own.new_zeros(2).index_add(0, batch["response"], own)
     if not torch.allclose(_trial(model, False), sums, rtol=_tolerance(model), atol=_tolerance(model)):
         raise UserError(
             f"{type(model).__name__} changes its logits after the LM head, which is not supported; use another model"
@@ -131,14 +133,20 @@ def _check_response_head(model: PreTrainedModel) -> None:
 
 
 def _trial(model: PreTrainedModel, prefix_sharing: bool) -> Tensor:
+    with _evaluating(model):
+        chosen, rejected = pair_logps(model, _trial_batch(model, prefix_sharing))
+    return torch.cat([chosen, rejected]).double()
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            chosen, rejected = pair_logps(model, _trial_batch(model, prefix_sharing))
+            yield
     finally:
         model.train(training)
-    return torch.cat([chosen, rejected]).double()
 
 
 def _trial_batch(model: PreTrainedModel, prefix_sharing: bool = False) -> dict[str, Tensor]:

@@ -1,4 +1,3 @@
-import dataclasses
 import inspect
 import math
 
@@ -179,8 +178,11 @@ def test_batches_of_like_length_are_seeded_by_epoch():
     assert sorted(first) == list(range(512))
     sampler.set_epoch(1)
     assert list(sampler) != first
-    padding = sum(max(lengths[i] for i in first[k : k + 16]) * 16 for k in range(0, 512, 16)) / sum(lengths) - 1
-    assert padding < 0.1
+
+    def padded(order):
+        return sum(max(lengths[i] for i in order[k : k + 16]) * 16 for k in range(0, 512, 16)) - sum(lengths)
+
+    assert padded(first) < 0.2 * padded(list(range(512)))
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -222,14 +224,14 @@ def test_senseless_options_name_the_flag(tmp_path, options, named):
 
 def test_every_option_of_trls_loss_is_honoured_or_refused():
     """A new field of TRL's DPOConfig shows here: honour it, refuse it, or say that it does not touch the loss."""
-    own = set(DPOConfig.__dataclass_fields__) - set(DPOConfig.__mro__[2].__dataclass_fields__)
+    own = set(DPOConfig.__dataclass_fields__) - set(DPOConfig.__mro__[1].__dataclass_fields__)
     honoured = {
         "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
         "discopop_tau", "disable_dropout", "max_length", "precompute_ref_log_probs", "precompute_ref_batch_size",
         "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "activation_offloading",
-        "trust_remote_code", "learning_rate",
+        "trust_remote_code",
     }  # fmt: skip
-    assert own <= honoured | set(REFUSED) | set(dataclasses.fields(DPOConfig) and DPOConfig.__mro__[1].__annotations__)
+    assert own <= honoured | set(REFUSED)
 
 
 @pytest.mark.parametrize(
