@@ -28,7 +28,9 @@ def repeated_pairs(source: str | None, count: int, path: Path) -> None:
     if source is None:
         from resdpo_trl.text.data import chitchat_pairs
 
-        rows = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in chitchat_pairs()]
+        rows = [
+            {side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in chitchat_pairs()["train"]
+        ]
     else:
         opened = gzip.open if source.endswith(".gz") else open
         with opened(source, "rt", encoding="utf-8") as file:

@@ -99,10 +99,6 @@ class SFTStageConfig:
         default=None, metadata={"help": "A folder or Hub id of a finished reference: skips SFT."}
     )
     sft_epochs: float = field(default=1.0, metadata={"help": "Epochs of SFT; 0 takes the model as it is."})
-    sft_max_steps: int = field(
-        default=-1,
-        metadata={"help": "Steps of SFT; if above 0 it overrides --sft_epochs, as --max_steps does for DPO."},
-    )
     sft_learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of SFT."})
     sft_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of an SFT step on each device; --per_device_train_batch_size by default."}
@@ -184,6 +180,8 @@ class OneMachine:
             )
         if args.bf16 is None and not args.fp16:
             args.bf16 = has_bfloat16(args.use_cpu)
+        if not has_cuda(args.use_cpu):
+            args.dataloader_pin_memory = False  # PyTorch warns at every loader otherwise
         super().__post_init__()  # type: ignore[misc]
 
 
@@ -241,11 +239,17 @@ def _refuse(config: Any, refused: dict[str, tuple[Any, str]]) -> None:
             raise UserError(f"--{name} is not supported here: {mend}")
 
 
+def has_cuda(use_cpu: bool = False) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and not use_cpu
+
+
 def has_bfloat16(use_cpu: bool = False) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware; where it does not they are far slower."""
     import torch
 
-    if torch.cuda.is_available() and not use_cpu:
+    if has_cuda(use_cpu):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.backends.mps.is_available() and not use_cpu:
         return False
@@ -265,7 +269,6 @@ def sft_stage(dpo: TextDPOConfig, sft: SFTStageConfig) -> TextSFTConfig:
     )  # fmt: skip
     return TextSFTConfig(
         num_train_epochs=sft.sft_epochs,
-        max_steps=sft.sft_max_steps,
         learning_rate=sft.sft_learning_rate,
         completion_only_loss=sft.sft_completion_only_loss,
         per_device_train_batch_size=sft.sft_batch_size or dpo.per_device_train_batch_size,

@@ -171,14 +171,26 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def chitchat_pairs(seed: int = 0, per_conversation: int = 4, turns: int = 3, shortest: int = 20) -> Dataset:
+def chitchat_pairs(
+    seed: int = 0,
+    shares: tuple[float, float] = (0.05, 0.15),
+    per_conversation: int = 4,
+    turns: int = 3,
+    reply: tuple[int, int] = (20, 200),
+    longest_prompt: int = 300,
+) -> dict[str, Dataset]:
     """The quickstart's pairs: the reply a person gave against a like-long reply from another conversation.
+
+    Conversations are split first and partners drawn within a split: a reply that one split learns as chosen must not
+    come back as rejected in another.
 
     Args:
         seed: draws the replies that become pairs and their rejected partners.
+        shares: shares of the conversations that go to validation and test.
         per_conversation: pairs from one conversation, at most.
         turns: turns of the prompt, at most; they alternate Human and Assistant and end with Human.
-        shortest: characters a reply must have to become a response; "ok" fits any prompt.
+        reply: characters of a reply, at least and at most; "ok" would fit any prompt.
+        longest_prompt: characters of the prompt, at most.
     """
     from datasets import Dataset
 
@@ -190,36 +202,51 @@ def chitchat_pairs(seed: int = 0, per_conversation: int = 4, turns: int = 3, sho
             "a file of your own pairs"
         ) from None
     generator = np.random.default_rng(seed)
-    conversations = [
-        (identity, [_utterance(message) for message in conversation["messages"]])
-        for identity, conversation in sorted(chitchat_dataset.Dataset().items())
-    ]
-    replies = []  # (length, conversation, turn)
-    for number, (_, texts) in enumerate(conversations):
-        at = [turn for turn in range(1, len(texts)) if shortest <= len(texts[turn]) <= 300 and texts[turn - 1]]
-        chosen: Any = generator.choice(at, min(per_conversation, len(at)), replace=False) if at else []
-        replies += [(len(texts[turn]), number, int(turn)) for turn in sorted(chosen)]
-    replies.sort()
-    rows = []
-    for place, (_, number, turn) in enumerate(replies):
-        # a partner of like length: one of the 25 neighbours on either side in the order of lengths
-        window = [n for n in range(max(0, place - 25), min(len(replies), place + 26)) if replies[n][1] != number]
-        _, other, other_turn = replies[generator.choice(window)]
-        identity, texts = conversations[number]
-        opening = max(0, turn - turns)
-        opening += (turn - opening) % 2 == 0 and turn - opening > 1  # an odd number of turns starts with Human
-        prompt = "".join(
-            f"\n\n{'Human' if (turn - at) % 2 else 'Assistant'}: {texts[at]}" for at in range(opening, turn)
-        )
-        rows.append(
-            {
-                "prompt": prompt + MARKER,
-                "chosen": " " + texts[turn],
-                "rejected": " " + conversations[other][1][other_turn],
-                "group": identity,
-            }
-        )
-    return Dataset.from_list([rows[index] for index in generator.permutation(len(rows))])
+    splits: dict[str, list[tuple[str, list[str]]]] = {split: [] for split in SPLITS}
+    for identity, conversation in sorted(chitchat_dataset.Dataset().items()):
+        place = int(_digest(identity), 16) / 2**64
+        split = "validation" if place < shares[0] else "test" if place < sum(shares) else "train"
+        splits[split].append((identity, [_utterance(message) for message in conversation["messages"]]))
+    pairs = {}
+    for split, conversations in splits.items():
+        replies = []  # (length, conversation, turn)
+        for number, (_, texts) in enumerate(conversations):
+            at = [
+                turn
+                for turn in range(1, len(texts))
+                if reply[0] <= len(texts[turn]) <= reply[1]
+                and all(texts[_opening_turn(turn, turns) : turn])
+                and sum(map(len, texts[_opening_turn(turn, turns) : turn])) <= longest_prompt
+            ]
+            taken: Any = generator.choice(at, min(per_conversation, len(at)), replace=False) if at else []
+            replies += [(len(texts[turn]), number, int(turn)) for turn in sorted(taken)]
+        replies.sort()
+        rows = []
+        for place, (_, number, turn) in enumerate(replies):
+            # a partner of like length: one of the 25 neighbours on either side in the order of lengths
+            window = [n for n in range(max(0, place - 25), min(len(replies), place + 26)) if replies[n][1] != number]
+            _, other, other_turn = replies[generator.choice(window)]
+            identity, texts = conversations[number]
+            prompt = "".join(
+                f"\n\n{'Human' if (turn - at) % 2 else 'Assistant'}: {texts[at]}"
+                for at in range(_opening_turn(turn, turns), turn)
+            )
+            rows.append(
+                {
+                    "prompt": prompt + MARKER,
+                    "chosen": " " + texts[turn],
+                    "rejected": " " + conversations[other][1][other_turn],
+                    "group": identity,
+                }
+            )
+        pairs[split] = Dataset.from_list([rows[index] for index in generator.permutation(len(rows))])
+    return pairs
+
+
+def _opening_turn(turn: int, turns: int) -> int:
+    """Where the prompt of a reply begins: an odd number of turns before it, so that Human has the first word."""
+    count = min(turn, turns)
+    return turn - (count if count % 2 else count - 1)
 
 
 def _utterance(message: list[dict[str, str]]) -> str:
@@ -234,7 +261,7 @@ def _load(config: DataConfig) -> dict[str, Dataset]:
 
     name, flag = config.dataset_name, f"--dataset_name {config.dataset_name}"
     if name == QUICKSTART:
-        return {"train": chitchat_pairs()}
+        return chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
     path = Path(name)
     if path.is_file():
         suffix = next((ending for ending in SUFFIXES if path.name.endswith(ending)), None)

@@ -177,10 +177,11 @@ def test_conversations_go_through_the_chat_template(tmp_path, tokenizer, explici
 
 
 def test_chitchat_is_in_hhs_form():
-    rows = chitchat_pairs(seed=0)
+    pairs = chitchat_pairs(seed=0)
+    rows = pairs["train"]
     assert len(rows) > 5000
-    assert rows[:50] == chitchat_pairs(seed=0)[:50]
-    assert rows[:50] != chitchat_pairs(seed=1)[:50]
+    assert rows[:50] == chitchat_pairs(seed=0)["train"][:50]
+    assert rows[:50] != chitchat_pairs(seed=1)["train"][:50]
     for row in rows.select(range(300)):
         turns = [turn.partition(":")[0] for turn in row["prompt"].split("\n\n")[1:]]
         assert turns[-2:] == ["Human", "Assistant"]
@@ -193,6 +194,18 @@ def test_chitchat_is_in_hhs_form():
     longer = sum(a > b for a, b in lengths) / sum(a != b for a, b in lengths)
     assert abs(longer - 0.5) < 0.04
     assert sum(abs(a - b) <= 10 for a, b in lengths) > 0.95 * len(lengths)
+
+
+def test_no_chitchat_reply_is_chosen_in_one_split_and_rejected_in_another():
+    """A test reply that training had learned as chosen would look good for that alone."""
+    pairs = chitchat_pairs()
+    test, train = pairs["test"], pairs["train"]
+    groups = [set(rows["group"]) for rows in pairs.values()]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    learned = set(train["chosen"])
+    shared = sum(text in learned for text in test["rejected"])
+    assert shared <= 0.02 * len(test)  # stock phrases only
+    assert abs(shared - sum(text in learned for text in test["chosen"])) <= 0.01 * len(test)
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
