@@ -24,6 +24,10 @@ from resdpo_trl.errors import UserError  # noqa: E402
 class RecipeParser(TrlParser):
     """TRL's parser with one-line refusals, the nearest name for an unknown field, and a default preset."""
 
+    def __init__(self, dataclass_types: Sequence[Any], description: str | None = None):
+        # a shortened flag is a guess: it would mean another field when one is added
+        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
