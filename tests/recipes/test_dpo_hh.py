@@ -234,7 +234,8 @@ def test_sft_checkpoint_skips_sft(recipe, tmp_path, pairs_file, model_folder):
     assert {row["stage"] for row in rows_of(tmp_path / "d" / "metrics.jsonl")} == {"dpo"}
 
 
-def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, model_folder):
+@pytest.mark.parametrize("quantized", [[], ["--load_in_4bit"], ["--load_in_8bit"]], ids=["lora", "4bit", "8bit"])
+def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, model_folder, quantized):
     from transformers import AutoModelForCausalLM
 
     arguments = [
@@ -242,12 +243,20 @@ def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, model_folder
         "--max_train_samples", "32", "--model_name_or_path", model_folder, "--use_peft", "--lora_r", "4",
         "--output_dir", tmp_path / "d", "--learning_rate", "1e-2", "--sft_learning_rate", "1e-2",
     ]  # fmt: skip
-    status, _, said = recipe("dpo_hh.py", *arguments)
+    status, _, said = recipe("dpo_hh.py", *arguments, *quantized)
     assert status == 0, said
     assert (tmp_path / "d" / "policy" / "adapter_config.json").is_file()
     test = json.loads((tmp_path / "d" / "summary.json").read_text())["dpo"]["test"]
     assert test["rewards/margins"] != 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "d" / "policy")
+
+
+def test_eight_bit_adam_trains(recipe, tmp_path, pairs_file, model_folder):
+    arguments = ["--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "0", "--max_train_samples", "16"]
+    arguments += ["--model_name_or_path", model_folder, "--output_dir", tmp_path / "d", "--optim", "adamw_bnb_8bit"]
+    status, _, said = recipe("dpo_hh.py", *arguments, "--learning_rate", "1e-3")
+    assert status == 0, said
+    assert json.loads((tmp_path / "d" / "summary.json").read_text())["dpo"]["test"]["rewards/margins"] != 0
 
 
 # --- bad input: status 2 and one line ------------------------------------------------------------------------------
