@@ -409,7 +409,8 @@ def describe_data(counts: dict[str, Any]) -> str:
     return (
         f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "
         f"dropped: {dropped}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
-        f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, no pair lost"
+        f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "
+        f"{cap['pairs_lost'] or 'no'} pair lost"
     )
 
 

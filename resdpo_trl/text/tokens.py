@@ -90,9 +90,15 @@ def _cache_key(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *caps: int) -
 
 def cap_counts(tokenized: Dataset) -> dict[str, int]:
     """What the cap cut, over all pairs of a split."""
+    import numpy as np
+    from pyarrow import compute
+
     table = tokenized.with_format("numpy")
     turns, tokens = table["turns_dropped"][:], table["prompt_tokens_dropped"][:]
     chosen, rejected = table["chosen_tokens_cut"][:], table["rejected_tokens_cut"][:]
+    rows = tokenized.with_format("arrow")
+    sides = [compute.list_value_length(rows[name][:]).to_numpy() for name in ("chosen_ids", "rejected_ids")]
+    shortest = np.minimum(*sides)
     return {
         "pairs": len(tokenized),
         "prompts_shortened": int((tokens > 0).sum()),
@@ -101,7 +107,7 @@ def cap_counts(tokenized: Dataset) -> dict[str, int]:
         "chosen_cut": int((chosen > 0).sum()),
         "rejected_cut": int((rejected > 0).sum()),
         "response_tokens_cut": int(chosen.sum() + rejected.sum()),
-        "pairs_lost": 0,
+        "pairs_lost": int((shortest == 0).sum()),  # a side with no token left to learn from
     }
 
 
