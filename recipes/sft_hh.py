@@ -10,18 +10,21 @@ accelerate launch recipes/dpo_hh.py --sft_checkpoint runs/sft/reference --datase
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.text.config import RunConfig, ScratchConfig, TextModelConfig, TextSFTConfig
+from resdpo_trl.arguments import RunConfig
+from resdpo_trl.text.config import SamplesConfig, ScratchConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import DataConfig
 
 
 def main() -> None:
-    parser = RecipeParser((DataConfig, TextModelConfig, ScratchConfig, TextSFTConfig, RunConfig), description=__doc__)
-    (data, model, scratch, sft, options), preset = parser.parse()
+    parser = RecipeParser(
+        (DataConfig, TextModelConfig, ScratchConfig, TextSFTConfig, SamplesConfig, RunConfig), description=__doc__
+    )
+    (data, model, scratch, sft, samples, options), preset = parser.parse()
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun
 
-    job = TextRun(data, model, scratch, options, sft, preset=preset)
+    job = TextRun(data, model, scratch, samples, options, sft, preset=preset)
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)

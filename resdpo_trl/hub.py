@@ -20,33 +20,40 @@ Command: `{command}`
 
 ## {heading}
 
-| figure | mean | 95% interval (bootstrap over pairs) |
+| figure | mean | 95% interval (bootstrap) |
 | --- | --- | --- |
 {figures}
 
 ## Loading
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_ID")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")
+{loading}
 ```
 
 ## Limits
 
-The figures say how often the model's implicit reward ranks a held-out pair as the data's authors did, and nothing of
-whether its answers are true or safe. Preference data may contain offensive dialogues, and small models repeat them.
-It is meant for study, not for talking to people.
+{limits}
 """
+TEXT_LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_ID")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")"""
+TEXT_LIMITS = """The figures say how often the model's implicit reward ranks a held-out pair as the data's authors did,
+and nothing of whether its answers are true or safe. Preference data may contain offensive dialogues, and small
+models repeat them. It is meant for study, not for talking to people."""
+IMAGE_LOADING = """import resdpo_trl  # tells transformers of the architecture
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="FOLDER_OR_ID")
+classify("image.png")"""
+IMAGE_LIMITS = """The figures hold for images like those it was trained on. Its probabilities are not calibrated by the
+training, and nothing was done against adversarial images or other distributions. It is meant for study."""
 
 
-def write_model_card(run: RunFolder, folder: Path, base_model: str | None) -> None:
-    """`folder`/README.md, from the run's own summary."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
+def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> None:
+    """`folder`/README.md of a language model, from the run's own summary."""
     data, dpo = run.summary["data"], run.summary.get("dpo")
-    source = Path(data["source"]).name if Path(data["source"]).exists() else data["source"]
+    source = _source(data)
     cap = {name: sum(split[name] for split in data["cap"].values()) for name in data["cap"]["train"]}
     facts = {
         "data": f"{source}: {data['train']} training, {data['validation']} validation and {data['test']} test pairs",
@@ -63,36 +70,108 @@ def write_model_card(run: RunFolder, folder: Path, base_model: str | None) -> No
         test, heading = {"loss": validation.get("loss_after")}, f"On {data['validation']} validation rows"
         names = ["loss"] if validation else []
     is_hub_id = bool(base_model) and not Path(base_model or "").exists()
+    _save_card(
+        run,
+        folder,
+        {name: test[name] for name in names},
+        test.get("interval_95", {}),
+        task="text-generation",
+        tags=["trl", "dpo" if dpo else "sft"],
+        base_model=base_model if is_hub_id else None,
+        dataset="preference-pairs",
+        split="test" if dpo else "validation",
+        how="Trained by Direct Preference Optimization" if dpo else "Fine-tuned on the preferred answers",
+        base=f"It started from `{base_model}`." if base_model else "It is a small GPT-2 trained from scratch.",
+        facts=facts,
+        heading=heading,
+        loading=TEXT_LOADING,
+        limits=TEXT_LIMITS,
+    )
+
+
+def write_image_card(run: RunFolder, folder: Path, arch: str) -> None:
+    """`folder`/README.md of an image classifier, from the run's own summary."""
+    data, dpo = run.summary["data"], run.summary.get("dpo")
+    test = (dpo or run.summary["cross_entropy"])["test"]
+    facts = {
+        "data": f"{_source(data)}: {data['train']} training, {data['validation']} validation and {data['test']} test "
+        f"images, {data['classes']} classes",
+    }
+    if dpo:
+        facts["loss"] = f"{' + '.join(dpo['loss_type'])}, β {dpo['beta']}, {dpo['steps']} steps"
+        facts["rejected classes"] = f"{dpo['rejected_sampling']}; reference {dpo['reference_update']}"
+        facts["accuracy of the reference"] = f"{run.summary['reference']['test']['accuracy']:.4f}"
+    _save_card(
+        run,
+        folder,
+        {name: test[name] for name in test["interval_95"]},
+        test["interval_95"],
+        task="image-classification",
+        tags=["dpo"] if dpo else [],
+        base_model=None,
+        dataset="labelled-images",
+        split="test",
+        how="Trained by Direct Preference Optimization of the true class over wrong ones"
+        if dpo
+        else "Trained by cross-entropy",
+        base=f"Architecture: {arch}.",
+        facts=facts,
+        heading=f"On {test['n']} held-out images",
+        loading=IMAGE_LOADING,
+        limits=IMAGE_LIMITS,
+    )
+
+
+def _save_card(
+    run: RunFolder,
+    folder: Path,
+    figures: dict[str, float],
+    intervals: dict[str, list[float]],
+    task: str,
+    tags: list[str],
+    base_model: str | None,
+    dataset: str,
+    split: str,
+    facts: dict[str, str],
+    **texts: str,
+) -> None:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    source = _source(run.summary["data"])
     card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
-        base_model=base_model if is_hub_id else None,
+        pipeline_tag=task,
+        base_model=base_model,
         datasets=[source] if "/" in source else None,
-        tags=["trl", "resdpo-trl", "dpo" if dpo else "sft"],
+        tags=["resdpo-trl", *tags],
         model_name=run.path.name,
         eval_results=[
             EvalResult(
-                task_type="text-generation",
-                dataset_type=source if "/" in source else "preference-pairs",
+                task_type=task,
+                dataset_type=source if "/" in source else dataset,
                 dataset_name=source,
-                dataset_split="test" if dpo else "validation",
+                dataset_split=split,
                 metric_type=name,
-                metric_value=test[name],
+                metric_value=value,
             )
-            for name in names
+            for name, value in figures.items()
         ],
     )
     script, *flags = run.command
+    rows = (f"| {name} | {value:.4f} | {_interval(intervals.get(name))} |" for name, value in figures.items())
     content = CARD.format(
         title=run.path.name,
-        how="Trained by Direct Preference Optimization" if dpo else "Fine-tuned on the preferred answers",
-        base=f"It started from `{base_model}`." if base_model else "It is a small GPT-2 trained from scratch.",
         facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
         command=" ".join(["accelerate launch", f"recipes/{Path(script).name}", *flags]),
-        heading=heading,
-        figures="\n".join(f"| {name} | {test[name]:.4f} | {_interval(test, name)} |" for name in names),
+        figures="\n".join(rows),
+        **texts,
     )
     ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{content}").save(folder / "README.md")
+
+
+def _source(data: dict[str, Any]) -> str:
+    """The data's name; of a local path the last part alone."""
+    return Path(data["source"]).name if Path(data["source"]).exists() else data["source"]
 
 
 def push_model(folder: Path, repo_id: str | None, private: bool, token: str | None) -> None:
@@ -112,8 +191,5 @@ def push_model(folder: Path, repo_id: str | None, private: bool, token: str | No
     print(f"pushed to {created.url}")
 
 
-def _interval(test: dict[str, Any], name: str) -> str:
-    if "interval_95" not in test:
-        return "not computed"
-    low, high = test["interval_95"][name]
-    return f"{low:.4f} to {high:.4f}"
+def _interval(bounds: list[float] | None) -> str:
+    return "not computed" if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"

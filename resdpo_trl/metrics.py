@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,45 @@ def raw_accuracy(pairs: LogProbs) -> dict[str, np.ndarray]:
     }
 
 
+def classifier_pairs(
+    logps: torch.Tensor, ref_logps: torch.Tensor, labels: torch.Tensor, rejected: torch.Tensor
+) -> LogProbs:
+    """The pairs of images: their true class against each of T rejected ones, all (B, T).
+
+    Args:
+        logps: (B, K) log-probabilities under the policy.
+        ref_logps: (B, K) under the reference.
+        labels: (B,) true classes.
+        rejected: (B, T) classes.
+    """
+    chosen = labels[:, None].expand_as(rejected)
+    return LogProbs(
+        logps.gather(1, chosen), logps.gather(1, rejected), ref_logps.gather(1, chosen), ref_logps.gather(1, rejected)
+    )
+
+
+def classifier_metrics(
+    logps: torch.Tensor, ref_logps: torch.Tensor, labels: torch.Tensor, loss: PreferenceLoss
+) -> dict[str, np.ndarray]:
+    """Per-image figures, each (N,) float64: means over the K−1 wrong classes, `accuracy` and the exact `kl`.
+
+    KL(π‖π_ref) of an image is Σ_k π(k) (log π(k) − log π_ref(k)), in nats.
+    """
+    logps, ref_logps = logps.double(), ref_logps.double()
+    wrong = wrong_classes(labels, logps.shape[1])
+    figures = preference_metrics(classifier_pairs(logps, ref_logps, labels, wrong), loss)
+    return {name: values.mean(1) for name, values in figures.items()} | {
+        "accuracy": (logps.argmax(1) == labels).double().numpy(),
+        "kl": (logps.exp() * (logps - ref_logps)).sum(1).numpy(),
+    }
+
+
+def wrong_classes(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """(B, K−1): every class but the true one of (B,) labels, in rising order."""
+    others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
+    return others + (others >= labels[:, None])
+
+
 def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Means over pairs, with `n` and `interval_95`: the percentile bootstrap over pairs (Efron 1979).
 
@@ -62,6 +102,29 @@ def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: 
         "n": n,
         "interval_95": {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)},
     }
+
+
+class RunningMeans:
+    """Means over the rows of several steps. Sums stay on the device until they are taken: no step waits for one."""
+
+    def __init__(self) -> None:
+        self._sums: list[torch.Tensor] = []  # each (M + 1,): the metrics' sums and the number of rows
+        self._names: list[str] = []
+
+    def add(self, figures: dict[str, torch.Tensor]) -> None:
+        """`figures`: name -> (B,) values of one step, the same names every time."""
+        self._names = list(figures)
+        sums = torch.stack([values.sum(dtype=torch.float32) for values in figures.values()])
+        count = len(next(iter(figures.values())))
+        self._sums.append(torch.cat([sums, sums.new_full((1,), count)]))
+
+    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The means since the last call; `reduce` sums a tensor over the processes."""
+        if not self._sums:
+            return {}
+        total = reduce(torch.stack(self._sums).double().sum(0)).tolist()
+        self._sums.clear()
+        return {name: value / total[-1] for name, value in zip(self._names, total, strict=False)}
 
 
 def concatenate(parts: list[LogProbs]) -> LogProbs:

@@ -4,6 +4,7 @@
       run.json        command line, configuration, versions, hardware, processes, data fingerprint, start and end
       reference/      the SFT (or one-epoch) model
       policy/         the trained policy and its model card
+      compared/       (images) the models that the policy is compared with
       checkpoints/    one folder a stage, one checkpoint a save
       metrics.jsonl   one line a log: {"stage", "split", "step", "epoch", metric: value…}
       summary.json    the final figures
@@ -30,7 +31,9 @@ from resdpo_trl.errors import UserError
 PACKAGES = (
     "resdpo-trl", "torch", "torchvision", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"
 )  # fmt: skip
-WRITTEN = ("run.json", "reference", "policy", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl")
+WRITTEN = (
+    "run.json", "reference", "policy", "compared", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl"
+)  # fmt: skip
 SECRET = ("token", "api_key", "secret", "password")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from resdpo_trl.arguments import OneMachine, ReferenceUpdate, preference_loss, refuse
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.tokens import SHORTEST
 
@@ -22,6 +23,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "pad_token": (None, "set it in the tokenizer's folder"),
     "pad_to_multiple_of": (None, "batches are padded to their longest row"),
     "dataset_num_proc": (None, "tokenizing uses every core already"),
+    "sync_ref_model": (False, "pass --reference_update polyak"),
+    "ref_model_mixup_alpha": (0.6, "pass --reference_update polyak --polyak_tau"),
+    "ref_model_sync_steps": (512, "--reference_update polyak moves at every step, copy at each epoch's end"),
 }
 REFUSED_SFT: dict[str, tuple[Any, str]] = {
     "packing": (False, "batches are of like length already"),
@@ -43,14 +47,11 @@ REFUSED_SFT: dict[str, tuple[Any, str]] = {
 
 
 @dataclass
-class RunConfig:
-    """Options that every recipe shares and transformers does not have."""
+class SamplesConfig:
+    """The answers in samples.jsonl."""
 
-    _argument_group_name = "run"
+    _argument_group_name = "samples"
 
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the run that --output_dir holds. Nothing else in it is touched."}
-    )
     num_samples: int = field(
         default=8, metadata={"help": "Held-out prompts that base, reference and policy answer; 0 for none."}
     )
@@ -115,30 +116,11 @@ class SFTStageConfig:
 
 
 @dataclass
-class OneMachine:
-    """Defaults of TRL's configurations that suit one machine and short dialogues."""
+class ShortDialogues(OneMachine):
+    """`OneMachine` with a cap on tokens and batches of like length."""
 
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": "last",
-            "help": "Continue the run in --output_dir, from its last checkpoint or from the one named.",
-        },
-    )
     max_length: int | None = field(
         default=256, metadata={"help": "Tokens of a prompt with one response, at most; no pair is lost to it."}
-    )
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a step on each device."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of an evaluation batch."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
-    gradient_checkpointing: bool | None = field(
-        default=None,  # not False: transformers 5.23 warns of the old name wherever it is set
-        metadata={
-            "nargs": "?",
-            "const": True,
-            "help": "Recompute activations in the backward pass: less memory, more time.",
-        },
     )
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -147,46 +129,18 @@ class OneMachine:
             "choices": ["random", "sequential", "group_by_length"],
         },
     )
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay false: the sampler reads the rows' lengths."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two training lines of metrics.jsonl."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "Keep the epoch with the least validation loss, not the last one."}
-    )
     metric_for_best_model: str | None = field(
         default="eval_loss", metadata={"help": "Figure by which the best epoch is chosen."}
     )
-    report_to: None | str | list[str] = field(  # noqa: RUF036  (the parser reads the first two)
-        default="none", metadata={"help": "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."}
-    )
 
     def __post_init__(self) -> None:
-        args: Any = self  # the fields of TrainingArguments stand in the class that this is mixed into
-        if args.learning_rate <= 0:
-            raise UserError(f"--learning_rate {args.learning_rate}: must be above 0")
         if self.max_length is None or self.max_length < SHORTEST:
             raise UserError(f"--max_length {self.max_length}: must be at least {SHORTEST} tokens")
-        if args.output_dir is None:
-            raise UserError("--output_dir: name a folder")
-        if self.remove_unused_columns:
-            raise UserError("--remove_unused_columns must stay false: the sampler reads the rows' lengths")
-        if self.load_best_model_at_end and self.eval_strategy != self.save_strategy:
-            raise UserError(
-                f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must be the same for "
-                "the best epoch to be kept, or pass --load_best_model_at_end false"
-            )
-        if args.bf16 is None and not args.fp16:
-            args.bf16 = has_bfloat16(args.use_cpu)
-        if not has_cuda(args.use_cpu):
-            args.dataloader_pin_memory = False  # PyTorch warns at every loader otherwise
-        super().__post_init__()  # type: ignore[misc]
+        super().__post_init__()
 
 
 @dataclass
-class TextDPOConfig(OneMachine, DPOConfig):  # type: ignore[misc]  # it may be None here
+class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore[misc]  # it may be None here
     """`trl.DPOConfig` with this project's defaults, and the sharing of the prompt."""
 
     _argument_group_name = "DPO and training"
@@ -200,23 +154,23 @@ class TextDPOConfig(OneMachine, DPOConfig):  # type: ignore[misc]  # it may be N
         default=True,
         metadata={
             "help": "Compute the reference's log-probabilities once, before training, and keep no reference model in "
-            "memory. Not with --sync_ref_model."
+            "memory. Not done where --reference_update moves it."
         },
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        if not self.beta > 0:
-            raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
-        _refuse(self, REFUSED)
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise UserError("--sync_ref_model moves the reference: pass --precompute_ref_log_probs false with it")
+        refuse(self, REFUSED)
+        preference_loss(self)  # refuse what makes no sense before anything is loaded
         super().__post_init__()
+        if self.reference_update != "frozen":
+            # what is computed once would be out of date, and so would losses of different epochs
+            self.precompute_ref_log_probs = self.load_best_model_at_end = False
 
 
 @dataclass
-class TextSFTConfig(OneMachine, SFTConfig):  # type: ignore[misc]  # as above
+class TextSFTConfig(ShortDialogues, SFTConfig):  # type: ignore[misc]  # as above
     """`trl.SFTConfig` with this project's defaults."""
 
     _argument_group_name = "SFT and training"
@@ -228,32 +182,8 @@ class TextSFTConfig(OneMachine, SFTConfig):  # type: ignore[misc]  # as above
     )
 
     def __post_init__(self) -> None:
-        _refuse(self, REFUSED_SFT)
+        refuse(self, REFUSED_SFT)
         super().__post_init__()
-
-
-def _refuse(config: Any, refused: dict[str, tuple[Any, str]]) -> None:
-    for name, (unset, mend) in refused.items():
-        value = getattr(config, name)
-        if value != unset and not (name == "pad_to_multiple_of" and value == "auto"):
-            raise UserError(f"--{name} is not supported here: {mend}")
-
-
-def has_cuda(use_cpu: bool = False) -> bool:
-    import torch
-
-    return torch.cuda.is_available() and not use_cpu
-
-
-def has_bfloat16(use_cpu: bool = False) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware; where it does not they are far slower."""
-    import torch
-
-    if has_cuda(use_cpu):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available() and not use_cpu:
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def sft_stage(dpo: TextDPOConfig, sft: SFTStageConfig) -> TextSFTConfig:

@@ -15,16 +15,15 @@ a dialogue whose two sides share no "\\n\\nAssistant:".
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.sources import load_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 QUICKSTART = "chitchat"
 MARKER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
-SUFFIXES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
 REASONS = ("identical", "empty", "no_marker")
 COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
 SPLITS = ("train", "validation", "test")
@@ -255,68 +253,9 @@ def _utterance(message: list[dict[str, str]]) -> str:
 
 def _load(config: DataConfig) -> dict[str, Dataset]:
     """The raw rows, by the data's own split names."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    name, flag = config.dataset_name, f"--dataset_name {config.dataset_name}"
-    if name == QUICKSTART:
+    if config.dataset_name == QUICKSTART:
         return chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
-    path = Path(name)
-    if path.is_file():
-        suffix = next((ending for ending in SUFFIXES if path.name.endswith(ending)), None)
-        if suffix is None:
-            raise UserError(f"{flag}: {path.name} is not .jsonl, .jsonl.gz or .parquet; convert it to one of these")
-        try:
-            return {"train": load_dataset(SUFFIXES[suffix], data_files=str(path), split="train")}
-        except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
-            if SUFFIXES[suffix] == "json":
-                _find_bad_line(path)
-            raise UserError(f"{flag} can't be read ({_first_line(error)}): write it anew") from None
-    try:
-        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-            loaded = load_from_disk(str(path))
-        else:
-            if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix):
-                raise UserError(f"{flag}: no such file or folder")
-            loaded = load_dataset(name, data_dir=config.dataset_data_dir, revision=config.dataset_revision)
-    except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, DatasetNotFoundError) as error:
-        raise UserError(
-            f"{flag}: not a local path, and the Hub does not give it ({_first_line(error)}); pass a folder, .jsonl, "
-            ".jsonl.gz or .parquet file, or 'chitchat'"
-        ) from None
-    except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
-        for file in sorted(path.rglob("*.json*")):
-            _find_bad_line(file)
-        raise UserError(f"{flag} can't be loaded ({_first_line(error)})") from None
-    return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
-
-
-def _find_bad_line(path: Path) -> None:
-    """Raise a UserError that names the first line which is not a JSON object; return if there is none."""
-    import gzip
-
-    opened = gzip.open if path.name.endswith(".gz") else open
-    number = 0
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete the line") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {number}: not a JSON object; each line is one pair")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, after line {number}: not UTF-8; convert the file") from None
-    except (EOFError, gzip.BadGzipFile):
-        raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it anew") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
 
 
 def _kind(rows: Dataset, name: str) -> str:

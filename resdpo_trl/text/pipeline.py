@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import os
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import get_peft_config
 
+from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.errors import UserError
-from resdpo_trl.hub import push_model, write_model_card
+from resdpo_trl.hub import write_text_card
+from resdpo_trl.job import Job, as_table, free
 from resdpo_trl.metrics import preference_metrics, raw_accuracy, with_intervals
-from resdpo_trl.run import RunFolder, parallelism, use_the_cores
 from resdpo_trl.text.config import (
-    RunConfig,
+    SamplesConfig,
     ScratchConfig,
     SFTStageConfig,
     TextDPOConfig,
@@ -43,10 +40,10 @@ from resdpo_trl.text.model import (
     train_tokenizer,
 )
 from resdpo_trl.text.tokens import cap_counts, sft_rows, tokenize
-from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer, preference_loss
+from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
 
 
-class TextRun:
+class TextRun(Job):
     """One run of SFT and DPO in one folder."""
 
     def __init__(
@@ -54,35 +51,28 @@ class TextRun:
         data: DataConfig,
         model: TextModelConfig,
         scratch: ScratchConfig,
+        samples: SamplesConfig,
         options: RunConfig,
         training: TextDPOConfig | TextSFTConfig,
         sft: SFTStageConfig | None = None,
         preset: Path | None = None,
     ):
         """`training` is a `TextDPOConfig` with the `sft` stage before it, or a `TextSFTConfig` alone."""
-        self.data, self.model, self.scratch, self.options, self.training = data, model, scratch, options, training
+        self.data, self.model, self.scratch, self.samples = data, model, scratch, samples
         self.sft = sft or SFTStageConfig(sft_epochs=training.num_train_epochs)
-        if isinstance(training, TextDPOConfig):
-            preference_loss(training)  # refuse what makes no sense before anything is loaded
-        self.resume = training.resume_from_checkpoint is not None
-        self.started = time.perf_counter()
-        use_the_cores()
+        self.training: Any = training
         self._check_model_flags()
-        self.run = RunFolder(training.output_dir or "", main_process=PartialState().is_main_process)
-        self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
-        PartialState().wait_for_everyone()
         config = {
-            "preset": str(preset) if preset else None,
             "data": dataclasses.asdict(data),
             "model": dataclasses.asdict(model),
             "sft_stage": dataclasses.asdict(self.sft),
             "training": training.to_dict(),
+            "samples": dataclasses.asdict(samples),
             "run": dataclasses.asdict(options),
         }
         if not model.model_name_or_path and not self.sft.sft_checkpoint:
             config["scratch"] = dataclasses.asdict(scratch)
-        self.run.start(config, training.seed)
-        self.say = print if self.run.main_process else _silent
+        super().__init__(training, options, config, preset)
 
     def _check_model_flags(self) -> None:
         changed = [
@@ -101,9 +91,9 @@ class TextRun:
             )
         if (self.model.load_in_4bit or self.model.load_in_8bit or self.model.use_peft) and not named:
             raise UserError("--use_peft and quantized loading need a model to start from: pass --model_name_or_path")
-        if getattr(self.training, "sync_ref_model", False) and self.model.use_peft:
+        if getattr(self.training, "reference_update", "frozen") != "frozen" and self.model.use_peft:
             raise UserError(
-                "--sync_ref_model moves a full reference model, which --use_peft does not keep: drop either"
+                "--reference_update moves a full reference model, which --use_peft does not keep: drop either"
             )
 
     def say_what_runs(self) -> None:
@@ -116,13 +106,9 @@ class TextRun:
         if source == QUICKSTART:
             source = "people's chit-chat (no network needed)"
         stages = "SFT and DPO" if isinstance(self.training, TextDPOConfig) else "SFT"
-        precision = "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
-        device = self.training.device.type
-        threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         self.say(
             f"{stages} of {model} on {source}; for GPT-2 on Anthropic HH: --config recipes/configs/hh/gpt2.yaml\n"
-            f"{device}{threads}, {parallelism()['num_processes']} process(es), {precision}; "
-            f"files go to {self.run.path}"
+            + self.hardware_line()
         )
 
     # --- pairs ---------------------------------------------------------------------------------------------------
@@ -189,7 +175,7 @@ class TextRun:
             flag = "--sft_checkpoint" if self.sft.sft_checkpoint else "--model_name_or_path"
             model = load_model(name, self.model, self.training.trust_remote_code, flag)
             check_fits(model, self.tokenizer, self.training.max_length or 0)
-            self._publish(self.run.reference, model.save_pretrained)
+            self.publish(self.run.reference, model.save_pretrained, self.tokenizer)
             self.run.summarize(sft={"skipped": name})
             return
         model = self._base_model()
@@ -207,14 +193,14 @@ class TextRun:
             peft_config=get_peft_config(self.model),
         )
         use_run_callbacks(trainer, self.run, "sft", "SFT")
-        checkpoint = self._checkpoint("sft")
+        checkpoint = self.checkpoint("sft")
         untrained = self.run.logged("sft", "validation", 0) if checkpoint else None
         before = untrained["loss"] if untrained else trainer.evaluate()["eval_loss"]
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
         after = self._sft_loss(trainer)
-        self._publish(self.run.reference, trainer.save_model)
+        self.publish(self.run.reference, trainer.save_model, self.tokenizer)
         self.run.summarize(
             sft={
                 "train": {"loss": trainer.state.log_history[-1].get("train_loss")},
@@ -223,7 +209,7 @@ class TextRun:
                 "seconds": seconds,
             }
         )
-        _free(trainer)
+        free(trainer)
 
     def _sft_loss(self, trainer: TextSFTTrainer) -> float:
         """Validation loss of the weights that are kept."""
@@ -258,7 +244,6 @@ class TextRun:
         reference = str(self.run.reference)
         model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
-        assert isinstance(self.training, TextDPOConfig)
         args = dataclasses.replace(
             self.training,
             output_dir=str(self.run.checkpoints("dpo")),
@@ -279,11 +264,14 @@ class TextRun:
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
         test = trainer.add_reference(pairs["test"]) if args.precompute_ref_log_probs else pairs["test"]
         started = time.perf_counter()
-        checkpoint = self._checkpoint("dpo")
+        checkpoint = self.checkpoint("dpo")
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started - trainer.evaluation_seconds
         loss = trainer.preference_loss
-        self._publish(self.run.policy, trainer.save_model)
+        self.publish(self.run.policy, trainer.save_model, self.tokenizer)
+        if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
+            first_reference = load_model(reference, self.model, self.training.trust_remote_code, "reference")
+            trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
         validation = trainer.score(trainer.eval_dataset, "Validation")
         scores = trainer.score(test, "Test")
         figures = {
@@ -311,28 +299,13 @@ class TextRun:
                 "dpo_pairs_per_second": trained / seconds,
             },
         )
-        _free(trainer)
-
-    def _checkpoint(self, stage: str) -> str | None:
-        """The checkpoint that a resumed stage starts from; the metrics written after it are dropped."""
-        if not self.resume:
-            return None
-        asked = self.training.resume_from_checkpoint
-        if asked not in (None, "last") and Path(asked or "").resolve().parent.name == stage:
-            found: Path | None = Path(asked or "")
-            if not (Path(asked or "") / "trainer_state.json").is_file():
-                raise UserError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json)")
-        else:
-            found = self.run.last_checkpoint(stage)
-        step = int(found.name.removeprefix("checkpoint-")) if found else -1
-        self.run.forget_metrics(stage, step)
-        return str(found) if found else None
+        free(trainer)
 
     # --- answers and files ---------------------------------------------------------------------------------------
 
     def write_samples(self, pairs: dict[str, Dataset]) -> None:
         """samples.jsonl: the first test prompts, the people's responses, and the answers of base, reference, policy."""
-        count = min(self.options.num_samples, len(pairs["test"]))
+        count = min(self.samples.num_samples, len(pairs["test"]))
         if count == 0 or not self.run.main_process:
             return
         shown = pairs["test"].select(range(count))
@@ -361,7 +334,7 @@ class TextRun:
                 model,
                 self.tokenizer,
                 prompts,
-                self.options.max_new_tokens,
+                self.samples.max_new_tokens,
                 sampled=kind == "sampled",
                 seed=self.training.seed,
                 description=f"{name} answers, {kind}",
@@ -370,36 +343,11 @@ class TextRun:
         }
 
     def finish(self) -> None:
-        """The model card, run.json's end, the table, and the Hub if asked."""
+        """The model card, then the end of the run."""
         trained = self.run.policy if self.run.policy.is_dir() else self.run.reference
         if self.run.main_process:
-            write_model_card(self.run, trained, self.model.model_name_or_path)
-        throughput = self.run.summary.get("throughput", {}) | {"total_seconds": time.perf_counter() - self.started}
-        self.run.summarize(throughput=throughput)
-        self.run.end()
-        self.say(describe_results(self.run.summary, self.run.path))
-        if self.training.push_to_hub and self.run.main_process:
-            push_model(
-                trained, self.training.hub_model_id, bool(self.training.hub_private_repo), self.training.hub_token
-            )
-
-    def _publish(self, folder: Path, save: Any) -> None:
-        """Save a model whole or not at all: aside, then renamed."""
-        aside = folder.with_name(folder.name + ".tmp")
-        if self.run.main_process and aside.exists():
-            shutil.rmtree(aside)
-        PartialState().wait_for_everyone()
-        save(str(aside))
-        PartialState().wait_for_everyone()
-        if self.run.main_process:
-            self.tokenizer.save_pretrained(str(aside))
-            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
-            if (aside / "ref").is_dir():
-                shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps beside the policy's
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(aside, folder)
-        PartialState().wait_for_everyone()
+            write_text_card(self.run, trained, self.model.model_name_or_path)
+        self.end(trained, describe_results)
 
 
 def describe_data(counts: dict[str, Any]) -> str:
@@ -441,18 +389,4 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
     if "total_seconds" in summary.get("throughput", {}):
         rows.append(("seconds in all", f"{summary['throughput']['total_seconds']:.0f}"))
     rows.append(("files", str(path)))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows), ""])
-
-
-def _silent(*_: Any) -> None:
-    """What processes other than the main one say."""
-
-
-def _free(trainer: Any) -> None:
-    """Let go of a stage's model and optimizer before the next one loads its own."""
-    trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return as_table(rows)

@@ -17,9 +17,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
-from resdpo_trl.errors import UserError
-from resdpo_trl.losses import LogProbs, PreferenceLoss
-from resdpo_trl.metrics import concatenate, preference_metrics
+from resdpo_trl.arguments import preference_loss
+from resdpo_trl.losses import LogProbs
+from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
+from resdpo_trl.reference import MovingReference
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig
 from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
@@ -66,7 +67,7 @@ class TextSFTTrainer(_LikeLengths, SFTTrainer):
         Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
 
 
-class TextDPOTrainer(_LikeLengths, DPOTrainer):
+class TextDPOTrainer(_LikeLengths, MovingReference, DPOTrainer):
     """`trl.DPOTrainer` on pairs that `resdpo_trl.text.tokens.tokenize` made.
 
     What differs from TRL's: the loss is `resdpo_trl.losses`; the prompt of a pair runs once (`prefix_sharing`);
@@ -94,7 +95,7 @@ class TextDPOTrainer(_LikeLengths, DPOTrainer):
             longest = max(max(rows["length"][:]) for rows in (train_dataset, eval_dataset) if rows is not None)
             for base in bases:
                 check_prefix_sharing(base, longest)
-        self._logged: list[tuple[Tensor, int]] = []  # (metric sums, pairs) of the steps since the last log
+        self._means = RunningMeans()  # of the steps since the last log
         self._tokens: list[Tensor] = []  # (real, padded) tokens of the same steps
         self.evaluation_seconds = 0.0  # spent in `evaluate` while training
         super().__init__(
@@ -213,7 +214,7 @@ class TextDPOTrainer(_LikeLengths, DPOTrainer):
         return LogProbs(*(value[place] for value in vars(sorted_pairs).values()))
 
     def _note(self, pairs: LogProbs, losses: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Keep this step's sums on the device; `log` brings them together, so that no step waits for another."""
+        """Keep this step's figures for `log`."""
         rewards_chosen, rewards_rejected = self.preference_loss.rewards(pairs)
         weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
         figures = {
@@ -226,47 +227,22 @@ class TextDPOTrainer(_LikeLengths, DPOTrainer):
             "gradient_weights/chosen": weights_chosen,
             "gradient_weights/rejected": weights_rejected,
         }
-        self._names = list(figures)
-        self._logged.append((torch.stack([values.sum() for values in figures.values()]), len(losses)))
+        self._means.add(figures)
         mask = inputs["attention_mask"]
         # (R, T) real tokens: with sharing a real key is one that the last query or the row's rejected part sees
         real = (mask.any(dim=2) if mask.ndim == 4 else mask).sum()
         self._tokens.append(torch.stack([real, torch.tensor(inputs["input_ids"].numel(), device=real.device) - real]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._logged and not any(name.startswith("eval_") for name in logs):
-            sums = torch.stack([sums for sums, _ in self._logged]).double().sum(0)
-            count = sums.new_tensor([float(sum(count for _, count in self._logged))])
+        if self._tokens and not any(name.startswith("eval_") for name in logs):
+            logs.update(self._means.take(self.accelerator.reduce))
             tokens = torch.stack(self._tokens).double().sum(0)
-            total = self.accelerator.reduce(torch.cat([sums, count, tokens]))
-            means = (total[: len(sums)] / total[len(sums)]).tolist()
-            logs.update(zip(self._names, means, strict=True))
-            real, padding = total[-2:].tolist()
+            real, padding = self.accelerator.reduce(tokens).tolist()
             self._total_train_tokens += int(real)
             logs["num_tokens"] = self._total_train_tokens
             logs["padding"] = padding / (real + padding)
-            self._logged.clear()
             self._tokens.clear()
         Trainer.log(self, logs, start_time)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
-
-
-def preference_loss(args: TextDPOConfig) -> PreferenceLoss:
-    """The loss that a configuration asks for; a UserError where it makes no sense."""
-    try:
-        return PreferenceLoss(
-            loss_types=tuple(args.loss_type),
-            loss_weights=tuple(args.loss_weights) if args.loss_weights else None,
-            beta=args.beta,
-            label_smoothing=args.label_smoothing,
-            f_divergence_type=args.f_divergence_type,
-            f_alpha_divergence_coef=args.f_alpha_divergence_coef,
-            discopop_tau=args.discopop_tau,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def base_model(model: Any) -> PreTrainedModel:

@@ -370,13 +370,14 @@ def test_every_preset_parses(recipe, tmp_path, preset, monkeypatch):
     """Its fields are known and its values accepted; the data or model that it names may not be here."""
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     command_line = importlib.import_module("command_line")
-    from resdpo_trl.text.config import RunConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+    from resdpo_trl.arguments import RunConfig
+    from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
     from resdpo_trl.text.data import DataConfig
 
     parser = command_line.RecipeParser(
-        (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, RunConfig)
+        (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
     )
-    (_, _, _, _, dpo, _), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
+    (_, _, _, _, dpo, _, _), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
     assert used == preset
     assert dpo.beta in (0.1, 0.3)
     assert preset.read_text().startswith("#")

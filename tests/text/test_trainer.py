@@ -6,10 +6,11 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
-from resdpo_trl.text.config import REFUSED, TextDPOConfig, has_bfloat16
+from resdpo_trl.text.config import REFUSED, TextDPOConfig
 from resdpo_trl.text.trainer import LengthSampler, TextDPOTrainer
 from tests.conftest import random_pairs, tiny_model
 
@@ -155,10 +156,10 @@ def test_lora_trains_against_its_base(tmp_path, tokenizer):
 
 
 def test_a_moving_reference_is_scored_as_it_moves(tmp_path, tokenizer):
-    options = {"precompute_ref_log_probs": False, "sync_ref_model": True, "ref_model_sync_steps": 1}
-    job = trainer(tmp_path, tokenizer, ref_model=tiny_model("gpt2"), max_steps=3, ref_model_mixup_alpha=1.0, **options)
+    options = {"reference_update": "polyak", "polyak_tau": 1.0}
+    job = trainer(tmp_path, tokenizer, ref_model=tiny_model("gpt2"), max_steps=3, **options)
     job.train()
-    scores = job.score(job.eval_dataset)  # α = 1: the reference is the policy after every step
+    scores = job.score(job.eval_dataset)  # τ = 1: the reference is the policy after every step
     torch.testing.assert_close(scores.chosen, scores.ref_chosen, rtol=1e-4, atol=1e-3)
 
 
@@ -198,6 +199,9 @@ ASKED = {
     "pad_token": "<pad>",
     "pad_to_multiple_of": 8,
     "dataset_num_proc": 4,
+    "sync_ref_model": True,
+    "ref_model_mixup_alpha": 0.5,
+    "ref_model_sync_steps": 1,
 }
 
 
@@ -213,7 +217,9 @@ def test_options_that_are_not_honoured_are_refused_by_name(tmp_path, name):
         ({"beta": 0.0}, "--beta"),
         ({"max_length": 15}, "--max_length"),
         ({"learning_rate": 0.0}, "--learning_rate"),
-        ({"sync_ref_model": True}, "--sync_ref_model"),
+        ({"do_polyak": True, "do_copy": True}, "--do_polyak and --do_copy"),
+        ({"polyak_tau": 0.0}, "--polyak_tau"),
+        ({"polyak_tau": 1.5}, "--polyak_tau"),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "--save_strategy"),
     ],
 )
@@ -228,8 +234,7 @@ def test_every_option_of_trls_loss_is_honoured_or_refused():
     honoured = {
         "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
         "discopop_tau", "disable_dropout", "max_length", "precompute_ref_log_probs", "precompute_ref_batch_size",
-        "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "activation_offloading",
-        "trust_remote_code",
+        "activation_offloading", "trust_remote_code",
     }  # fmt: skip
     assert own <= honoured | set(REFUSED)
 

@@ -1,0 +1,23 @@
+"""Accuracy, accuracy by class, confusion matrix and calibration of a classifier; with its reference rewards and KL.
+
+# the quickstart's policy against its reference, on the test images
+accelerate launch recipes/evaluate_cifar.py --model runs/digits/policy --reference runs/digits/reference \\
+  --validation_fraction 0.1 --output runs/digits/evaluation.json
+
+# any classifier that train_cifar.py or dpo_cifar.py saved, on CIFAR-10's test images
+accelerate launch recipes/evaluate_cifar.py --model FOLDER_OR_ID --dataset_name uoft-cs/cifar10
+"""
+
+from command_line import RecipeParser, run
+
+from resdpo_trl.image.data import ImageDataConfig
+from resdpo_trl.image.evaluate import EvaluateConfig, describe, evaluate
+
+
+def main() -> None:
+    (config, data), _ = RecipeParser((EvaluateConfig, ImageDataConfig), description=__doc__).parse()
+    print(describe(evaluate(config, data)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,36 @@
+"""Cross-entropy: one epoch makes the reference that DPO starts from, more make the baseline it is measured against.
+
+# ResNet-18 with a CIFAR stem on CIFAR-10, one epoch with a one-cycle schedule
+accelerate launch recipes/train_cifar.py --arch resnet18 --dataset_name uoft-cs/cifar10 --optim sgd \\
+  --optim_args momentum=0.9,nesterov=true --learning_rate 0.1 --warmup_steps 0.3 --weight_decay 5e-4
+
+# the optimizer and schedule of a preset, without its DPO
+accelerate launch recipes/train_cifar.py --config recipes/configs/cifar/fast_cross_entropy.yaml
+"""
+
+from command_line import RecipeParser, run
+
+from resdpo_trl.arguments import RunConfig
+from resdpo_trl.image.augment import AugmentConfig
+from resdpo_trl.image.config import CrossEntropyConfig, ImageModelConfig
+from resdpo_trl.image.data import ImageDataConfig
+
+
+def main() -> None:
+    parser = RecipeParser(
+        (ImageDataConfig, ImageModelConfig, AugmentConfig, CrossEntropyConfig, RunConfig), description=__doc__
+    )
+    (data, model, augment, training, options), preset = parser.parse()
+
+    # heavy imports wait until the command line is known to be right
+    from resdpo_trl.image.pipeline import ImageRun
+
+    job = ImageRun(data, model, augment, options, training, preset=preset)
+    job.say_what_runs()
+    images = job.prepare_images()
+    job.train_cross_entropy(images)
+    job.finish()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,149 @@
+"""The options that both halves share: a run's own, and training on one machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.losses import PreferenceLoss
+
+
+@dataclass
+class RunConfig:
+    """Options that every recipe shares and transformers does not have."""
+
+    _argument_group_name = "run"
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the run that --output_dir holds. Nothing else in it is touched."}
+    )
+
+
+@dataclass
+class OneMachine:
+    """Defaults of transformers' `TrainingArguments` that suit one machine; mixed in before it."""
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "last",
+            "help": "Continue the run in --output_dir, from its last checkpoint or from the one named.",
+        },
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a step on each device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of an evaluation batch."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
+    gradient_checkpointing: bool | None = field(
+        default=None,  # not False: transformers 5.23 warns of the old name wherever it is set
+        metadata={
+            "nargs": "?",
+            "const": True,
+            "help": "Recompute activations in the backward pass: less memory, more time.",
+        },
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay false: the trainers choose their columns."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two training lines of metrics.jsonl."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Keep the epoch that validates best, not the last one."}
+    )
+    report_to: None | str | list[str] = field(  # noqa: RUF036  (the parser reads the first two)
+        default="none", metadata={"help": "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."}
+    )
+
+    def __post_init__(self) -> None:
+        args: Any = self  # the fields of TrainingArguments stand in the class that this is mixed into
+        if args.learning_rate <= 0:
+            raise UserError(f"--learning_rate {args.learning_rate}: must be above 0")
+        if args.output_dir is None:
+            raise UserError("--output_dir: name a folder")
+        if self.remove_unused_columns:
+            raise UserError("--remove_unused_columns must stay false: the trainers choose their columns")
+        if self.load_best_model_at_end and self.eval_strategy != self.save_strategy:
+            raise UserError(
+                f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must be the same for "
+                "the best epoch to be kept, or pass --load_best_model_at_end false"
+            )
+        if args.bf16 is None and not args.fp16:
+            args.bf16 = has_bfloat16(args.use_cpu)
+        if not has_cuda(args.use_cpu):
+            args.dataloader_pin_memory = False  # PyTorch warns at every loader otherwise
+        super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class ReferenceUpdate:
+    """How the reference of DPO changes while the policy is trained; mixed into both halves' DPO options."""
+
+    reference_update: Literal["frozen", "polyak", "copy"] = field(
+        default="frozen",
+        metadata={
+            "help": "The reference over time: frozen; polyak (after every step, reference ← (1−τ)·reference + "
+            "τ·policy); copy (of the policy, at each epoch's end)."
+        },
+    )
+    polyak_tau: float = field(default=0.001, metadata={"help": "τ of polyak, in (0, 1]."})
+    do_polyak: bool = field(default=False, metadata={"help": "Short for --reference_update polyak."})
+    do_copy: bool = field(default=False, metadata={"help": "Short for --reference_update copy."})
+
+    def __post_init__(self) -> None:
+        if self.do_polyak and self.do_copy:
+            raise UserError("--do_polyak and --do_copy exclude each other: choose one")
+        short: Literal["frozen", "polyak", "copy"] = (
+            "polyak" if self.do_polyak else "copy" if self.do_copy else "frozen"
+        )
+        if short != "frozen" and self.reference_update not in ("frozen", short):
+            raise UserError(f"--do_{short} contradicts --reference_update {self.reference_update}: drop either")
+        if short != "frozen":
+            self.reference_update = short
+        if not 0 < self.polyak_tau <= 1:
+            raise UserError(f"--polyak_tau {self.polyak_tau}: must lie in (0, 1]")
+        super().__post_init__()  # type: ignore[misc]
+
+
+def refuse(config: Any, refused: dict[str, tuple[Any, str]]) -> None:
+    """Raise a UserError for a field that is set and not honoured: name -> (value when not asked for, the mend)."""
+    for name, (unset, mend) in refused.items():
+        value = getattr(config, name)
+        if value != unset and not (name == "pad_to_multiple_of" and value == "auto"):
+            raise UserError(f"--{name} is not supported here: {mend}")
+
+
+def preference_loss(args: Any) -> PreferenceLoss:
+    """The loss that a configuration with `DPOConfig`'s fields asks for; a UserError where it makes no sense."""
+    if not args.beta > 0:
+        raise UserError(f"--beta {args.beta}: must be above 0 (0.1 to 0.5 are usual)")
+    try:
+        return PreferenceLoss(
+            loss_types=tuple(args.loss_type),
+            loss_weights=tuple(args.loss_weights) if args.loss_weights else None,
+            beta=args.beta,
+            label_smoothing=args.label_smoothing,
+            f_divergence_type=args.f_divergence_type,
+            f_alpha_divergence_coef=args.f_alpha_divergence_coef,
+            discopop_tau=args.discopop_tau,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def has_cuda(use_cpu: bool = False) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and not use_cpu
+
+
+def has_bfloat16(use_cpu: bool = False) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; where it does not they are far slower."""
+    import torch
+
+    if has_cuda(use_cpu):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available() and not use_cpu:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,321 @@
+"""Images in memory: from a Hub id, a folder or a package to uint8 tensors in three splits.
+
+Every image is decoded once, before training, into one (N, 3, H, W) uint8 tensor a split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.sources import first_line, load_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+QUICKSTART = "digits"
+SPLITS = ("train", "validation", "test")
+TORCHVISION_FOLDER = "cifar-10-batches-py"
+
+
+@dataclass
+class ImageDataConfig:
+    """Which labelled images to use, and how many."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str = field(
+        default=QUICKSTART,
+        metadata={
+            "help": "Labelled images: a Hub id (uoft-cs/cifar10), a folder of parquet files or of one folder of images "
+            "a class, torchvision's CIFAR-10 folder, or 'digits', the quickstart's, which need no network."
+        },
+    )
+    dataset_data_dir: str | None = field(default=None, metadata={"help": "Folder inside the data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; by default the only one."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of labels; by default the only one with class names, or 'label'."}
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes 0, 1, …, where the data has none."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Resize every image to this height and width (pixels)."}
+    )
+    convert_rgb: bool = field(
+        default=False, metadata={"help": "Turn greyscale, palette and other images into RGB instead of refusing them."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation images."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use at most this many test images."})
+    validation_fraction: float = field(
+        default=0.02, metadata={"help": "Share held out from the training images where the data has no such split."}
+    )
+    test_fraction: float = field(
+        default=0.2, metadata={"help": "Share held out for the test where the data has no such split."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples", "max_test_samples", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: must be at least 1")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
+
+
+@dataclass
+class Images:
+    """Labelled images: `pixels` (N, 3, H, W) uint8, `labels` (N,) int64."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Any) -> Images:
+        return Images(self.pixels[rows], self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """A digest of the content, the same however it was loaded."""
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        digest.update(np.ascontiguousarray(self.pixels.numpy()).data)
+        return digest.hexdigest()
+
+
+@dataclass
+class LabelledImages:
+    """Three splits, the names of the classes, and counts for summary.json."""
+
+    splits: dict[str, Images]
+    label_names: list[str]
+    counts: dict[str, Any]
+
+    def __getitem__(self, split: str) -> Images:
+        return self.splits[split]
+
+
+def load_images(config: ImageDataConfig) -> LabelledImages:
+    """Load, decode and split labelled images.
+
+    The data's own validation and test splits are used where it has them; the rest is held out from its training
+    images by a fixed permutation, so that no seed changes what the test is.
+
+    Raises:
+        UserError: missing columns, a label outside the classes, an image that does not decode or fit.
+    """
+    sources, names = _sources(config)
+    kinds = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
+    limits = {
+        "train": config.max_train_samples,
+        "validation": config.max_eval_samples,
+        "test": config.max_test_samples,
+    }
+    shares = {"validation": config.validation_fraction, "test": config.test_fraction}
+    own = {split: next((sources[name] for name in known if name in sources), None) for split, known in kinds.items()}
+    rest = [images for name, images in sources.items() if not any(name in known for known in kinds.values())]
+    if not rest:
+        raise UserError(f"--dataset_name {config.dataset_name}: no training split (found: {', '.join(sources)})")
+    images = Images(torch.cat([part.pixels for part in rest]), torch.cat([part.labels for part in rest]))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+    splits: dict[str, Images] = {}
+    taken = 0
+    for split in ("test", "validation"):
+        held = own[split]
+        if held is not None:
+            splits[split] = held[: limits[split]]
+            continue
+        wanted = min(limits[split] or len(images), max(1, round(shares[split] * len(images))))
+        splits[split] = images[order[taken : taken + wanted]]
+        taken += wanted
+    splits["train"] = images[order[taken:][: limits["train"]]]
+    if min(len(splits[split]) for split in SPLITS) == 0:
+        raise UserError(f"--dataset_name {config.dataset_name}: {len(images)} images are too few for three splits")
+    if splits["validation"].pixels.shape[1:] != images.pixels.shape[1:]:
+        raise UserError(f"--dataset_name {config.dataset_name}: splits of different sizes: pass --image_size")
+    counts = {"source": config.dataset_name, "classes": len(names), "image_size": list(images.pixels.shape[2:])}
+    counts |= {split: len(splits[split]) for split in SPLITS}
+    return LabelledImages({split: splits[split] for split in SPLITS}, names, counts)
+
+
+def _sources(config: ImageDataConfig) -> tuple[dict[str, Images], list[str]]:
+    """Decoded images by the data's own split names, and the names of the classes."""
+    if config.dataset_name == QUICKSTART:
+        return {"train": _digits()}, [str(digit) for digit in range(10)]
+    folder = Path(config.dataset_name)
+    if folder.name == TORCHVISION_FOLDER or (folder / TORCHVISION_FOLDER).is_dir():
+        return _torchvision_cifar10(folder.parent if folder.name == TORCHVISION_FOLDER else folder)
+    rows = load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
+    image_column, label_column = _columns(next(iter(rows.values())), config)
+    names = _label_names(next(iter(rows.values())), label_column, config)
+    sources, size = {}, config.image_size
+    for name, part in rows.items():
+        if {image_column, label_column} - set(part.column_names):
+            raise UserError(
+                f"--dataset_name {config.dataset_name}: split {name} lacks {image_column} or {label_column}"
+            )
+        labels = _labels(part, label_column, names, name, config)
+        pixels = _decode(part, image_column, size, name, config)
+        sources[name] = Images(pixels, labels)
+        if size is None and pixels.shape[2:] != next(iter(sources.values())).pixels.shape[2:]:
+            raise UserError(f"--dataset_name {config.dataset_name}: splits of different sizes: pass --image_size 32")
+    return sources, names
+
+
+def _digits() -> Images:
+    """scikit-learn's handwritten digits, 8×8 grey levels of 0 to 16, as 32×32 RGB."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(
+            "--dataset_name digits needs the package scikit-learn: pip install 'resdpo-trl[quickstart]', or name "
+            "images of your own"
+        ) from None
+    from torchvision.transforms.v2 import functional
+
+    bunch = load_digits()
+    grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    pixels = functional.resize(grey, [32, 32]).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+    return Images(pixels.contiguous(), torch.from_numpy(bunch.target).long())
+
+
+def _torchvision_cifar10(root: Path) -> tuple[dict[str, Images], list[str]]:
+    """torchvision's CIFAR-10, whose files are unpickled only where their checksums are the published ones."""
+    from torchvision.datasets import CIFAR10
+
+    sources = {}
+    for split in ("train", "test"):
+        try:
+            data = CIFAR10(str(root), train=split == "train", download=False)
+        except RuntimeError as error:
+            raise UserError(f"--dataset_name {root}: {first_line(error)}") from None
+        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        sources[split] = Images(pixels, torch.tensor(data.targets))
+    return sources, list(data.classes)
+
+
+def _columns(rows: Dataset, config: ImageDataConfig) -> tuple[str, str]:
+    from datasets import ClassLabel, Image
+
+    found = ", ".join(f"{name}: {type(kind).__name__}" for name, kind in rows.features.items()) or "none"
+    for flag in ("image_column", "label_column"):
+        asked = getattr(config, flag)
+        if asked is not None and asked not in rows.column_names:
+            raise UserError(f"--{flag} {asked}: no such column (found: {found})")
+    images = [name for name, kind in rows.features.items() if isinstance(kind, Image)]
+    classes = [name for name, kind in rows.features.items() if isinstance(kind, ClassLabel)]
+    image = config.image_column or (images[0] if len(images) == 1 else None)
+    label = config.label_column or (classes[0] if len(classes) == 1 else "label" if "label" in rows.features else None)
+    for column, flag, what in ((image, "image_column", "images"), (label, "label_column", "labels")):
+        if column is None:
+            raise UserError(
+                f"--dataset_name {config.dataset_name}: no one column of {what} (found: {found}); name it with --{flag}"
+            )
+    assert image is not None and label is not None
+    if not isinstance(rows.features[image], Image):
+        raise UserError(f"--image_column {image}: holds {type(rows.features[image]).__name__}, not images ({found})")
+    return image, label
+
+
+def _label_names(rows: Dataset, column: str, config: ImageDataConfig) -> list[str]:
+    """The classes: the data's, the flag's, or the labels found."""
+    from datasets import ClassLabel, Value
+
+    kind = rows.features[column]
+    if isinstance(kind, ClassLabel):
+        if config.class_names is not None and len(config.class_names) != kind.num_classes:
+            raise UserError(f"--class_names: {len(config.class_names)} names for {kind.num_classes} classes")
+        return list(config.class_names or kind.names)
+    if not isinstance(kind, Value) or not any(word in kind.dtype for word in ("int", "string")):
+        raise UserError(f"--label_column {column}: holds {kind}, not class labels, whole numbers or names")
+    if config.class_names is not None:
+        return list(config.class_names)
+    values = [value for value in rows.unique(column) if value is not None]
+    if "string" in kind.dtype:
+        return sorted(values)
+    return [str(number) for number in range(max(values, default=-1) + 1)]
+
+
+def _labels(rows: Dataset, column: str, names: list[str], split: str, config: ImageDataConfig) -> Tensor:
+    """(N,) class numbers, every one inside the classes."""
+    values = rows[column][:]
+    places = {name: number for number, name in enumerate(names)}
+    numbers = [places.get(value, -1) if isinstance(value, str) else -1 if value is None else value for value in values]
+    labels = torch.tensor(numbers, dtype=torch.long)
+    wrong = ((labels < 0) | (labels >= len(names))).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(
+            f"--dataset_name {config.dataset_name}: {split} row {row} has label {values[row]!r}, outside the "
+            f"{len(names)} classes; mend it, drop the row, or name the classes with --class_names"
+        )
+    return labels
+
+
+def _decode(rows: Dataset, column: str, size: int | None, split: str, config: ImageDataConfig) -> Tensor:
+    """(N, 3, H, W) uint8; a UserError with the row of the first image that does not decode or fit."""
+    from datasets import Image
+    from tqdm.auto import tqdm
+
+    encoded = rows.cast_column(column, Image(decode=False))
+    place = f"--dataset_name {config.dataset_name}: {split} row"
+
+    def decode(row: int, image: dict[str, Any]) -> np.ndarray:
+        return _decode_one(image, f"{place} {row}", size, config.convert_rgb)
+
+    pixels: np.ndarray | None = None
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # PIL lets go of the interpreter while it decodes
+        done = pool.map(decode, range(len(encoded)), _column(encoded, column))
+        for row, image in enumerate(tqdm(done, total=len(encoded), desc=f"Decoding {split}", leave=False, delay=2)):
+            if pixels is None:
+                pixels = np.empty((len(encoded), *image.shape), dtype=np.uint8)
+            if image.shape != pixels.shape[1:]:
+                raise UserError(
+                    f"{place} {row} is {image.shape[1]}×{image.shape[0]} pixels, row 0 {pixels.shape[2]}×"
+                    f"{pixels.shape[1]}: pass --image_size {min(pixels.shape[1:3])} to resize every image"
+                )
+            pixels[row] = image
+    if pixels is None:
+        raise UserError(f"--dataset_name {config.dataset_name}: split {split} has no rows")
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _column(rows: Dataset, column: str) -> Iterator[dict[str, Any]]:
+    for batch in rows.select_columns([column]).iter(batch_size=1000):
+        yield from batch[column]
+
+
+def _decode_one(image: dict[str, Any] | None, place: str, size: int | None, convert: bool) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    from PIL import Image
+
+    if not image or (image.get("bytes") is None and image.get("path") is None):
+        raise UserError(f"{place} has no image; drop the row")
+    try:
+        with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]) as opened:
+            opened.load()
+            mode = opened.mode
+            picture = opened.convert("RGB") if mode != "RGB" and convert else opened.copy()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{place}: the image does not decode ({first_line(error)}); mend it or drop the row") from None
+    if picture.mode != "RGB":
+        raise UserError(f"{place} has mode {mode}, not RGB: pass --convert_rgb to convert such images")
+    if size is not None and picture.size != (size, size):
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(picture)

@@ -1,0 +1,164 @@
+"""What a classifier does on labelled images: accuracy by class, confusion, calibration, and how far DPO moved it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
+from torchvision.transforms.v2 import functional
+from tqdm.auto import tqdm
+from transformers import ViTImageProcessor
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.image.data import ImageDataConfig, Images, LabelledImages, load_images
+from resdpo_trl.image.model import ImageClassifier, load_classifier, load_processor
+from resdpo_trl.losses import PreferenceLoss
+from resdpo_trl.metrics import classifier_metrics, with_intervals
+from resdpo_trl.run import to_json, use_the_cores
+
+CALIBRATION_BINS = 15
+
+
+@dataclass
+class EvaluateConfig:
+    """Which classifier to evaluate, and against what."""
+
+    _argument_group_name = "evaluation"
+
+    model: str | None = field(default=None, metadata={"help": "A folder or Hub id of a classifier."})
+    reference: str | None = field(
+        default=None, metadata={"help": "The reference that it was trained from: adds rewards and the exact KL."}
+    )
+    split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Images to use."})
+    beta: float = field(default=0.1, metadata={"help": "β of the rewards, above 0."})
+    batch_size: int = field(default=512, metadata={"help": "Images of a batch."})
+    output: str | None = field(default=None, metadata={"help": "Also write the figures to this .json file."})
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            raise UserError("--model: name a folder or Hub id of a classifier")
+        if not self.beta > 0:
+            raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
+
+
+def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
+    """The figures of `config.model` on one split, printed and, if asked, written."""
+    use_the_cores()
+    assert config.model is not None
+    model, processor = load_classifier(config.model, "--model"), load_processor(config.model, "--model")
+    reference = load_classifier(config.reference, "--reference") if config.reference else None
+    images = load_images(data)
+    _check(model, images, "--model", config.model)
+    if reference is not None:
+        _check(reference, images, "--reference", str(config.reference))
+    logps = image_logps(model, images[config.split], processor, config.batch_size)
+    ref_logps = image_logps(reference, images[config.split], processor, config.batch_size) if reference else None
+    figures = {
+        "model": config.model,
+        "reference": config.reference,
+        "data": images.counts,
+        "split": config.split,
+        "beta": config.beta,
+        **classification_figures(logps, images[config.split].labels, images.label_names),
+    }
+    if ref_logps is not None:
+        found = classifier_metrics(logps, ref_logps, images[config.split].labels, PreferenceLoss(beta=config.beta))
+        figures["dpo"] = with_intervals(found)
+    if config.output:
+        try:
+            Path(config.output).write_text(to_json(figures, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {config.output}: can't be written ({error.strerror}); name another") from None
+    return figures
+
+
+@torch.no_grad()
+def image_logps(model: ImageClassifier, images: Images, processor: ViTImageProcessor, batch_size: int) -> Tensor:
+    """(N, K) log-probabilities on the CPU, in the order of the images."""
+    device = PartialState().device
+    model = model.to(device).eval()
+    parts = []
+    for start in tqdm(range(0, len(images), batch_size), desc="Scoring", leave=False, delay=2):
+        pixels = images.pixels[start : start + batch_size].to(device, torch.float32) / 255
+        pixels = functional.normalize(pixels, list(processor.image_mean), list(processor.image_std))
+        parts.append(model(pixels).logits.float().log_softmax(1).cpu())
+    return torch.cat(parts)
+
+
+def classification_figures(logps: Tensor, labels: Tensor, names: list[str]) -> dict[str, Any]:
+    """Loss and accuracy with intervals, accuracy by class, confusion matrix, expected calibration error.
+
+    The calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599) is over 15 bins of equal width.
+    """
+    classes = len(names)
+    per_image = {
+        "loss": -logps.double().gather(1, labels[:, None])[:, 0].numpy(),
+        "accuracy": (logps.argmax(1) == labels).double().numpy(),
+    }
+    by_class = multiclass_accuracy(logps, labels, num_classes=classes, average=None)
+    counts = torch.bincount(labels, minlength=classes)
+    return {
+        **with_intervals(per_image),
+        "accuracy_by_class": {
+            name: float(by_class[k]) if counts[k] else None  # a class without images has no accuracy
+            for k, name in enumerate(names)
+        },
+        # rows: true classes, columns: predictions
+        "confusion_matrix": multiclass_confusion_matrix(logps, labels, num_classes=classes).tolist(),
+        "calibration_error": float(
+            multiclass_calibration_error(logps.exp(), labels, num_classes=classes, n_bins=CALIBRATION_BINS)
+        ),
+    }
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as tables for the terminal."""
+    low, high = figures["interval_95"]["accuracy"]
+    lines = [
+        "",
+        f"  {figures['model']} on {figures['n']} {figures['split']} images",
+        f"  accuracy           {figures['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}",
+        f"  loss               {figures['loss']:.4f}",
+        f"  calibration error  {figures['calibration_error']:.4f}",
+    ]
+    if "dpo" in figures:
+        dpo = figures["dpo"]
+        lines += [
+            f"  pairs ranked right {dpo['rewards/accuracies']:.4f}",
+            f"  rewards            {dpo['rewards/chosen']:.3f} chosen, {dpo['rewards/rejected']:.3f} rejected",
+            f"  KL from reference  {dpo['kl']:.4f} nats per image",
+        ]
+    names = list(figures["accuracy_by_class"])
+    width = max(len(name) for name in names)
+    cells = max(5, max(len(str(number)) for row in figures["confusion_matrix"] for number in row) + 1)
+    lines += ["", "  accuracy by class, and predictions (rows: true class)", ""]
+    for name, row in zip(names, figures["confusion_matrix"], strict=True):
+        accuracy = figures["accuracy_by_class"][name]
+        shown = "    -" if accuracy is None else f"{accuracy:.3f}"
+        lines.append(f"  {name:<{width}}  {shown}  " + "".join(f"{number:>{cells}}" for number in row))
+    return "\n".join([*lines, ""])
+
+
+def _check(model: ImageClassifier, images: LabelledImages, flag: str, name: str) -> None:
+    if model.config.num_labels != len(images.label_names):
+        raise UserError(
+            f"{flag} {name}: it has {model.config.num_labels} classes and the data {len(images.label_names)}: pass the "
+            "data that it was trained on"
+        )
+    height, width = images["test"].pixels.shape[2:]
+    if (height, width) != (model.config.image_size, model.config.image_size):
+        raise UserError(
+            f"{flag} {name}: it was made for {model.config.image_size}×{model.config.image_size} images and the data "
+            f"has {width}×{height}: pass --image_size {model.config.image_size}"
+        )

@@ -1,0 +1,323 @@
+"""Image classifiers: torchvision's ResNets and a small fast network, as models of transformers.
+
+A saved folder holds the weights (safetensors), the architecture, the label names and the preprocessing, so that after
+`import resdpo_trl`
+
+    transformers.pipeline("image-classification", model=FOLDER)
+
+takes a PIL image, and `AutoModelForImageClassification.from_pretrained(FOLDER)` gives the model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTImageProcessor,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from resdpo_trl.errors import UserError
+
+FAST = "fast"
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+class ImageClassifierConfig(PreTrainedConfig):
+    """Architecture of an `ImageClassifier`.
+
+    Args:
+        arch: a ResNet of torchvision's (`resnet18`, `resnext50_32x4d`, …) or `fast`.
+        stem: `cifar` (3×3, stride 1, no max-pool) or `imagenet` (torchvision's own); `fast` has its own.
+        head: `linear`, or `dropout` (dropout, linear to half the width, ReLU, dropout, linear).
+        dropout: probability of the dropout head.
+        widths: channels of the stages of `fast`.
+        image_size: height and width of the images it was made for.
+    """
+
+    model_type = "resdpo_image_classifier"
+
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        stem: str = "cifar",
+        head: str = "linear",
+        dropout: float = 0.1,
+        widths: list[int] | tuple[int, ...] = (64, 128, 256),
+        image_size: int = 32,
+        **kwargs: Any,
+    ):
+        self.arch = arch
+        self.stem = stem
+        self.head = head
+        self.dropout = dropout
+        self.widths = list(widths)
+        self.image_size = image_size
+        super().__init__(**kwargs)
+
+
+class ImageClassifier(PreTrainedModel):
+    """A network from (B, 3, H, W) normalized images to (B, K) logits."""
+
+    config_class = ImageClassifierConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: ImageClassifierConfig):
+        super().__init__(config)
+        if config.arch == FAST:
+            self.network: nn.Module = FastNet(config.widths)
+            width = config.widths[-1]
+        else:
+            self.network, width = _torchvision_resnet(config)
+        self.head = _head(config, width)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave the modules' own initialization as it is."""
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
+        logits = self.head(self.network(pixel_values))
+        loss = F.cross_entropy(logits.float(), labels) if labels is not None else None
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+class FastNet(nn.Module):
+    """A small residual network with what fast CIFAR training knows (airbench, https://arxiv.org/abs/2404.00498).
+
+    A frozen 2×2 whitening convolution; stages of convolution, max-pool, and a residual convolution, all started at the
+    identity; batch norms without a learned scale that follow the newest batches; the maximum over what is left of the
+    image; features scaled by 1/9, which makes up for the head's large initial logits.
+
+    (B, 3, H, W) -> (B, widths[-1])
+    """
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.whitening = Whitening()
+        inputs = [self.whitening.channels, *widths[:-1]]
+        self.stages = nn.Sequential(*(_Stage(i, o) for i, o in zip(inputs, widths, strict=True)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stages(F.gelu(self.whitening(images)))
+        return features.amax(dim=(2, 3)) / 9
+
+
+class Whitening(nn.Module):
+    """A 2×2 convolution onto the principal directions of image patches and their negatives, scaled to unit variance.
+
+    The weights are a buffer: they are fitted once and never trained. The bias is.
+    """
+
+    channels = 24
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(self.channels, 3, 2, 2))
+        self.bias = nn.Parameter(torch.zeros(self.channels))
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, epsilon: float = 5e-4) -> None:
+        """Set the weights from (N, 3, H, W) normalized images."""
+        patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12).double()
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+        directions = (vectors / (values + epsilon).sqrt()).T.reshape(12, 3, 2, 2)
+        self.weight.copy_(torch.cat([directions, -directions]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.weight.to(images.dtype), self.bias)
+
+
+class _Stage(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = _identity_convolution(inputs, outputs)
+        self.norm1 = _fast_norm(outputs)
+        self.conv2 = _identity_convolution(outputs, outputs)
+        self.norm2 = _fast_norm(outputs)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = F.gelu(self.norm1(F.max_pool2d(self.conv1(features), 2)))
+        return features + F.gelu(self.norm2(self.conv2(features)))
+
+
+def _identity_convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    if convolution.weight.device.type != "meta":
+        nn.init.dirac_(convolution.weight[:inputs])
+    return convolution
+
+
+def _fast_norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
+
+
+def architectures() -> list[str]:
+    """What `arch` may be."""
+    from torchvision import models
+
+    resnets = [
+        name
+        for name in models.list_models(module=models)
+        if models.get_model_builder(name).__module__.endswith("resnet")
+    ]
+    return [FAST, *(name for name in resnets if not name.startswith("quantized"))]
+
+
+def check_architecture(arch: str) -> None:
+    """A UserError with the nearest names for an unknown one."""
+    known = architectures()
+    if arch not in known:
+        near = difflib.get_close_matches(arch, known, 3, cutoff=0.4)
+        raise UserError(
+            f"--arch {arch}: unknown; " + (f"did you mean {', '.join(near)}?" if near else f"one of {', '.join(known)}")
+        )
+
+
+def build_classifier(
+    config: ImageClassifierConfig, seed: int, images: Tensor | None = None, pretrained_weights: str | None = None
+) -> ImageClassifier:
+    """A classifier with new weights drawn by `seed`, or with torchvision's.
+
+    Args:
+        config: its architecture, with label names.
+        seed: draws the weights.
+        images: (N, 3, H, W) normalized training images, from which `fast` fits its whitening.
+        pretrained_weights: a name of torchvision's (`IMAGENET1K_V2`, `DEFAULT`) or a local .safetensors or .pth file;
+            what has another shape (a CIFAR stem, the head) stays new.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ImageClassifier(config)
+    if config.arch == FAST:
+        if pretrained_weights:
+            raise UserError("--pretrained_weights: torchvision has none for --arch fast; name a ResNet")
+        if images is None:
+            raise ValueError("fast needs training images for its whitening")
+        assert isinstance(model.network, FastNet)
+        model.network.whitening.fit(images)
+    elif pretrained_weights:
+        _load_torchvision_weights(model, config.arch, pretrained_weights)
+    return model
+
+
+def load_classifier(name: str, flag: str, revision: str = "main") -> ImageClassifier:
+    """A saved classifier, from a folder or the Hub."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{flag} {name}: not a model folder (no config.json in it)")
+    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{flag} {name}: no such folder")
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name, revision=revision, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{flag} {name}: can't be loaded ({reason})") from None
+    if not isinstance(model, ImageClassifier):
+        raise UserError(f"{flag} {name}: a {type(model).__name__}; train_cifar.py makes what is needed")
+    return model
+
+
+def load_processor(name: str, flag: str, revision: str = "main") -> ViTImageProcessor:
+    """The preprocessing that was saved with a classifier."""
+    try:
+        return ViTImageProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{flag} {name}: its {PROCESSOR_FILE} can't be loaded ({reason})") from None
+
+
+def image_processor(image_size: int, mean: list[float], std: list[float]) -> ViTImageProcessor:
+    """The preprocessing of a PIL image: resize, scale to [0, 1], normalize per channel."""
+    return ViTImageProcessor(
+        size={"height": image_size, "width": image_size}, image_mean=mean, image_std=std, do_convert_rgb=True
+    )
+
+
+def _torchvision_resnet(config: ImageClassifierConfig) -> tuple[nn.Module, int]:
+    """torchvision's network without its last layer, and the width of its features."""
+    from torchvision import models
+
+    network = models.get_model(config.arch, weights=None)
+    if config.stem == "cifar":
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        if network.conv1.weight.device.type != "meta":
+            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    width = network.fc.in_features
+    network.fc = nn.Identity()
+    return network, width
+
+
+def _head(config: ImageClassifierConfig, width: int) -> nn.Module:
+    classes = int(config.num_labels or 0)
+    if config.head == "linear":
+        return nn.Linear(width, classes)
+    return nn.Sequential(
+        nn.Dropout(config.dropout),
+        nn.Linear(width, width // 2),
+        nn.ReLU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(width // 2, classes),
+    )
+
+
+def _load_torchvision_weights(model: ImageClassifier, arch: str, weights: str) -> None:
+    from torchvision import models
+
+    path = Path(weights)
+    if path.suffix in (".safetensors", ".pth", ".pt") or path.exists():
+        state = _read_weights(path)
+    else:
+        known = {member.name: member for member in models.get_model_weights(arch)} | {
+            "DEFAULT": models.get_model_weights(arch).DEFAULT
+        }
+        if weights not in known:
+            raise UserError(f"--pretrained_weights {weights}: {arch} has {', '.join(known)}; or name a local file")
+        try:
+            state = known[weights].get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise UserError(
+                f"--pretrained_weights {weights}: torchvision can't download it ({error}); name a local file"
+            ) from None
+    own = model.network.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    missing = set(own) - set(fitting)
+    if missing - {"conv1.weight"}:
+        raise UserError(
+            f"--pretrained_weights {weights}: not the weights of {arch} ({len(missing)} of {len(own)} tensors are "
+            f"missing or of another shape, {sorted(missing)[0]} first)"
+        )
+    model.network.load_state_dict(fitting, strict=False)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)  # tensors alone: nothing else is unpickled
+    except FileNotFoundError:
+        raise UserError(f"--pretrained_weights {path}: no such file") from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"--pretrained_weights {path}: can't be read ({reason})") from None
+
+
+AutoConfig.register(ImageClassifierConfig.model_type, ImageClassifierConfig)
+AutoModelForImageClassification.register(ImageClassifierConfig, ImageClassifier)

@@ -1,0 +1,371 @@
+"""The image job, step by step: images, reference, policy, comparison, files. The recipes call the steps in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from resdpo_trl.arguments import RunConfig, preference_loss
+from resdpo_trl.callbacks import use_run_callbacks
+from resdpo_trl.errors import UserError
+from resdpo_trl.hub import write_image_card
+from resdpo_trl.image.augment import AugmentConfig
+from resdpo_trl.image.config import (
+    ClassifierDPOConfig,
+    CrossEntropyConfig,
+    ImageModelConfig,
+    ReferenceStageConfig,
+    parse_mode,
+    reference_stage,
+)
+from resdpo_trl.image.data import QUICKSTART, SPLITS, ImageDataConfig, LabelledImages, load_images
+from resdpo_trl.image.model import (
+    ImageClassifier,
+    ImageClassifierConfig,
+    build_classifier,
+    check_architecture,
+    image_processor,
+    load_classifier,
+    load_processor,
+)
+from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
+from resdpo_trl.job import Job, as_table, free
+from resdpo_trl.metrics import classifier_metrics, with_intervals
+
+FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
+
+
+class ImageRun(Job):
+    """One run of cross-entropy, or of cross-entropy and DPO, in one folder."""
+
+    def __init__(
+        self,
+        data: ImageDataConfig,
+        model: ImageModelConfig,
+        augment: AugmentConfig,
+        options: RunConfig,
+        training: ClassifierDPOConfig | CrossEntropyConfig,
+        stage: ReferenceStageConfig | None = None,
+        preset: Path | None = None,
+    ):
+        """`training` is a `ClassifierDPOConfig` with the reference `stage` before it, or cross-entropy alone."""
+        self.data, self.model, self.augment, self.stage = data, model, augment, stage
+        check_architecture(model.arch)
+        config = {
+            "data": dataclasses.asdict(data),
+            "model": dataclasses.asdict(model),
+            "augmentation": dataclasses.asdict(augment),
+            "training": training.to_dict(),
+            "run": dataclasses.asdict(options),
+        }
+        if stage is not None:
+            config["reference_stage"] = dataclasses.asdict(stage)
+        super().__init__(training, options, config, preset)
+
+    def say_what_runs(self) -> None:
+        """Two lines: the job, and what it runs on."""
+        named = self.stage.reference_model if self.stage else None
+        model = f"from {named}" if named else f"of {self.model.arch}"
+        source = self.data.dataset_name
+        if source == QUICKSTART:
+            source = "handwritten digits (no network needed)"
+        stages = "cross-entropy and DPO" if self.stage else "cross-entropy"
+        self.say(
+            f"{stages} {model} on {source}; for ResNet on CIFAR-10: --config recipes/configs/cifar/resnet18.yaml\n"
+            + self.hardware_line()
+        )
+
+    # --- images --------------------------------------------------------------------------------------------------
+
+    def prepare_images(self) -> LabelledImages:
+        """Decoded images, their preprocessing, and the reference's fit to both."""
+        started = time.perf_counter()
+        images = load_images(self.data)
+        self.preparation_seconds = time.perf_counter() - started
+        self.run.record(data_fingerprint={split: images[split].fingerprint() for split in SPLITS})
+        self.run.summarize(data=images.counts)
+        counts = images.counts
+        height, width = counts["image_size"]
+        if height != width:
+            raise UserError(
+                f"--dataset_name {self.data.dataset_name}: images are {width}×{height}: pass --image_size "
+                f"{min(height, width)}"
+            )
+        self.say(
+            f"images: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "
+            f"{counts['classes']} classes, {width}×{height} pixels"
+        )
+        named = self.stage.reference_model if self.stage else None
+        if named is None and self.resume and self.run.reference.is_dir():
+            named = str(self.run.reference)
+        if named is not None:
+            self.processor = load_processor(named, "--reference_model")
+            self._check_fits(load_classifier(named, "--reference_model"), images, named)
+        else:
+            mean, std = self._statistics(images)
+            self.processor = image_processor(height, mean, std)
+        return images
+
+    def _check_fits(self, model: ImageClassifier, images: LabelledImages, name: str) -> None:
+        classes, size = model.config.num_labels, model.config.image_size
+        if classes != len(images.label_names):
+            raise UserError(
+                f"--reference_model {name}: it has {classes} classes and the data {len(images.label_names)}: pass one "
+                "that was trained on the same classes"
+            )
+        if size != images["train"].pixels.shape[2]:
+            raise UserError(
+                f"--reference_model {name}: it was made for {size}×{size} images and the data has "
+                f"{images['train'].pixels.shape[2]}×{images['train'].pixels.shape[3]}: pass --image_size {size}"
+            )
+
+    def _statistics(self, images: LabelledImages) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, of values in [0, 1]; ImageNet's for ImageNet's weights."""
+        if self.model.pretrained_weights:
+            return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        some = images["train"].pixels[:FITTED_ON].float() / 255
+        return some.mean(dim=(0, 2, 3)).tolist(), some.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
+
+    def _new_model(self, images: LabelledImages) -> ImageClassifier:
+        names = images.label_names
+        config = ImageClassifierConfig(
+            arch=self.model.arch,
+            stem=self.model.stem,
+            head=self.model.head,
+            dropout=self.model.dropout,
+            widths=self.model.widths,
+            image_size=images["train"].pixels.shape[2],
+            id2label=dict(enumerate(names)),
+            label2id={name: number for number, name in enumerate(names)},
+        )
+        some = images["train"].pixels[:FITTED_ON].float() / 255
+        mean, std = (
+            torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std)
+        )
+        return build_classifier(config, self.training.seed, (some - mean) / std, self.model.pretrained_weights)
+
+    # --- cross-entropy -------------------------------------------------------------------------------------------
+
+    def train_cross_entropy(self, images: LabelledImages) -> None:
+        """The recipe of cross-entropy alone: into policy/, then the test, once."""
+        self.run.summarize(cross_entropy=self._cross_entropy("cross_entropy", images, self.training, self.run.policy))
+
+    def make_reference(self, images: LabelledImages) -> None:
+        """The reference, into reference/: one epoch of cross-entropy, or the model as given."""
+        assert self.stage is not None
+        if self.run.reference.is_dir():  # a resumed run that was past this
+            return
+        if self.stage.reference_model:
+            model = load_classifier(self.stage.reference_model, "--reference_model")
+            self.publish(self.run.reference, model.save_pretrained, self.processor)
+            self.run.summarize(reference={"given": self.stage.reference_model})
+            return
+        args = reference_stage(self.training, self.stage)
+        self.run.summarize(reference=self._cross_entropy("reference", images, args, self.run.reference))
+
+    def _cross_entropy(
+        self, stage: str, images: LabelledImages, args: CrossEntropyConfig, folder: Path
+    ) -> dict[str, Any]:
+        """Train by cross-entropy into `folder`; what summary.json says of it."""
+        set_seed(self.training.seed)
+        trainer = ClassifierTrainer(
+            model=self._new_model(images),
+            args=self._own_folder(args, stage),
+            train=images["train"],
+            validation=images["validation"],
+            processor=self.processor,
+            augment=self.augment,
+        )
+        use_run_callbacks(trainer, self.run, stage, "cross-entropy")
+        seconds, trained = self._train(trainer, stage)
+        self.publish(folder, trainer.save_model, self.processor)
+        summary: dict[str, Any] = {"steps": trainer.state.global_step, **_speed(seconds, trained)}
+        for split in ("validation", "test"):
+            if split == "validation" or stage != "reference":  # the reference meets the test with the policy
+                logps = trainer.logps(images[split])
+                summary[split] = with_intervals(_cross_entropy_figures(logps, images[split].labels))
+        if "test" in summary:
+            self.run.log(stage, "test", trainer.state.global_step, trainer.state.epoch, summary["test"])
+        free(trainer)
+        return summary
+
+    # --- DPO -----------------------------------------------------------------------------------------------------
+
+    def make_policy(self, images: LabelledImages) -> None:
+        """DPO from the reference, into policy/; then the test of both, once."""
+        dpo, reference = self._dpo("dpo", images, self.training, self.run.policy)
+        self.run.summarize(
+            dpo=dpo,
+            reference=self.run.summary.get("reference", {}) | {"test": reference},
+            throughput={
+                "preparation_seconds": self.preparation_seconds,
+                "dpo_seconds": dpo["seconds"],
+                "dpo_images_per_second": dpo["images_per_second"],
+            },
+        )
+
+    def compare(self, images: LabelledImages) -> None:
+        """The other modes asked for, from the same reference, and cross-entropy from scratch with the same epochs."""
+        compared: dict[str, Any] = dict(self.run.summary.get("compared", {}))
+        folder = self.run.path / "compared"
+        if self.run.main_process and (self.training.compare_modes or self.training.compare_cross_entropy):
+            folder.mkdir(exist_ok=True)
+        for mode in self.training.compare_modes:
+            if mode in compared:
+                continue
+            sampling, update = parse_mode(mode)
+            args = dataclasses.replace(
+                self.training,
+                rejected_sampling=sampling,
+                reference_update=update,
+                do_polyak=False,
+                do_copy=False,
+            )
+            name = mode.replace("/", "-")
+            compared[mode], _ = self._dpo(f"dpo-{name}", images, args, folder / name)
+            self.run.summarize(compared=compared)
+        if self.training.compare_cross_entropy and "cross-entropy" not in compared:
+            assert self.stage is not None
+            stage = dataclasses.replace(self.stage, reference_epochs=self.training.num_train_epochs)
+            args = reference_stage(self.training, stage)
+            compared["cross-entropy"] = self._cross_entropy("cross_entropy", images, args, folder / "cross_entropy")
+            self.run.summarize(compared=compared)
+
+    def _dpo(
+        self, stage: str, images: LabelledImages, args: ClassifierDPOConfig, folder: Path
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Train by DPO into `folder`; what summary.json says of the policy, and of the reference's test."""
+        set_seed(self.training.seed)
+        name = str(self.run.reference)
+        trainer = ClassifierDPOTrainer(
+            model=load_classifier(name, "reference"),
+            ref_model=load_classifier(name, "reference"),
+            args=self._own_folder(args, stage),
+            train=images["train"],
+            validation=images["validation"],
+            processor=self.processor,
+            augment=self.augment,
+        )
+        use_run_callbacks(trainer, self.run, stage, "DPO")
+        seconds, trained = self._train(trainer, stage)
+        self.publish(folder, trainer.save_model, self.processor)
+        if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
+            first = load_classifier(name, "reference").state_dict()
+            trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first)
+        loss = preference_loss(args)
+        summary: dict[str, Any] = {
+            "steps": trainer.state.global_step,
+            "beta": loss.beta,
+            "loss_type": list(loss.loss_types),
+            "rejected_sampling": args.rejected_sampling,
+            "reference_update": args.reference_update,
+            **_speed(seconds, trained),
+        }
+        reference: dict[str, Any] = {}
+        for split in ("validation", "test"):
+            logps, ref_logps = trainer.score(images[split])
+            summary[split] = with_intervals(classifier_metrics(logps, ref_logps, images[split].labels, loss))
+            reference = with_intervals(_cross_entropy_figures(ref_logps, images[split].labels))
+        self.run.log(stage, "test", trainer.state.global_step, trainer.state.epoch, summary["test"])
+        free(trainer)
+        return summary, reference
+
+    def _own_folder(self, args: Any, stage: str) -> Any:
+        return dataclasses.replace(
+            args,
+            output_dir=str(self.run.checkpoints(stage)),
+            push_to_hub=False,
+            report_to=args.report_to or "none",
+        )
+
+    def _train(self, trainer: ClassifierTrainer, stage: str) -> tuple[float, int]:
+        """Train; the seconds it took without evaluation, and the images it saw."""
+        checkpoint = self.checkpoint(stage)
+        first = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        args = trainer.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return seconds, (trainer.state.global_step - first) * rows
+
+    def finish(self) -> None:
+        """The model card, then the end of the run."""
+        if self.run.main_process:
+            write_image_card(self.run, self.run.policy, self.model.arch)
+        self.end(self.run.policy, describe_results)
+
+
+def _cross_entropy_figures(logps: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Per-image loss and accuracy, each (N,)."""
+    logps = logps.double()
+    return {
+        "loss": -logps.gather(1, labels[:, None])[:, 0].numpy(),
+        "accuracy": (logps.argmax(1) == labels).double().numpy(),
+    }
+
+
+def _speed(seconds: float, images: int) -> dict[str, float]:
+    return {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
+
+
+def describe_results(summary: dict[str, Any], path: Path) -> str:
+    """The table at the end of a run."""
+    data = summary["data"]
+    rows = [("images", f"{data['train']} train, {data['validation']} validation, {data['test']} test")]
+    if "cross_entropy" in summary:
+        test = summary["cross_entropy"]["test"]
+        rows += [
+            ("loss, test", f"{test['loss']:.4f}"),
+            ("accuracy, test", f"{_with_interval(test, 'accuracy')}, n = {test['n']}"),
+            ("images per second", f"{summary['cross_entropy']['images_per_second']:.0f}"),
+        ]
+    if "dpo" in summary:
+        test = summary["dpo"]["test"]
+        rows += [
+            ("DPO loss, test", f"{test['loss']:.4f}   (ln 2 = 0.6931 before training)"),
+            ("pairs ranked right, test", f"{_with_interval(test, 'rewards/accuracies')}, n = {test['n']}"),
+            ("margin, test", f"{test['rewards/margins']:.3f}"),
+            ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
+        ]
+    rows.append(("seconds in all", f"{summary['throughput']['total_seconds']:.0f}"))
+    rows.append(("files", str(path)))
+    return as_table(rows) + (describe_comparison(summary) if "dpo" in summary else "")
+
+
+def describe_comparison(summary: dict[str, Any]) -> str:
+    """Reference, policies and baseline side by side, on the test images."""
+    dpo, reference = summary["dpo"], summary["reference"]
+    lines = [("reference", reference)]
+    lines.append((f"DPO, {dpo['rejected_sampling']}/{dpo['reference_update']}", dpo))
+    for name, figures in summary.get("compared", {}).items():
+        lines.append((name if name == "cross-entropy" else f"DPO, {name}", figures))
+    table = [("", "test accuracy", "95% interval", "KL from reference", "seconds", "images/s")]
+    for name, figures in lines:
+        test = figures["test"]
+        low, high = test["interval_95"]["accuracy"]
+        table.append(
+            (
+                name,
+                f"{test['accuracy']:.4f}",
+                f"{low:.4f} to {high:.4f}",
+                f"{test['kl']:.3f}" if "kl" in test else "-",
+                f"{figures['seconds']:.1f}" if "seconds" in figures else "-",
+                f"{figures['images_per_second']:.0f}" if "seconds" in figures else "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    )
+
+
+def _with_interval(test: dict[str, Any], name: str) -> str:
+    low, high = test["interval_95"][name]
+    return f"{test[name]:.4f}   95% interval {low:.4f} to {high:.4f}"

@@ -1,0 +1,331 @@
+"""transformers' Trainer on images in memory: by cross-entropy, and by DPO with this project's loss.
+
+The data loader carries image numbers alone. The images wait on the device as uint8; a step gathers its own, augments
+and normalizes them there, and reads no figure back, so that nothing stands between two steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torchvision.transforms.v2 import functional
+from transformers import Trainer, TrainerCallback, ViTImageProcessor
+
+from resdpo_trl.arguments import preference_loss
+from resdpo_trl.image.augment import Augmentation, AugmentConfig, hash_seed
+from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
+from resdpo_trl.image.data import Images
+from resdpo_trl.image.model import ImageClassifier
+from resdpo_trl.image.rejected import RejectedClasses
+from resdpo_trl.losses import LogProbs, PreferenceLoss
+from resdpo_trl.metrics import RunningMeans, classifier_metrics, classifier_pairs
+from resdpo_trl.reference import MovingReference
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of `count` numbers, drawn anew each epoch from seed and epoch: the same on every process."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, self.epoch, "order"))
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+
+class ClassifierTrainer(Trainer):
+    """Cross-entropy on images in memory.
+
+    Args:
+        model: the classifier.
+        args: its options.
+        train: training images.
+        validation: images that `evaluate` uses, without augmentation.
+        processor: its mean and standard deviation normalize the images.
+        augment: augmentation of the training images.
+    """
+
+    args: Any
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        args: CrossEntropyConfig | ClassifierDPOConfig,
+        train: Images,
+        validation: Images | None,
+        processor: ViTImageProcessor,
+        augment: AugmentConfig,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        if args.channels_last:
+            _channels_last(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=range(len(train)),
+            eval_dataset=validation,
+            data_collator=_number,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = False
+        seed = args.seed if args.data_seed is None else args.data_seed
+        device = self.accelerator.device
+        self.train_images = Images(train.pixels.to(device), train.labels.to(device))
+        self.mean, self.std = list(processor.image_mean), list(processor.image_std)
+        self.augmentation = Augmentation(augment, len(train), seed, device)
+        self._sampler = EpochSampler(len(train), seed)
+        self._means = RunningMeans()  # of the steps since the last log
+        self.evaluation_seconds = 0.0  # spent in `evaluate` while training
+        self.add_callback(_SetEpoch(self))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw what is random in an epoch, as a function of the seed and the epoch's number."""
+        self._sampler.set_epoch(epoch)
+        self.augmentation.set_epoch(epoch)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels of 0 to 255 -> normalized float32 in the memory order of the model."""
+        images = functional.normalize(pixels.to(torch.float32) / 255, self.mean, self.std)
+        return images.contiguous(memory_format=torch.channels_last) if self.args.channels_last else images
+
+    def batch(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A training step's augmented, normalized images and their labels."""
+        index = inputs["index"]
+        images = self.augmentation(self.train_images.pixels[index], index)
+        return self.normalize(images), self.train_images.labels[index]
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        images, labels = self.batch(inputs)
+        logits = model(images).logits.float()
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.args.label_smoothing_factor)
+        self._means.add({"accuracy": logits.detach().argmax(1) == labels})
+        return losses.mean()
+
+    def logps(self, images: Images, model: torch.nn.Module | None = None, description: str = "Scoring") -> Tensor:
+        """(N, K) log-probabilities of every image's classes, on the CPU; of `model`, or of the trained one."""
+        model = self.model_wrapped if model is None else model
+        return self._over_images(images, lambda pixels: (_logps(model, pixels),), [model], description)[0]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Means over the validation images."""
+        started = time.perf_counter()
+        images: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._figures(images).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.evaluation_seconds += time.perf_counter() - started
+        return metrics
+
+    def _figures(self, images: Images) -> dict[str, float]:
+        logps = self.logps(images, description="Evaluating")
+        accuracy = (logps.argmax(1) == images.labels).double().mean()
+        return {"loss": float(F.nll_loss(logps.double(), images.labels)), "accuracy": float(accuracy)}
+
+    def _over_images(self, images: Images, function: Any, models: list[Any], description: str) -> list[Tensor]:
+        """Apply `function` to batches of normalized images, every model in eval mode; its outputs, in order."""
+        from tqdm.auto import tqdm
+
+        loader = self.accelerator.prepare_data_loader(
+            DataLoader(range(len(images)), batch_size=self.args.per_device_eval_batch_size, collate_fn=_number)  # type: ignore[arg-type]
+        )
+        training = [model.training for model in models]
+        for model in models:
+            model.eval()
+        parts = []
+        hidden = not self.is_world_process_zero()
+        with torch.no_grad(), self.accelerator.autocast():
+            for inputs in tqdm(loader, desc=description, leave=False, disable=hidden, delay=2):
+                pixels = images.pixels[inputs["index"].cpu()].to(self.accelerator.device)
+                outputs = self.accelerator.gather_for_metrics(list(function(self.normalize(pixels))))
+                parts.append([value.cpu() for value in outputs])
+        for model, mode in zip(models, training, strict=True):
+            model.train(mode)
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not any(name.startswith("eval_") for name in logs):
+            logs.update(self._means.take(self.accelerator.reduce))
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Weights of convolutions and linear layers decay; biases and norms do not."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created:
+            optimizer.param_groups[1]["lr"] *= self.args.bias_learning_rate_scale  # the group without decay
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._sampler
+
+
+class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
+    """DPO for classifiers: the true class is preferred to wrong ones, and everything about a policy is exact.
+
+    Policy and reference see the same augmented images in one step; the reference runs without gradient, in eval mode,
+    so that its batch norms stand still. The rejected classes are those of `RejectedClasses`; with `all` a pair's loss
+    is the mean over the K−1 wrong classes. Evaluation takes every wrong class whatever training samples, without
+    augmentation: means over images of means over their wrong classes.
+
+    Args:
+        model: the policy.
+        ref_model: the reference; it is moved in place where `args.reference_update` says so.
+        args, train, validation, processor, augment: as for `ClassifierTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        ref_model: ImageClassifier,
+        args: ClassifierDPOConfig,
+        train: Images,
+        validation: Images | None,
+        processor: ViTImageProcessor,
+        augment: AugmentConfig,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.preference_loss: PreferenceLoss = preference_loss(args)
+        self.ref_model: Any = ref_model
+        if args.disable_dropout:
+            for each in (model, ref_model):
+                _disable_dropout(each)
+        super().__init__(model, args, train, validation, processor, augment, callbacks)
+        if args.channels_last:
+            _channels_last(ref_model)
+        self.ref_model = self._prepare_reference(ref_model)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        labels, classes = self.train_images.labels, int(model.config.num_labels or 0)
+        self.rejected = RejectedClasses(args.rejected_sampling, labels, classes, seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.rejected.set_epoch(epoch)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        images, labels = self.batch(inputs)
+        with torch.no_grad():
+            ref_logps = _logps(self.ref_model, images)
+        logps = _logps(model, images)
+        rejected = self.rejected(inputs["index"], ref_logps)
+        pairs = classifier_pairs(logps, ref_logps, labels, rejected)
+        signal = rejected != labels[:, None]
+        if self.args.rejected_sampling == "random":
+            # a "pair" of the true class with itself teaches nothing: its loss is a constant
+            kept = signal[:, 0]
+            losses = self.preference_loss(_select(pairs, kept)).sum() / kept.sum().clamp(min=1)
+        else:
+            losses = self.preference_loss(pairs).mean()
+        self._note(pairs, logps.detach(), ref_logps, labels, signal)
+        return losses
+
+    def score(self, images: Images, description: str = "Scoring") -> tuple[Tensor, Tensor]:
+        """(N, K) log-probabilities under policy and reference, on the CPU, in the order of the images."""
+        policy = self.model_wrapped
+        both = self._over_images(
+            images,
+            lambda pixels: (_logps(policy, pixels), _logps(self.ref_model, pixels)),
+            [policy, self.ref_model],
+            description,
+        )
+        return both[0], both[1]
+
+    def _figures(self, images: Images) -> dict[str, float]:
+        figures = classifier_metrics(*self.score(images, "Evaluating"), images.labels, self.preference_loss)
+        return {name: float(values.mean()) for name, values in figures.items()}
+
+    def _prepare_reference(self, reference: ImageClassifier) -> Any:
+        reference.requires_grad_(False).eval()
+        if self.is_deepspeed_enabled:
+            from trl.models import prepare_deepspeed
+
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            from trl.models import prepare_fsdp
+
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _note(self, pairs: LogProbs, logps: Tensor, ref_logps: Tensor, labels: Tensor, signal: Tensor) -> None:
+        """Keep this step's figures for `log`: means over images of means over their pairs."""
+        chosen, rejected = self.preference_loss.rewards(pairs)
+        weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
+        figures = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": chosen > rejected,
+            "logps/chosen": pairs.chosen.detach(),
+            "logps/rejected": pairs.rejected.detach(),
+            "gradient_weights/chosen": weights_chosen,
+            "gradient_weights/rejected": weights_rejected,
+        }
+        self._means.add(
+            {name: value.float().mean(1) for name, value in figures.items()}
+            | {
+                "accuracy": logps.argmax(1) == labels,
+                "kl": (logps.exp() * (logps - ref_logps)).sum(1),
+                "masked_pairs": (~signal).float().mean(1),
+            }
+        )
+
+
+class _SetEpoch(TrainerCallback):
+    def __init__(self, trainer: ClassifierTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.set_epoch(int((state.epoch or 0.0) + 1e-6))  # a run resumed within an epoch begins at a fraction
+
+
+def _logps(model: Any, images: Tensor) -> Tensor:
+    """(B, K) float32 log-probabilities."""
+    return model(images).logits.float().log_softmax(1)
+
+
+def _channels_last(model: torch.nn.Module) -> None:
+    for parameter in [*model.parameters(), *model.buffers()]:
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _number(index: list[int]) -> dict[str, Tensor]:
+    return {"index": torch.tensor(index)}
+
+
+def _select(pairs: LogProbs, kept: Tensor) -> LogProbs:
+    return LogProbs(pairs.chosen[kept], pairs.rejected[kept], pairs.ref_chosen[kept], pairs.ref_rejected[kept])
+
+
+def _disable_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0

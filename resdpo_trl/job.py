@@ -1,0 +1,105 @@
+"""What the text job and the image job do alike: open the run, find checkpoints, publish models, end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from resdpo_trl.arguments import RunConfig
+from resdpo_trl.errors import UserError
+from resdpo_trl.hub import push_model
+from resdpo_trl.run import RunFolder, parallelism, use_the_cores
+
+
+class Job:
+    """One run in one folder. `training` holds transformers' `TrainingArguments` of the stage that ends it."""
+
+    def __init__(self, training: Any, options: RunConfig, config: dict[str, Any], preset: Path | None):
+        self.training, self.options = training, options
+        self.resume = training.resume_from_checkpoint is not None
+        self.started = time.perf_counter()
+        use_the_cores()
+        self.run = RunFolder(training.output_dir or "", main_process=PartialState().is_main_process)
+        self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
+        PartialState().wait_for_everyone()
+        self.run.start({"preset": str(preset) if preset else None, **config}, training.seed)
+        self.say = print if self.run.main_process else _silent
+
+    def hardware_line(self) -> str:
+        """What the run uses, and where its files go."""
+        precision = "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
+        device = self.training.device.type
+        threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+        processes = parallelism()["num_processes"]
+        return f"{device}{threads}, {processes} process(es), {precision}; files go to {self.run.path}"
+
+    def checkpoint(self, stage: str) -> str | None:
+        """The checkpoint that a resumed stage starts from; the metrics written after it are dropped."""
+        if not self.resume:
+            return None
+        asked = self.training.resume_from_checkpoint
+        if asked not in (None, "last") and Path(asked or "").resolve().parent.name == stage:
+            found: Path | None = Path(asked or "")
+            if not (Path(asked or "") / "trainer_state.json").is_file():
+                raise UserError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json)")
+        else:
+            found = self.run.last_checkpoint(stage)
+        step = int(found.name.removeprefix("checkpoint-")) if found else -1
+        self.run.forget_metrics(stage, step)
+        return str(found) if found else None
+
+    def publish(self, folder: Path, save: Callable[[str], Any], processor: Any) -> None:
+        """Save a model and its tokenizer or image processor whole or not at all: aside, then renamed."""
+        aside = folder.with_name(folder.name + ".tmp")
+        if self.run.main_process and aside.exists():
+            shutil.rmtree(aside)
+        PartialState().wait_for_everyone()
+        save(str(aside))
+        PartialState().wait_for_everyone()
+        if self.run.main_process:
+            processor.save_pretrained(str(aside))
+            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
+            if (aside / "ref").is_dir():
+                shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps beside the policy's
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(aside, folder)
+        PartialState().wait_for_everyone()
+
+    def end(self, trained: Path, table: Callable[[dict[str, Any], Path], str]) -> None:
+        """run.json's end, the table, and the Hub if asked."""
+        throughput = self.run.summary.get("throughput", {}) | {"total_seconds": time.perf_counter() - self.started}
+        self.run.summarize(throughput=throughput)
+        self.run.end()
+        self.say(table(self.run.summary, self.run.path))
+        if self.training.push_to_hub and self.run.main_process:
+            push_model(
+                trained, self.training.hub_model_id, bool(self.training.hub_private_repo), self.training.hub_token
+            )
+
+
+def free(trainer: Any) -> None:
+    """Let go of a stage's model and optimizer before the next one loads its own."""
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def as_table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns between blank lines."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows), ""])
+
+
+def _silent(*_: Any) -> None:
+    """What processes other than the main one say."""
