@@ -105,7 +105,7 @@ def hash_seed(seed: int, epoch: int, purpose: str) -> int:
 
 
 def rotate(pixels: Tensor, angles: Tensor) -> Tensor:
-    """Rotate (B, 3, H, W) float images about their centres by (B,) radians; the border is reflected."""
+    """Rotate (B, 3, H, W) float images counter-clockwise by (B,) radians; the border is reflected."""
     cosine, sine = angles.cos(), angles.sin()
     zero = torch.zeros_like(angles)
     matrices = torch.stack([torch.stack([cosine, -sine, zero], 1), torch.stack([sine, cosine, zero], 1)], 1)

@@ -142,9 +142,9 @@ class _Stage(nn.Module):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.conv1 = _identity_convolution(inputs, outputs)
-        self.norm1 = _fast_norm(outputs)
+        self.norm1 = _FastNorm(outputs)
         self.conv2 = _identity_convolution(outputs, outputs)
-        self.norm2 = _fast_norm(outputs)
+        self.norm2 = _FastNorm(outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         features = F.gelu(self.norm1(F.max_pool2d(self.conv1(features), 2)))
@@ -158,10 +158,13 @@ def _identity_convolution(inputs: int, outputs: int) -> nn.Conv2d:
     return convolution
 
 
-def _fast_norm(channels: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels, momentum=0.4)
-    norm.weight.requires_grad_(False)
-    return norm
+class _FastNorm(nn.BatchNorm2d):
+    """A batch norm whose statistics follow the newest batches, with a bias and a scale that stays 1."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, momentum=0.4)
+        del self.weight
+        self.register_buffer("weight", torch.ones(channels))  # a frozen parameter would be thawed by from_pretrained
 
 
 def architectures() -> list[str]:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,28 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import tiny_model, write_pairs
+from tests.recipes.conftest import ROOT, rows_of
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400",
     "--sft_epochs", "1", "--max_new_tokens", "6", "--num_samples", "3", "--max_length", "64", "--use_cpu",
     "--logging_steps", "2",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def recipe(monkeypatch, capsys):
-    """Run a recipe in this process, as `python recipes/NAME ARGUMENTS` does; gives (status, stdout, stderr)."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-
-    def call(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / name), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        said = capsys.readouterr()
-        return stop.value.code or 0, said.out, said.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +37,6 @@ def finished(tmp_path_factory, pairs_file):
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_what_a_run_leaves(finished):

@@ -1,0 +1,177 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision import models
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.image.model import (
+    ImageClassifier,
+    ImageClassifierConfig,
+    Whitening,
+    architectures,
+    build_classifier,
+    check_architecture,
+    image_processor,
+    load_classifier,
+)
+from tests.image.conftest import draw
+
+NAMES = {0: "red", 1: "green", 2: "blue", 3: "yellow"}
+IMAGES = torch.randn(50, 3, 16, 16)
+
+
+def config(**options):
+    names = {"id2label": NAMES, "label2id": {name: k for k, name in NAMES.items()}}
+    return ImageClassifierConfig(**{"arch": "fast", "widths": [24, 24], "image_size": 16} | names | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head": "dropout", "dropout": 0.3},
+        {"arch": "resnet18"},
+        {"arch": "resnet18", "stem": "imagenet"},
+        {"arch": "resnet50", "head": "dropout"},
+    ],
+    ids=str,
+)
+def test_a_saved_folder_gives_the_same_model(tmp_path, options):
+    model = build_classifier(config(**options), seed=0, images=IMAGES).train()
+    model(IMAGES)  # moves the batch norms' statistics, which must travel too
+    model.eval().save_pretrained(tmp_path)
+    image_processor(16, [0.5] * 3, [0.25] * 3).save_pretrained(tmp_path)
+    for loaded in (
+        AutoModelForImageClassification.from_pretrained(tmp_path),
+        load_classifier(str(tmp_path), "--model"),
+    ):
+        assert isinstance(loaded, ImageClassifier)
+        assert not loaded.training
+        torch.testing.assert_close(loaded(IMAGES).logits, model(IMAGES).logits)
+        assert loaded.config.id2label == NAMES
+        names = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+        assert names == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.pt"))
+
+
+def test_a_pipeline_takes_a_picture(tmp_path):
+    """What the pipeline computes from a PIL image is what training computed from the pixels."""
+    from PIL import Image
+
+    model = build_classifier(config(), seed=0, images=IMAGES).eval()
+    model.save_pretrained(tmp_path)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    image_processor(16, mean, std).save_pretrained(tmp_path)
+    assert list(AutoImageProcessor.from_pretrained(tmp_path).image_mean) == mean
+    classify = pipeline("image-classification", model=str(tmp_path))
+    pixels = draw(3).pixels
+    normalized = (pixels.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    expected = model(normalized).logits.softmax(1)
+    for row in range(3):
+        answer = classify(Image.fromarray(pixels[row].permute(1, 2, 0).numpy()), top_k=4)
+        for entry in answer:
+            assert entry["score"] == pytest.approx(
+                expected[row, model.config.label2id[entry["label"]]].item(), abs=1e-5
+            )
+
+
+def test_whitening_makes_patches_white():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.avg_pool2d(torch.randn(400, 3, 18, 18, generator=generator), 3, 1) * 3
+    whitening = Whitening()
+    whitening.fit(images, epsilon=0.0)
+    out = whitening(images).permute(1, 0, 2, 3).reshape(24, -1)
+    torch.testing.assert_close(torch.cov(out[:12]), torch.eye(12), atol=1e-3, rtol=0)
+    torch.testing.assert_close(out[12:], -out[:12])
+    assert "weight" not in dict(whitening.named_parameters())
+
+
+def test_the_fast_network_starts_at_the_identity():
+    model = build_classifier(config(widths=[24, 32]), seed=0, images=IMAGES)
+    kernel = model.network.stages[0].conv2.weight
+    torch.testing.assert_close(kernel, torch.nn.init.dirac_(torch.empty_like(kernel)))
+
+
+def test_the_cifar_stem_keeps_the_resolution():
+    model = ImageClassifier(config(arch="resnet18"))
+    assert model.network.conv1.weight.shape == (64, 3, 3, 3)
+    assert isinstance(model.network.maxpool, torch.nn.Identity)
+    plain = ImageClassifier(config(arch="resnet18", stem="imagenet"))
+    theirs = models.resnet18(num_classes=4)
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_the_seed_draws_the_weights_and_leaves_the_state_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second, other = (build_classifier(config(), seed, IMAGES).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_pretrained_weights_from_a_local_file(tmp_path, suffix, stem):
+    state = models.resnet18().state_dict()
+    path = tmp_path / f"weights{suffix}"
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    model = build_classifier(config(arch="resnet18", stem=stem), seed=0, pretrained_weights=str(path))
+    own = model.network.state_dict()
+    assert torch.equal(own["layer3.0.conv1.weight"], state["layer3.0.conv1.weight"])
+    assert (own["conv1.weight"].shape == state["conv1.weight"].shape) == (stem == "imagenet")
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
+    import os
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="can't be read"):
+        build_classifier(config(arch="resnet18"), seed=0, pretrained_weights=str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_architecture_names_the_nearest():
+    assert {"fast", "resnet18", "resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2"} <= set(architectures())
+    with pytest.raises(UserError, match="--arch resnet19: unknown; did you mean resnet18"):
+        check_architecture("resnet19")
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights", "message"),
+    [
+        ("resnet18", "IMAGENET9", "resnet18 has IMAGENET1K_V1, DEFAULT"),
+        ("fast", "DEFAULT", "torchvision has none for --arch fast"),
+        ("resnet18", "missing.pth", "no such file"),
+    ],
+)
+def test_weights_that_are_not_there(arch, weights, message):
+    with pytest.raises(UserError, match=message):
+        build_classifier(config(arch=arch), seed=0, images=IMAGES, pretrained_weights=weights)
+
+
+def test_the_weights_of_another_architecture(tmp_path):
+    save_file(models.resnet34().state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="not the weights of resnet50"):
+        build_classifier(config(arch="resnet50"), seed=0, pretrained_weights=str(tmp_path / "w.safetensors"))
+
+
+def test_folders_that_are_not_classifiers(tmp_path):
+    with pytest.raises(UserError, match=r"not a model folder \(no config.json in it\)"):
+        load_classifier(str(tmp_path), "--reference_model")
+    with pytest.raises(UserError, match="no such folder"):
+        load_classifier(str(tmp_path / "nothing"), "--reference_model")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UserError, match=r"--reference_model .*can't be loaded"):
+        load_classifier(str(tmp_path), "--reference_model")
