@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 QUICKSTART = "digits"
 SPLITS = ("train", "validation", "test")
 TORCHVISION_FOLDER = "cifar-10-batches-py"
+DECODED_TOGETHER = 256  # images that one thread decodes at a time
 
 
 @dataclass
@@ -273,32 +273,30 @@ def _decode(rows: Dataset, column: str, size: int | None, split: str, config: Im
     from datasets import Image
     from tqdm.auto import tqdm
 
-    encoded = rows.cast_column(column, Image(decode=False))
+    encoded = rows.cast_column(column, Image(decode=False)).select_columns([column])
     place = f"--dataset_name {config.dataset_name}: {split} row"
 
-    def decode(row: int, image: dict[str, Any]) -> np.ndarray:
-        return _decode_one(image, f"{place} {row}", size, config.convert_rgb)
+    def decode(start: int) -> list[np.ndarray]:
+        batch = encoded[start : start + DECODED_TOGETHER][column]
+        return [_decode_one(image, f"{place} {start + k}", size, config.convert_rgb) for k, image in enumerate(batch)]
 
     pixels: np.ndarray | None = None
+    starts = range(0, len(encoded), DECODED_TOGETHER)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # PIL lets go of the interpreter while it decodes
-        done = pool.map(decode, range(len(encoded)), _column(encoded, column))
-        for row, image in enumerate(tqdm(done, total=len(encoded), desc=f"Decoding {split}", leave=False, delay=2)):
-            if pixels is None:
-                pixels = np.empty((len(encoded), *image.shape), dtype=np.uint8)
-            if image.shape != pixels.shape[1:]:
-                raise UserError(
-                    f"{place} {row} is {image.shape[1]}×{image.shape[0]} pixels, row 0 {pixels.shape[2]}×"
-                    f"{pixels.shape[1]}: pass --image_size {min(pixels.shape[1:3])} to resize every image"
-                )
-            pixels[row] = image
+        done = pool.map(decode, starts)
+        for start, images in zip(starts, tqdm(done, "Decoding", len(starts), leave=False, delay=2), strict=True):
+            for row, image in enumerate(images, start):
+                if pixels is None:
+                    pixels = np.empty((len(encoded), *image.shape), dtype=np.uint8)
+                if image.shape != pixels.shape[1:]:
+                    raise UserError(
+                        f"{place} {row} is {image.shape[1]}×{image.shape[0]} pixels, row 0 {pixels.shape[2]}×"
+                        f"{pixels.shape[1]}: pass --image_size {min(pixels.shape[1:3])} to resize every image"
+                    )
+                pixels[row] = image
     if pixels is None:
         raise UserError(f"--dataset_name {config.dataset_name}: split {split} has no rows")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def _column(rows: Dataset, column: str) -> Iterator[dict[str, Any]]:
-    for batch in rows.select_columns([column]).iter(batch_size=1000):
-        yield from batch[column]
 
 
 def _decode_one(image: dict[str, Any] | None, place: str, size: int | None, convert: bool) -> np.ndarray:

@@ -322,5 +322,6 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"--pretrained_weights {path}: can't be read ({reason})") from None
 
 
+# `import resdpo_trl` sees to it that this runs before transformers' auto classes are used
 AutoConfig.register(ImageClassifierConfig.model_type, ImageClassifierConfig)
 AutoModelForImageClassification.register(ImageClassifierConfig, ImageClassifier)

@@ -175,3 +175,25 @@ def test_folders_that_are_not_classifiers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match=r"--reference_model .*can't be loaded"):
         load_classifier(str(tmp_path), "--reference_model")
+
+
+@pytest.mark.parametrize(
+    "first", ["import resdpo_trl", "import resdpo_trl.image.model", "import transformers.models.auto, resdpo_trl"]
+)
+def test_transformers_knows_the_folders_whatever_is_imported_first(tmp_path, first):
+    import subprocess
+    import sys
+
+    build_classifier(config(), seed=0, images=IMAGES).save_pretrained(tmp_path)
+    code = f"{first}\nfrom transformers import AutoConfig\nprint(type(AutoConfig.from_pretrained({str(tmp_path)!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ImageClassifierConfig" in done.stdout
+
+
+def test_the_package_alone_imports_nothing_heavy():
+    import subprocess
+    import sys
+
+    code = "import sys, resdpo_trl; print(sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
