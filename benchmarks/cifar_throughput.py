@@ -27,10 +27,11 @@ from transformers import TrainerCallback
 
 from resdpo_trl.arguments import has_bfloat16, has_cuda
 from resdpo_trl.callbacks import use_run_callbacks
+from resdpo_trl.image.architecture import ImageClassifierConfig
 from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import ClassifierDPOConfig
 from resdpo_trl.image.data import Images
-from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, image_processor
+from resdpo_trl.image.model import build_classifier, image_processor
 from resdpo_trl.image.trainer import ClassifierDPOTrainer
 from resdpo_trl.run import RunFolder, hardware, use_the_cores
 

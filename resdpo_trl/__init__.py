@@ -1,7 +1,7 @@
 """Direct Preference Optimization for language models and image classifiers, with one loss.
 
 After `import resdpo_trl`, transformers' auto classes and pipelines load the classifiers' folders. Nothing heavy is
-imported for it: the classifiers are registered when transformers' AutoConfig is first used.
+imported for it: each part is registered right after the module of transformers that it registers with.
 """
 
 import importlib
@@ -14,16 +14,22 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_AUTO = "transformers.models.auto.configuration_auto"
+_REGISTERS = {
+    "transformers.models.auto.configuration_auto": "resdpo_trl.image.architecture",
+    "transformers.models.auto.modeling_auto": "resdpo_trl.image.model",
+}
 
 
-class _RegisterClassifiers(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands before the import of AutoConfig's module once, and registers the classifiers right after it."""
+class _ThenImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads the module `first` as ever, then imports `then`; once."""
+
+    def __init__(self, first: str, then: str):
+        self.first, self.then = first, then
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _AUTO:
+        if name != self.first:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -38,14 +44,11 @@ class _RegisterClassifiers(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _register()
+        importlib.import_module(self.then)
 
 
-def _register() -> None:
-    importlib.import_module("resdpo_trl.image.model")  # registers them; where it is being imported, at its end
-
-
-if _AUTO in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _RegisterClassifiers())
+for _first, _then in _REGISTERS.items():
+    if _first in sys.modules:
+        importlib.import_module(_then)
+    else:
+        sys.meta_path.insert(0, _ThenImport(_first, _then))

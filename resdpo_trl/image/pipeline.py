@@ -15,6 +15,7 @@ from resdpo_trl.arguments import RunConfig, preference_loss
 from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.errors import UserError
 from resdpo_trl.hub import write_image_card
+from resdpo_trl.image.architecture import ImageClassifierConfig
 from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import (
     ClassifierDPOConfig,
@@ -27,7 +28,6 @@ from resdpo_trl.image.config import (
 from resdpo_trl.image.data import QUICKSTART, SPLITS, ImageDataConfig, LabelledImages, load_images
 from resdpo_trl.image.model import (
     ImageClassifier,
-    ImageClassifierConfig,
     build_classifier,
     check_architecture,
     image_processor,

@@ -7,9 +7,9 @@ from torchvision import models
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.image.architecture import ImageClassifierConfig
 from resdpo_trl.image.model import (
     ImageClassifier,
-    ImageClassifierConfig,
     Whitening,
     architectures,
     build_classifier,

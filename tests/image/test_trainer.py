@@ -9,9 +9,10 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import TrainerCallback
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.image.architecture import ImageClassifierConfig
 from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
-from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, image_processor
+from resdpo_trl.image.model import build_classifier, image_processor
 from resdpo_trl.image.rejected import SAMPLING, RejectedClasses
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
 from resdpo_trl.losses import LOSSES, PreferenceLoss, dpo_loss
