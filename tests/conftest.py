@@ -1,8 +1,12 @@
 """Tiny real models, tokenizers and pairs. Everything is made here: no network, no file from elsewhere."""
 
 import os
+import shutil
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: a test that needs the Hub is a defect
+# before any Hugging Face import: a test that needs the Hub is a defect, and so is one that an earlier run's cache helps
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="resdpo-trl-tests-")
 
 import random
 
@@ -45,6 +49,10 @@ def write_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
         first, second = sorted(generator.sample(ANSWERS, 2), key=len)
         rows.append({"chosen": f"{prompt}\n\nAssistant: {second}", "rejected": f"{prompt}\n\nAssistant: {first}"})
     return rows
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -158,6 +158,14 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
         },
     )
 
+    reference_cache_dir: str = field(
+        default="auto",
+        metadata={
+            "help": "Folder that keeps the reference's log-probabilities for later runs; 'auto' is below HF_HOME, "
+            "'none' keeps none."
+        },
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]

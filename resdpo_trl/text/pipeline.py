@@ -295,6 +295,8 @@ class TextRun(Job):
             },
             throughput={
                 "preparation_seconds": self.preparation_seconds,
+                "reference_seconds": trainer.reference_seconds,
+                "reference_pairs_read_from_cache": trainer.reference_pairs_read,
                 "dpo_seconds": seconds,
                 "dpo_pairs_per_second": trained / seconds,
             },

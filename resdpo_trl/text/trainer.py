@@ -23,6 +23,13 @@ from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig
+from resdpo_trl.text.reference_cache import (
+    cache_folder,
+    read_reference,
+    reference_key,
+    weights_digest,
+    write_reference,
+)
 from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
 
 
@@ -98,6 +105,10 @@ class TextDPOTrainer(_LikeLengths, MovingReference, DPOTrainer):
         self._means = RunningMeans()  # of the steps since the last log
         self._tokens: list[Tensor] = []  # (real, padded) tokens of the same steps
         self.evaluation_seconds = 0.0  # spent in `evaluate` while training
+        self.reference_seconds = 0.0  # spent on the reference's log-probabilities before training
+        self.reference_pairs_read = 0  # pairs whose log-probabilities an earlier run had left on disk
+        self._cache = cache_folder(args.reference_cache_dir)
+        self._weights: str | None = None  # the digest of the reference's, once it is needed
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -122,10 +133,35 @@ class TextDPOTrainer(_LikeLengths, MovingReference, DPOTrainer):
         """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
         if self.state.global_step > 0 and self.ref_model is None:
             raise RuntimeError("the policy has moved: the reference's log-probabilities must come before training")
-        pairs = self._over_pairs(dataset, self._reference_only, description)
-        return dataset.add_column("ref_chosen_logps", pairs.ref_chosen.numpy()).add_column(
-            "ref_rejected_logps", pairs.ref_rejected.numpy()
+        started = time.perf_counter()
+        found = self._cached_reference(dataset)
+        if found is None:
+            pairs = self._over_pairs(dataset, self._reference_only, description)
+            found = pairs.ref_chosen, pairs.ref_rejected
+            if self._cache is not None and self.is_world_process_zero():
+                write_reference(self._cache, self._reference_key(dataset), *found)
+        else:
+            self.reference_pairs_read += len(dataset)
+        self.reference_seconds += time.perf_counter() - started
+        return dataset.add_column("ref_chosen_logps", found[0].numpy()).add_column(
+            "ref_rejected_logps", found[1].numpy()
         )
+
+    def _cached_reference(self, dataset: Dataset) -> tuple[Tensor, Tensor] | None:
+        """The log-probabilities as an earlier run left them; every process reads them, or none."""
+        if self._cache is None:
+            return None
+        found = read_reference(self._cache, self._reference_key(dataset), len(dataset))
+        everywhere = self.accelerator.reduce(torch.tensor(float(found is not None), device=self.accelerator.device))
+        return found if everywhere.item() == self.accelerator.num_processes else None
+
+    def _reference_key(self, dataset: Dataset) -> str:
+        if self._weights is None:
+            model = self.ref_model if self.ref_model is not None else self.accelerator.unwrap_model(self.model)
+            # the adapter in training is no part of the reference: TRL keeps a copy of a continued one as "ref"
+            self._weights = weights_digest(model, ".default." if hasattr(model, "peft_config") else None)
+        precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+        return reference_key(self._weights, dataset, precision, self.args.max_length)
 
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

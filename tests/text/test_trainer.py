@@ -34,6 +34,7 @@ def config(path, **options):
         "logging_steps": 1,
         "learning_rate": 1e-3,
         "disable_tqdm": True,
+        "reference_cache_dir": "none",
     }
     return TextDPOConfig(output_dir=str(path), **defaults | options)
 
