@@ -104,6 +104,35 @@ def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: 
     }
 
 
+def paired_difference(first: np.ndarray, second: np.ndarray, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+    """Whether two models differ on the same pairs: the mean difference, its interval and a test.
+
+    Args:
+        first: (N,) a figure of each pair under the first model.
+        second: (N,) under the second one.
+        resamples: bootstrap resamples for the 95% interval, and random sign flips for the test.
+
+    Returns:
+        {"difference", "interval_95", "p_value", "n"}: the two-sided p-value of the paired randomization test (Fisher
+        1935), which flips the sign of each pair's difference, with the observed one among the flips.
+    """
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    observed, n = differences.mean(), len(differences)
+    generator = np.random.default_rng(seed)
+    means, extreme = np.empty(resamples), 0
+    for index in range(resamples):
+        means[index] = differences[generator.integers(0, n, n)].mean()
+        flipped = (differences * generator.choice((-1.0, 1.0), n)).mean()
+        extreme += abs(flipped) >= abs(observed) - 1e-12
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {
+        "difference": float(observed),
+        "interval_95": [float(low), float(high)],
+        "p_value": (extreme + 1) / (resamples + 1),
+        "n": n,
+    }
+
+
 class RunningMeans:
     """Means over the rows of several steps. Sums stay on the device until they are taken: no step waits for one."""
 

@@ -18,23 +18,26 @@ def answer(
     seed: int = 0,
     batch_size: int = 32,
     description: str = "Answering",
-) -> list[str]:
-    """One answer a prompt, up to the end-of-text token.
+) -> list[list[int]]:
+    """Token ids of one answer a prompt; an answer that was not cut short ends with the end-of-text token.
 
     Args:
         model: a causal language model.
         prompts: token ids of each prompt.
-        sampled: draw from the model (temperature 1, by `seed`) where True, take the likeliest token where False.
+        max_new_tokens: tokens of an answer, at most.
+        sampled: draw from the model's own distribution by `seed` where True, take the likeliest token where False.
     """
+    own_distribution = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampled,
+        **own_distribution,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     training = model.training
     model.eval()
-    answers: list[str] = []
+    answers: list[list[int]] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
@@ -46,6 +49,11 @@ def answer(
             out = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
-            answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            answers += [_until_end(row, tokenizer.eos_token_id) for row in out[:, width:].tolist()]
     model.train(training)
     return answers
+
+
+def _until_end(tokens: list[int], end: int) -> list[int]:
+    """The tokens up to the first end-of-text token, with it; what follows is padding."""
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens

@@ -332,14 +332,17 @@ class TextRun(Job):
         if not getattr(model, "is_quantized", False):
             model.to(self.training.device)
         return {
-            kind: answer(
-                model,
-                self.tokenizer,
-                prompts,
-                self.samples.max_new_tokens,
-                sampled=kind == "sampled",
-                seed=self.training.seed,
-                description=f"{name} answers, {kind}",
+            kind: self.tokenizer.batch_decode(
+                answer(
+                    model,
+                    self.tokenizer,
+                    prompts,
+                    self.samples.max_new_tokens,
+                    sampled=kind == "sampled",
+                    seed=self.training.seed,
+                    description=f"{name} answers, {kind}",
+                ),
+                skip_special_tokens=True,
             )
             for kind in ("greedy", "sampled")
         }

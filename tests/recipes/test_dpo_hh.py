@@ -131,6 +131,26 @@ def test_the_test_figures_can_be_computed_again_from_the_folders(finished):
     assert test["rewards/accuracies"] == pytest.approx(sum(margin > 0 for margin in margins) / len(margins))
 
 
+def test_evaluate_gives_the_runs_own_figures(finished, recipe, tmp_path, pairs_file):
+    folder, _ = finished
+    output = tmp_path / "figures.json"
+    arguments = ["--dataset_name", pairs_file, "--max_length", 64, "--num_samples", 5, "--max_new_tokens", 6]
+    status, said, wrong = recipe(
+        "evaluate_hh.py", "--model", folder / "policy", "--reference", folder / "reference", *arguments,
+        "--other_model", folder / "policy", "--output", output,
+    )  # fmt: skip
+    assert status == 0, wrong
+    figures = json.loads(output.read_text())
+    test = json.loads((folder / "summary.json").read_text())["dpo"]["test"]
+    for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/ref_accuracies"):
+        assert figures["pairs"][name] == pytest.approx(test[name], abs=1e-5), name
+        low, high = figures["pairs"]["interval_95"][name]
+        assert low <= figures["pairs"][name] <= high
+    assert figures["answers"]["n"] == 5
+    assert figures["difference"]["loss"]["p_value"] == 1.0
+    assert "length-controlled" in said and "KL(policy‖reference)" in said
+
+
 def test_the_samples_hold_every_models_answers(finished):
     folder, _ = finished
     samples = rows_of(folder / "samples.jsonl")

@@ -1,0 +1,26 @@
+"""DPO loss, accuracies, rewards, length baselines and sampled answers of any checkpoint, each with its interval.
+
+# the quickstart's policy against its reference, on its held-out pairs
+accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
+  --max_length 128 --max_eval_samples 200 --max_test_samples 512 --output runs/quickstart/evaluation.json
+
+# two checkpoints of one reference, with paired tests of their difference
+accelerate launch recipes/evaluate_hh.py --model runs/a/policy --other_model runs/b/policy \\
+  --reference runs/a/reference --dataset_name pairs.jsonl
+"""
+
+from command_line import RecipeParser, run
+
+from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.data import DataConfig
+from resdpo_trl.text.evaluate import EvaluateConfig, describe, evaluate
+
+
+def main() -> None:
+    parser = RecipeParser((EvaluateConfig, DataConfig, TextModelConfig), description=__doc__)
+    (config, data, model), _ = parser.parse()
+    print(describe(evaluate(config, data, model)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,264 @@
+"""What a policy does on held-out pairs and in its own answers: rewards, accuracies and baselines, lengths and KL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.losses import LogProbs, PreferenceLoss
+from resdpo_trl.metrics import concatenate, paired_difference, preference_metrics, raw_accuracy, with_intervals
+from resdpo_trl.run import to_json, use_the_cores
+from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.generate import answer
+from resdpo_trl.text.model import check_fits, check_same_tokenizer, load_model, load_tokenizer
+from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
+from resdpo_trl.text.tokens import SHORTEST, tokenize
+from resdpo_trl.text.trainer import base_model
+
+
+@dataclass
+class EvaluateConfig:
+    """Which checkpoint to evaluate, against what."""
+
+    _argument_group_name = "evaluation"
+
+    model: str | None = field(default=None, metadata={"help": "A folder or Hub id of the policy."})
+    reference: str | None = field(default=None, metadata={"help": "The reference that it was trained from."})
+    other_model: str | None = field(
+        default=None, metadata={"help": "A second policy of the same reference: adds paired tests of the difference."}
+    )
+    split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Pairs to use."})
+    beta: float = field(default=0.1, metadata={"help": "β of the rewards, above 0; the one of the training."})
+    max_length: int = field(default=256, metadata={"help": "The cap on tokens; the one of the training."})
+    batch_size: int = field(default=32, metadata={"help": "Pairs of a batch, and prompts answered at once."})
+    prefix_sharing: bool = field(default=True, metadata={"help": "Run a pair's prompt once for both responses."})
+    num_samples: int = field(default=64, metadata={"help": "Prompts that the policy answers; 0 for none."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
+    seed: int = field(default=42, metadata={"help": "Draws the answers."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
+    output: str | None = field(default=None, metadata={"help": "Also write the figures to this .json file."})
+
+    def __post_init__(self) -> None:
+        for name in ("model", "reference"):
+            if getattr(self, name) is None:
+                raise UserError(f"--{name}: name a folder or Hub id")
+        if not self.beta > 0:
+            raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
+        if self.max_length < SHORTEST:
+            raise UserError(f"--max_length {self.max_length}: must be at least {SHORTEST} tokens")
+        if self.batch_size < 1 or self.max_new_tokens < 1 or self.num_samples < 0:
+            raise UserError("--batch_size and --max_new_tokens must be at least 1, --num_samples at least 0")
+
+
+def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -> dict[str, Any]:
+    """The figures of `config.model` on one split; written to `config.output` if asked."""
+    use_the_cores()
+    named = {"--model": config.model, "--reference": config.reference, "--other_model": config.other_model}
+    names = {flag: name for flag, name in named.items() if name is not None}
+    tokenizers = {flag: load_tokenizer(name, model, config.trust_remote_code, flag) for flag, name in names.items()}
+    tokenizer = tokenizers["--model"]
+    for flag, found in tokenizers.items():
+        check_same_tokenizer(tokenizer, "--model", found, flag)
+    texts = load_preferences(data, tokenizer)
+    pairs = tokenize(
+        texts[config.split], tokenizer, config.max_length, data.max_response_length, texts.ends_turns, "Tokenizing"
+    )
+    loss = PreferenceLoss(beta=config.beta)
+    logps, answers = {}, []
+    for flag, name in names.items():  # one model in memory at a time
+        loaded = load_model(name, model, config.trust_remote_code, flag)
+        check_fits(loaded, tokenizer, config.max_length)
+        if not getattr(loaded, "is_quantized", False):
+            loaded.to(PartialState().device)
+        logps[flag] = score_pairs(loaded, pairs, tokenizer, config, f"Scoring, {flag.lstrip('-')}")
+        if flag == "--model" and config.num_samples:
+            prompts = pairs["prompt_ids"][: config.num_samples]
+            answers = answer(
+                loaded, tokenizer, prompts, config.max_new_tokens, sampled=True, seed=config.seed,
+                batch_size=config.batch_size, description="Answering",
+            )  # fmt: skip
+            policy_logps = _answer_logps(loaded, prompts, answers, tokenizer, config)
+        elif flag == "--reference" and config.num_samples:
+            ref_logps = _answer_logps(loaded, prompts, answers, tokenizer, config)
+        del loaded
+    scores = _against(logps["--model"], logps["--reference"])
+    per_pair = pair_figures(scores, loss)
+    figures: dict[str, Any] = {
+        "model": config.model,
+        "reference": config.reference,
+        "data": texts.counts,
+        "split": config.split,
+        "beta": config.beta,
+        "max_length": config.max_length,
+        "pairs": with_intervals(per_pair),
+        "length_controlled_accuracy": length_controlled(per_pair["rewards/accuracies"], scores),
+    }
+    if config.num_samples:
+        figures["answers"] = answer_figures(answers, policy_logps - ref_logps, config.max_new_tokens)
+    if config.other_model is not None:
+        other = pair_figures(_against(logps["--other_model"], logps["--reference"]), loss)
+        figures["other_model"] = {"model": config.other_model, "pairs": with_intervals(other)}
+        figures["difference"] = {
+            name: paired_difference(per_pair[name], other[name])
+            for name in ("loss", "rewards/accuracies", "rewards/margins")
+        }
+    if config.output:
+        try:
+            Path(config.output).write_text(to_json(figures, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {config.output}: can't be written ({error.strerror}); name another") from None
+    return figures
+
+
+@torch.no_grad()
+def score_pairs(
+    model: Any, pairs: Dataset, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, description: str
+) -> LogProbs:
+    """(N,) log-probabilities of both responses under `model`, in the order of the pairs; longest batches first."""
+    base = base_model(model)
+    add_response_head(base)
+    if config.prefix_sharing:
+        check_prefix_sharing(base, max(pairs["length"][:]))
+    model.eval()
+    collate = PairCollator(int(tokenizer.pad_token_id), config.prefix_sharing)
+    order = np.argsort(np.asarray(pairs["length"][:]), kind="stable")[::-1].copy()
+    parts = []
+    for start in tqdm(range(0, len(order), config.batch_size), desc=description, leave=False, delay=2):
+        rows = pairs.select(order[start : start + config.batch_size]).to_list()
+        batch = {name: value.to(model.device) for name, value in collate(rows).items()}
+        chosen, rejected = pair_logps(model, batch)
+        parts.append(LogProbs(chosen, rejected, chosen, rejected, batch["chosen_tokens"], batch["rejected_tokens"]))
+    place = torch.from_numpy(np.argsort(order))
+    return LogProbs(*(value[place] for value in vars(concatenate(parts)).values()))
+
+
+def pair_figures(scores: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray]:
+    """Per-pair figures, each (N,): rewards, accuracies, and what a length alone would rank right.
+
+    A baseline that sees no difference (equal lengths) scores a half.
+    """
+    longer = np.sign(np.asarray(scores.chosen_tokens, dtype=float) - np.asarray(scores.rejected_tokens, dtype=float))
+    return (
+        preference_metrics(scores, loss)
+        | raw_accuracy(scores)
+        | {"baselines/longer_wins": (1 + longer) / 2, "baselines/shorter_wins": (1 - longer) / 2}
+    )
+
+
+def length_controlled(accuracies: np.ndarray, scores: LogProbs) -> dict[str, Any]:
+    """Accuracy where a preference for length gains nothing: the mean of two accuracies, over the pairs whose chosen
+    response is the longer and over those whose chosen is the shorter one. A pure length rule scores 0.5.
+    """
+    longer = np.asarray(scores.chosen_tokens) - np.asarray(scores.rejected_tokens)
+    strata = {"chosen_longer": accuracies[longer > 0], "chosen_shorter": accuracies[longer < 0]}
+    found = {name: with_intervals({"accuracy": values}) if len(values) else None for name, values in strata.items()}
+    if None in found.values():
+        return {"accuracy": None, **found}
+    generator = np.random.default_rng(0)
+    means = [
+        np.mean([values[generator.integers(0, len(values), len(values))].mean() for values in strata.values()])
+        for _ in range(2000)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    accuracy = float(np.mean([values.mean() for values in strata.values()]))
+    return {"accuracy": accuracy, "interval_95": [float(low), float(high)], **found}
+
+
+def answer_figures(answers: Sequence[Sequence[int]], log_ratios: torch.Tensor, max_new_tokens: int) -> dict[str, Any]:
+    """Figures of sampled answers.
+
+    Args:
+        answers: token ids of each answer.
+        log_ratios: (N,) log π(y|x) − log π_ref(y|x) of each; their mean over the policy's own answers is an unbiased
+            estimate of KL(π‖π_ref) per answer of at most `max_new_tokens` tokens, in nats.
+    """
+    tokens = [list(row) for row in answers]
+    figures = {
+        "length_tokens": np.array([len(row) for row in tokens], dtype=float),
+        "kl": log_ratios.double().numpy(),
+        "cut": np.array([len(row) == max_new_tokens for row in tokens], dtype=float),
+    }
+    distinct = {f"distinct_{n}": distinct_ngrams(tokens, n) for n in (1, 2, 3)}
+    return {**with_intervals(figures), **distinct}
+
+
+def distinct_ngrams(answers: Sequence[Sequence[int]], n: int) -> float | None:
+    """Different n-grams over all n-grams of the answers (Li et al. 2016, https://arxiv.org/abs/1510.03055)."""
+    found = [tuple(row[at : at + n]) for row in answers for at in range(len(row) - n + 1)]
+    return len(set(found)) / len(found) if found else None
+
+
+def _answer_logps(
+    model: Any,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluateConfig,
+) -> torch.Tensor:
+    """(N,) log-probabilities of the answers: each is scored as a pair with itself."""
+    rows = [
+        {"prompt_ids": prompt, "chosen_ids": text, "rejected_ids": text[:1], "length": len(prompt) + len(text) + 1}
+        for prompt, text in zip(prompts, answers, strict=True)
+    ]
+    return score_pairs(model, Dataset.from_list(rows), tokenizer, config, "Scoring answers").chosen
+
+
+def _against(policy: LogProbs, reference: LogProbs) -> LogProbs:
+    return LogProbs(
+        policy.chosen,
+        policy.rejected,
+        reference.chosen,
+        reference.rejected,
+        policy.chosen_tokens,
+        policy.rejected_tokens,
+    )
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as a table for the terminal."""
+    pairs, controlled = figures["pairs"], figures["length_controlled_accuracy"]
+    shown = {
+        "loss": "DPO loss",
+        "rewards/accuracies": "accuracy",
+        "logps/accuracies": "  of the policy's log-likelihood",
+        "logps/ref_accuracies": "  of the reference's",
+        "baselines/shorter_wins": "  of 'shorter wins'",
+        "baselines/longer_wins": "  of 'longer wins'",
+        "rewards/margins": "margin",
+        "rewards/chosen": "reward, chosen",
+        "rewards/rejected": "reward, rejected",
+    }
+    rows = [(text, pairs[name], pairs["interval_95"][name]) for name, text in shown.items()]
+    if controlled["accuracy"] is not None:
+        rows.insert(6, ("  length-controlled", controlled["accuracy"], controlled["interval_95"]))
+    if "answers" in figures:
+        answers = figures["answers"]
+        rows += [
+            ("tokens of an answer", answers["length_tokens"], answers["interval_95"]["length_tokens"]),
+            ("KL(policy‖reference) of an answer", answers["kl"], answers["interval_95"]["kl"]),
+        ]
+    lines = ["", f"  {figures['model']} on {pairs['n']} {figures['split']} pairs", ""]
+    lines += [f"  {text:<34}{value:>9.4f}   {low:.4f} to {high:.4f}" for text, value, (low, high) in rows]
+    if "answers" in figures:
+        distinct = (f"{figures['answers'][f'distinct_{n}'] or 0:.3f}" for n in (1, 2, 3))
+        lines.append(f"  {'distinct 1-, 2-, 3-grams':<34}{'  '.join(distinct):>9}   n = {figures['answers']['n']}")
+    if "difference" in figures:
+        lines += ["", f"  minus {figures['other_model']['model']}", ""]
+        lines += [
+            f"  {shown[name]:<34}{found['difference']:>9.4f}   {found['interval_95'][0]:.4f} to "
+            f"{found['interval_95'][1]:.4f}   p = {found['p_value']:.4f}"
+            for name, found in figures["difference"].items()
+        ]
+    return "\n".join([*lines, ""])
