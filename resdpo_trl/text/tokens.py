@@ -154,7 +154,12 @@ def _tokenize_batch(
     ends_turns: bool,
 ) -> dict[str, list[Any]]:
     size = len(batch["prompt"])
-    encoded = tokenizer(batch["prompt"] + batch["chosen"] + batch["rejected"], add_special_tokens=False)
+    encoded = tokenizer(
+        batch["prompt"] + batch["chosen"] + batch["rejected"],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
     ids = encoded["input_ids"]
     start = [] if ends_turns else _beginning(tokenizer)
     end = [] if ends_turns else [tokenizer.eos_token_id]
