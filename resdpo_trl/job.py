@@ -16,6 +16,7 @@ from accelerate import PartialState
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
 from resdpo_trl.hub import push_model
+from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, parallelism, use_the_cores
 
 
@@ -75,10 +76,12 @@ class Job:
         PartialState().wait_for_everyone()
 
     def end(self, trained: Path, table: Callable[[dict[str, Any], Path], str]) -> None:
-        """run.json's end, the table, and the Hub if asked."""
+        """run.json's end, the report, the table, and the Hub if asked."""
         throughput = self.run.summary.get("throughput", {}) | {"total_seconds": time.perf_counter() - self.started}
         self.run.summarize(throughput=throughput)
         self.run.end()
+        if self.run.main_process:
+            write_report([self.run.path])
         self.say(table(self.run.summary, self.run.path))
         if self.training.push_to_hub and self.run.main_process:
             push_model(

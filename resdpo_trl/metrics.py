@@ -104,6 +104,12 @@ def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: 
     }
 
 
+def extremes(margins: np.ndarray, count: int = 8) -> list[int]:
+    """Places of the `count` least and the `count` largest of (N,) margins, each once."""
+    order = np.argsort(margins, kind="stable")
+    return sorted({int(place) for place in (*order[:count], *order[-count:])})
+
+
 def paired_difference(first: np.ndarray, second: np.ndarray, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
     """Whether two models differ on the same pairs: the mean difference, its interval and a test.
 

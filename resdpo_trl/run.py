@@ -9,6 +9,8 @@
       metrics.jsonl   one line a log: {"stage", "split", "step", "epoch", metric: value…}
       summary.json    the final figures
       samples.jsonl   (text) prompts and every model's answers
+      scores.jsonl    one line a test pair or image: rewards and margin; the most wrong and most right ones with content
+      report.html     one self-contained page; plots/ has its plots as PNG
 
 Only the main process writes. JSON is strict: a value that is not finite is written as null.
 """
@@ -32,7 +34,8 @@ PACKAGES = (
     "resdpo-trl", "torch", "torchvision", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"
 )  # fmt: skip
 WRITTEN = (
-    "run.json", "reference", "policy", "compared", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl"
+    "run.json", "reference", "policy", "compared", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl",
+    "scores.jsonl", "report.html", "plots",
 )  # fmt: skip
 SECRET = ("token", "api_key", "secret", "password")
 
@@ -155,9 +158,10 @@ class RunFolder:
         self.summary.update(parts)
         self._write("summary.json", self.summary)
 
-    def write_samples(self, rows: list[dict[str, Any]]) -> None:
+    def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Write samples.jsonl or scores.jsonl."""
         if self.main_process:
-            _replace(self.path / "samples.jsonl", "".join(to_json(row) + "\n" for row in rows))
+            _replace(self.path / name, "".join(to_json(row) + "\n" for row in rows))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         if self.main_process:

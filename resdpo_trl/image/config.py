@@ -105,6 +105,17 @@ class ReferenceStageConfig:
         default=0.0, metadata={"help": "Steps of warm-up of the stage; below 1 a share of its steps."}
     )
 
+    reference_optim: str | None = field(default=None, metadata={"help": "Optimizer of the stage; --optim by default."})
+    reference_optim_args: str | None = field(
+        default=None, metadata={"help": "Its arguments; with --reference_optim left out, --optim_args."}
+    )
+    reference_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the stage; --weight_decay by default."}
+    )
+    reference_bias_learning_rate_scale: float | None = field(
+        default=None, metadata={"help": "Bias scale of the stage; --bias_learning_rate_scale by default."}
+    )
+
     def __post_init__(self) -> None:
         if self.reference_epochs <= 0:
             raise UserError(f"--reference_epochs {self.reference_epochs}: must be above 0; or pass --reference_model")
@@ -177,14 +188,18 @@ def reference_stage(dpo: ClassifierDPOConfig, stage: ReferenceStageConfig) -> Cr
         "gradient_accumulation_steps", "logging_steps", "run_name", "dataloader_num_workers", "torch_compile", "tf32",
         "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "eval_strategy",
         "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "channels_last",
-        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "dataloader_drop_last", "optim",
-        "optim_args", "weight_decay", "bias_learning_rate_scale",
+        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "dataloader_drop_last",
     )  # fmt: skip
+    scale = stage.reference_bias_learning_rate_scale
     return CrossEntropyConfig(
         num_train_epochs=stage.reference_epochs,
         learning_rate=stage.reference_learning_rate,
         label_smoothing_factor=stage.reference_label_smoothing,
         warmup_steps=stage.reference_warmup_steps,
+        optim=stage.reference_optim or dpo.optim,
+        optim_args=stage.reference_optim_args if stage.reference_optim else dpo.optim_args,
+        weight_decay=dpo.weight_decay if stage.reference_weight_decay is None else stage.reference_weight_decay,
+        bias_learning_rate_scale=dpo.bias_learning_rate_scale if scale is None else scale,
         report_to=dpo.report_to or "none",
         **{name: getattr(dpo, name) for name in shared},
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 from transformers import set_seed
 
 from resdpo_trl.arguments import RunConfig, preference_loss
@@ -36,7 +39,8 @@ from resdpo_trl.image.model import (
 )
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
 from resdpo_trl.job import Job, as_table, free
-from resdpo_trl.metrics import classifier_metrics, with_intervals
+from resdpo_trl.losses import PreferenceLoss
+from resdpo_trl.metrics import classifier_metrics, extremes, with_intervals
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
 
@@ -202,6 +206,7 @@ class ImageRun(Job):
         dpo, reference = self._dpo("dpo", images, self.training, self.run.policy)
         self.run.summarize(
             dpo=dpo,
+            confusion=self.confusion,
             reference=self.run.summary.get("reference", {}) | {"test": reference},
             throughput={
                 "preparation_seconds": self.preparation_seconds,
@@ -261,6 +266,9 @@ class ImageRun(Job):
         loss = preference_loss(args)
         summary: dict[str, Any] = {
             "steps": trainer.state.global_step,
+            "best_checkpoint": Path(trainer.state.best_model_checkpoint).name
+            if trainer.state.best_model_checkpoint
+            else None,
             "beta": loss.beta,
             "loss_type": list(loss.loss_types),
             "rejected_sampling": args.rejected_sampling,
@@ -272,9 +280,39 @@ class ImageRun(Job):
             logps, ref_logps = trainer.score(images[split])
             summary[split] = with_intervals(classifier_metrics(logps, ref_logps, images[split].labels, loss))
             reference = with_intervals(_cross_entropy_figures(ref_logps, images[split].labels))
+        if stage == "dpo":  # the loop has ended with the test
+            self._write_scores(images, logps, ref_logps, loss)
         self.run.log(stage, "test", trainer.state.global_step, trainer.state.epoch, summary["test"])
         free(trainer)
         return summary, reference
+
+    def _write_scores(self, images: LabelledImages, logps: Tensor, ref_logps: Tensor, loss: PreferenceLoss) -> None:
+        """Every test image's mean rewards; the most wrongly and most rightly ranked ones with a small picture."""
+        test, names = images["test"], images.label_names
+        figures = classifier_metrics(logps, ref_logps, test.labels, loss)
+        rows: list[dict[str, Any]] = [
+            {
+                "image": at,
+                "label": names[int(test.labels[at])],
+                "chosen_reward": figures["rewards/chosen"][at],
+                "rejected_reward": figures["rewards/rejected"][at],
+                "margin": figures["rewards/margins"][at],
+            }
+            for at in range(len(test))
+        ]
+        for at in extremes(figures["rewards/margins"], 12):
+            rows[at]["png"] = _png(test.pixels[at])
+            for name, found in (("policy", logps), ("reference", ref_logps)):
+                best = int(found[at].argmax())
+                rows[at][name] = [names[best], float(found[at, best].exp())]
+        self.run.write_rows("scores.jsonl", rows)
+        self.confusion = {
+            "classes": names,
+            **{
+                name: multiclass_confusion_matrix(found, test.labels, num_classes=len(names)).tolist()
+                for name, found in (("policy", logps), ("reference", ref_logps))
+            },
+        }
 
     def _own_folder(self, args: Any, stage: str) -> Any:
         return dataclasses.replace(
@@ -300,6 +338,17 @@ class ImageRun(Job):
         if self.run.main_process:
             write_image_card(self.run, self.run.policy, self.model.arch)
         self.end(self.run.policy, describe_results)
+
+
+def _png(pixels: Tensor) -> str:
+    """(3, H, W) uint8 -> a PNG of at most 64×64 pixels, base64."""
+    from PIL import Image
+
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    picture.thumbnail((64, 64))
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _cross_entropy_figures(logps: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.errors import UserError
 from resdpo_trl.hub import write_text_card
 from resdpo_trl.job import Job, as_table, free
-from resdpo_trl.metrics import preference_metrics, raw_accuracy, with_intervals
+from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.text.config import (
     SamplesConfig,
     ScratchConfig,
@@ -280,6 +280,7 @@ class TextRun(Job):
         }
         step, epoch = trainer.state.global_step, trainer.state.epoch
         self.run.log("dpo", "test", step, epoch, figures["test"])
+        self.run.write_rows("scores.jsonl", self._scored(pairs["test"], preference_metrics(scores, loss)))
         first = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
         trained = (step - first) / step * (epoch or 0) * len(pairs["train"])
         self.run.summarize(
@@ -302,6 +303,24 @@ class TextRun(Job):
             },
         )
         free(trainer)
+
+    def _scored(self, pairs: Dataset, figures: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every test pair's rewards; the pairs that are ranked most wrongly and most rightly with their texts."""
+        chosen, rejected = figures["rewards/chosen"], figures["rewards/rejected"]
+        rows: list[dict[str, Any]] = [
+            {
+                "pair": at,
+                "chosen_reward": chosen[at],
+                "rejected_reward": rejected[at],
+                "margin": chosen[at] - rejected[at],
+            }
+            for at in range(len(pairs))
+        ]
+        for at in extremes(figures["rewards/margins"]):
+            texts = pairs[int(at)]
+            for name in ("prompt", "chosen", "rejected"):
+                rows[at][name] = self.tokenizer.decode(texts[f"{name}_ids"], skip_special_tokens=True)
+        return rows
 
     # --- answers and files ---------------------------------------------------------------------------------------
 
@@ -326,7 +345,7 @@ class TextRun(Job):
             }
             given = {name: {kind: texts[index] for kind, texts in kinds.items()} for name, kinds in answers.items()}
             rows.append({**texts, "answers": given})
-        self.run.write_samples(rows)
+        self.run.write_rows("samples.jsonl", rows)
 
     def _answers(self, name: str, model: Any, prompts: list[list[int]]) -> dict[str, list[str]]:
         if not getattr(model, "is_quantized", False):

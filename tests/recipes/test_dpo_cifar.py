@@ -32,7 +32,8 @@ def finished(tmp_path_factory, image_folder):  # noqa: F811
 def test_what_a_run_leaves(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
-        "run.json", "reference", "policy", "compared", "checkpoints", "metrics.jsonl", "summary.json"
+        "run.json", "reference", "policy", "compared", "checkpoints", "metrics.jsonl", "summary.json", "scores.jsonl",
+        "report.html", "plots",
     }  # fmt: skip
     assert {path.name for path in (folder / "compared").iterdir()} == {"hard-polyak", "uniform-copy", "cross_entropy"}
     run = json.loads((folder / "run.json").read_text())

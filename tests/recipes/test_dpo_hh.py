@@ -43,7 +43,8 @@ def test_what_a_run_leaves(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "run.json", "reference", "policy", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl"
+        "run.json", "reference", "policy", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl",
+        "scores.jsonl", "report.html", "plots",
     }  # fmt: skip
     run = json.loads((folder / "run.json").read_text())
     assert run["ended"] >= run["started"]

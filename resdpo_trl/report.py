@@ -1,0 +1,564 @@
+"""report.html: one self-contained page of one or several runs. What a model or a data set wrote is escaped in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resdpo_trl import __version__
+from resdpo_trl.errors import UserError
+
+INK = "#010203"  # what plots are drawn with; in the page it becomes the text's colour, light or dark
+PALETTE = ("#4a90e2", "#e07b26", "#3aa657", "#c0504d", "#8a63c7", "#1aa3a3", "#b8860b", "#d05a9e")
+SHOWN_TEXT = 3000  # characters of a prompt or an answer
+SHOWN_POINTS = 400  # of a curve
+
+CURVES = (
+    ("loss", "DPO loss"),
+    ("rewards/margins", "margin: chosen minus rejected reward"),
+    ("rewards/accuracies", "share of pairs ranked right"),
+    ("rewards/chosen", "reward of the chosen side"),
+    ("rewards/rejected", "reward of the rejected side"),
+    ("accuracy", "accuracy of the classifier"),
+    ("kl", "KL(policy‖reference), nats per image"),
+)
+TEST_NAMES = {
+    "loss": "DPO loss",
+    "rewards/accuracies": "pairs ranked right",
+    "rewards/margins": "margin",
+    "rewards/chosen": "reward, chosen",
+    "rewards/rejected": "reward, rejected",
+    "logps/accuracies": "pairs ranked right by the policy's log-likelihood",
+    "logps/ref_accuracies": "pairs ranked right by the reference's log-likelihood",
+    "accuracy": "accuracy",
+    "kl": "KL(policy‖reference), nats per image",
+}
+
+
+@dataclass
+class Run:
+    """What a run's folder says of itself; what is missing or torn stands in `notes`."""
+
+    path: Path
+    name: str
+    run: dict[str, Any]
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    scores: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    def curve(self, stage: str, split: str, name: str) -> tuple[list[float], list[float]]:
+        """Epochs and values of a metric."""
+        rows = [
+            row
+            for row in self.metrics
+            if row.get("stage") == stage and row.get("split") == split and _is_number(row.get(name))
+        ]
+        rows = [row for row in rows if _is_number(row.get("epoch"))]
+        return [float(row["epoch"]) for row in rows], [float(row[name]) for row in rows]
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run's folder; a UserError where it is none.
+
+    Missing and torn files leave a note: a crash while writing must not hide the rest.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; name the --output_dir of a run")
+    if not (path / "run.json").exists() and not (path / "summary.json").exists():
+        raise UserError(f"{path}: not a run's folder (neither run.json nor summary.json in it)")
+    notes: list[str] = []
+    loaded = Run(
+        path=path,
+        name=_printable(path.resolve().name),
+        run=_read_object(path / "run.json", notes),
+        summary=_read_object(path / "summary.json", notes),
+        metrics=_read_rows(path / "metrics.jsonl", notes),
+        samples=_read_rows(path / "samples.jsonl", [] if not (path / "samples.jsonl").exists() else notes),
+        scores=_read_rows(path / "scores.jsonl", [] if not (path / "scores.jsonl").exists() else notes),
+        notes=notes,
+    )
+    if not loaded.metrics:
+        notes.append(f"{path.name} has no metrics: there are no curves.")
+    if loaded.run and loaded.run.get("ended") is None:
+        notes.append(f"{path.name} has not ended: the figures are those that it had written.")
+    return loaded
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write the page of these runs, and PNG copies of its plots in plots/ beside it.
+
+    Args:
+        folders: one or several runs.
+        output: the page; report.html in the folder of a single run by default.
+    """
+    runs = [load_run(folder) for folder in folders]
+    if output is None and len(runs) > 1:
+        raise UserError("--output: name the page that several runs share")
+    target = Path(output) if output is not None else runs[0].path / "report.html"
+    plots = Plots(target.parent / "plots")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        page = render(runs, plots)
+        aside = target.with_name(target.name + ".tmp")
+        aside.write_text(page, encoding="utf-8")
+        aside.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: can't be written ({error.strerror}); name another --output") from None
+    return target
+
+
+def render(runs: list[Run], plots: Plots) -> str:
+    """The page as text."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("resdpo_trl"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: _printable(value) if type(value) is str else value,  # Markup is ours
+    )
+    single = runs[0] if len(runs) == 1 else None
+    stage = "dpo" if any(row.get("stage") == "dpo" for run in runs for row in run.metrics) else _any_stage(runs)
+    sections = [_results(runs), _comparison(runs), _curves(runs, stage, plots)]
+    if single:
+        sections += [_margins(single, plots), _extremes(single), _pictures(single), _confusion(single)]
+        sections += [_samples(single)]
+    sections.append(_what_ran(runs))
+    return environment.get_template("report.html").render(
+        title=single.name if single else f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
+        subtitle=_subtitle(runs),
+        headline=_headline(single) if single else [],
+        notes=[note for run in runs for note in [*run.notes, *overfitting(run, stage)]],
+        sections=[section for section in sections if section],
+        version=__version__,
+    )
+
+
+def overfitting(run: Run, stage: str) -> list[str]:
+    """Whether the margin went on rising on the validation data after its loss had turned."""
+    epochs, losses = run.curve(stage, "validation", "loss")
+    _, margins = run.curve(stage, "validation", "rewards/margins")
+    if len(losses) < 2 or len(margins) != len(losses):
+        return []
+    best = min(range(len(losses)), key=losses.__getitem__)
+    said = f"{run.name}: validation loss was least at epoch {epochs[best]:g} of {epochs[-1]:g} ({losses[best]:.4f})"
+    if best + 1 < len(losses) and margins[-1] > margins[best]:
+        return [
+            f"{said} and rose to {losses[-1]:.4f}, while the margin went on rising from {margins[best]:.3f} to "
+            f"{margins[-1]:.3f}: past that epoch the policy grows surer, not better."
+        ]
+    return [f"{said}."]
+
+
+class Plots:
+    """Line and bar plots as SVG for the page, with a PNG copy of each in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def draw(self, name: str, caption: str, paint: Callable[[Any], None], ylabel: str, xlabel: str) -> dict[str, Any]:
+        import markupsafe
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        style: Any = {
+            "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+            "font.size": 11, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
+            "legend.frameon": False, "legend.fontsize": 10, "font.family": "sans-serif", "text.parse_math": False,
+            "svg.hashsalt": name,
+        }  # fmt: skip
+        with rc_context(style):
+            figure = Figure(figsize=(6.0, 3.5), layout="constrained")
+            axes = figure.add_subplot()
+            paint(axes)
+            axes.set_ylabel(ylabel)
+            axes.set_xlabel(xlabel)
+            axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.8)
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend()
+            svg = io.StringIO()
+            figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            self.folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(self.folder / f"{name}.png", dpi=150, facecolor="white")
+        text = svg.getvalue()
+        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        text = text.replace(INK, "currentColor")
+        # ids are made unique: several figures share the page
+        text = re.sub(r'(id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
+        # matplotlib has written the numbers and escaped the names
+        return {"svg": markupsafe.Markup(text), "caption": caption}  # noqa: S704
+
+
+def _headline(run: Run) -> list[dict[str, str]]:
+    test = run.summary.get("dpo", run.summary.get("cross_entropy", {})).get("test", {})
+    items = []
+    for name, text in (("accuracy", "test accuracy"), ("rewards/accuracies", "pairs ranked right"), ("loss", "loss")):
+        if _is_number(test.get(name)):
+            low, high = test.get("interval_95", {}).get(name, (None, None))
+            items.append({"name": text, "value": f"{test[name]:.3f}", "note": _interval(low, high)})
+    if _is_number(test.get("rewards/margins")):
+        low, high = test.get("interval_95", {}).get("rewards/margins", (None, None))
+        items.append({"name": "margin", "value": f"{test['rewards/margins']:.3f}", "note": _interval(low, high)})
+    return items[:4]
+
+
+def _results(runs: list[Run]) -> dict[str, Any] | None:
+    tests = [run.summary.get("dpo", run.summary.get("cross_entropy", {})).get("test") for run in runs]
+    if not any(tests):
+        return None
+    rows = []
+    for name, text in TEST_NAMES.items():
+        cells = []
+        for test in tests:
+            if test and _is_number(test.get(name)):
+                low, high = test.get("interval_95", {}).get(name, (None, None))
+                cells += [f"{test[name]:.4f}", _interval(low, high)] if len(runs) == 1 else [f"{test[name]:.4f}"]
+            else:
+                cells += ["–"] * (2 if len(runs) == 1 else 1)
+        if set(cells) != {"–"}:
+            rows.append([text, *cells])
+    head = ["", "mean", "95% interval"] if len(runs) == 1 else ["", *(run.name for run in runs)]
+    counts = ", ".join(f"{test['n']}" for test in tests if test and "n" in test)
+    return _section(
+        "results",
+        "On the test data",
+        text=f"Means over {counts} held-out pairs or images that training and the choice of the epoch did not see; "
+        "intervals are 95% bootstrap intervals. Before training the sigmoid loss is ln 2 = 0.6931.",
+        tables=[{"head": head, "rows": rows, "numbers": True}],
+    )
+
+
+def _comparison(runs: list[Run]) -> dict[str, Any] | None:
+    rows = []
+    for run in runs:
+        compared = run.summary.get("compared")
+        if not compared:
+            continue
+        dpo = run.summary["dpo"]
+        models = [("reference", run.summary.get("reference", {}))]
+        models.append((f"DPO, {dpo.get('rejected_sampling')}/{dpo.get('reference_update')}", dpo))
+        models += [(name if name == "cross-entropy" else f"DPO, {name}", found) for name, found in compared.items()]
+        for name, found in models:
+            test = found.get("test", {})
+            low, high = test.get("interval_95", {}).get("accuracy", (None, None))
+            rows.append(
+                [
+                    name if len(runs) == 1 else f"{run.name}: {name}",
+                    _number(test.get("accuracy")),
+                    _interval(low, high),
+                    _number(test.get("kl"), 3),
+                    _number(found.get("seconds"), 1),
+                    _number(found.get("images_per_second"), 0),
+                ]
+            )
+    if not rows:
+        return None
+    head = ["", "test accuracy", "95% interval", "KL from reference", "seconds", "images/s"]
+    return _section("comparison", "Side by side", tables=[{"head": head, "rows": rows, "numbers": True}])
+
+
+def _curves(runs: list[Run], stage: str, plots: Plots) -> dict[str, Any] | None:
+    drawn = []
+    for name, caption in CURVES:
+        series = []  # (label, split, epochs, values)
+        for run in runs:
+            for split in ("train", "validation"):
+                epochs, values = run.curve(stage, split, name)
+                if len(values) > (0 if split == "validation" else 1):
+                    series.append((run.name, split, *_thinned(epochs, values)))
+        if not series:
+            continue
+
+        def paint(axes: Any, series: Any = series, name: str = name) -> None:
+            colours = {run.name: PALETTE[index % len(PALETTE)] for index, run in enumerate(runs)}
+            for label, split, epochs, values in series:
+                single = len(runs) == 1
+                colour = PALETTE[0 if split == "train" else 1] if single else colours[label]
+                text = split if single else label if split == "validation" else None
+                axes.plot(
+                    epochs, values, color=colour, label=text, linewidth=1.8 if split == "validation" else 1.1,
+                    marker="o" if split == "validation" else None, markersize=4.5,
+                    alpha=1.0 if split == "validation" else 0.85,
+                )  # fmt: skip
+            if len(runs) == 1 and (best := _chosen_epoch(runs[0], stage)) is not None:
+                axes.axvline(best, color="#888888", linestyle="--", linewidth=1, label="epoch kept")
+            if name == "loss" and stage == "dpo":
+                axes.axhline(math.log(2), color="#888888", linestyle=":", linewidth=1)
+
+        slug = re.sub(r"\W+", "_", name)
+        drawn.append(plots.draw(slug, caption, paint, name, "epoch"))
+    if not drawn:
+        return None
+    text = "Thin lines are training, averaged over the steps between two log lines; dots are validation."
+    return _section("curves", "Curves", text=text, plots=drawn)
+
+
+def _margins(run: Run, plots: Plots) -> dict[str, Any] | None:
+    margins = [float(row["margin"]) for row in run.scores if _is_number(row.get("margin"))]
+    if len(margins) < 10:
+        return None
+    wrong = sum(value <= 0 for value in margins)
+
+    def paint(axes: Any) -> None:
+        width = (max(margins) - min(margins)) / 40 or 1.0
+        start = -math.ceil(-min(margins) / width) * width if min(margins) < 0 else 0.0
+        edges = [start + width * k for k in range(42)]
+        axes.hist([m for m in margins if m <= 0], bins=edges, color=PALETTE[3], label=f"ranked wrong ({wrong})")
+        axes.hist([m for m in margins if m > 0], bins=edges, color=PALETTE[2], label=f"right ({len(margins) - wrong})")
+
+    kind = "images" if "label" in run.scores[0] else "pairs"
+    caption = f"Margins of the {len(margins)} test {kind}: chosen minus rejected reward"
+    return _section(
+        "margins", "Margins on the test data", plots=[plots.draw("test_margins", caption, paint, kind, "margin")]
+    )
+
+
+def _extremes(run: Run) -> dict[str, Any] | None:
+    rows = [row for row in run.scores if "prompt" in row and _is_number(row.get("margin"))]
+    if not rows:
+        return None
+    rows.sort(key=lambda row: row["margin"])
+    half = len(rows) // 2
+    pairs = []
+    for row in [*rows[:half], *reversed(rows[half:])]:
+        side = "ranked wrong" if row["margin"] <= 0 else "ranked right"
+        pairs.append(
+            {
+                "title": f"{side}, margin {row['margin']:.3f}: {_short(row['prompt'])}",
+                "prompt": _cut(row["prompt"]),
+                "answers": [{"name": name, "text": _cut(row[name])} for name in ("chosen", "rejected")],
+            }
+        )
+    return _section(
+        "extremes", "The pairs ranked most wrongly and most rightly", text="Prompts as the models saw them.",
+        pairs=pairs,
+    )  # fmt: skip
+
+
+def _samples(run: Run) -> dict[str, Any] | None:
+    pairs = []
+    for row in run.samples:
+        answers = [
+            {"name": f"{model}, {kind}", "text": _cut(text)}
+            for model, kinds in row.get("answers", {}).items()
+            for kind, text in kinds.items()
+        ]
+        people = [{"name": f"people, {name}", "text": _cut(row.get(name, ""))} for name in ("chosen", "rejected")]
+        pairs.append(
+            {"title": _short(row.get("prompt", "")), "prompt": _cut(row.get("prompt", "")), "answers": answers + people}
+        )
+    if not pairs:
+        return None
+    text = "Held-out prompts, answered greedily and by one sample each."
+    return _section("answers", "Answers", text=text, pairs=pairs)
+
+
+def _pictures(run: Run) -> dict[str, Any] | None:
+    pictures = [
+        {
+            "png": row["png"],
+            "label": row["label"],
+            "reference": f"{row['reference'][0]} {row['reference'][1]:.2f}",
+            "policy": f"{row['policy'][0]} {row['policy'][1]:.2f}",
+            "right": row["policy"][0] == row["label"],
+        }
+        for row in sorted(run.scores, key=lambda row: row.get("margin") or 0.0)
+        if re.fullmatch(r"[A-Za-z0-9+/=]+", str(row.get("png", "")))
+    ]
+    if not pictures:
+        return None
+    text = (
+        "The images whose mean margin is least, then those whose is largest, with the class that reference and policy "
+        "give most probability."
+    )
+    return _section("images", "Images ranked most wrongly and most rightly", text=text, pictures=pictures)
+
+
+def _confusion(run: Run) -> dict[str, Any] | None:
+    found = run.summary.get("confusion")
+    if not found:
+        return None
+    names, policy, reference = found["classes"], found["policy"], found["reference"]
+    moved = []
+    for k, name in enumerate(names):
+        total = sum(policy[k]) or 1
+        moved.append((name, reference[k][k] / total, policy[k][k] / total))
+    moved.sort(key=lambda row: abs(row[2] - row[1]), reverse=True)
+    rows = [[name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"] for name, before, after in moved]
+    return _section(
+        "classes",
+        "Classes",
+        tables=[
+            {
+                "title": "Accuracy by class, the most moved first",
+                "head": ["", "reference", "policy", "change"],
+                "rows": rows[:50],
+                "numbers": True,
+            },
+            {
+                "title": "Predictions of the policy (rows: true class)",
+                "head": ["", *names],
+                "rows": [[name, *row] for name, row in zip(names, policy, strict=True)],
+                "numbers": True,
+                "kind": "confusion",
+            },
+        ]
+        if len(names) <= 30
+        else [{"title": "Accuracy by class, the most moved first", "head": ["", "reference", "policy", "change"],
+               "rows": rows[:50], "numbers": True}],
+    )  # fmt: skip
+
+
+def _what_ran(runs: list[Run]) -> dict[str, Any]:
+    tables, code = [], []
+    for run in runs:
+        data = run.summary.get("data", {})
+        facts = {
+            "started": run.run.get("started"),
+            "ended": run.run.get("ended"),
+            "seed": run.run.get("seed"),
+            "processes": f"{run.run.get('num_processes')}, {run.run.get('parallelism')}",
+            "hardware": _hardware(run.run.get("hardware", {})),
+            "data": ", ".join(f"{data[split]} {split}" for split in ("train", "validation", "test") if split in data),
+            "dropped": ", ".join(f"{n} {reason}" for reason, n in data.get("dropped", {}).items() if n) or None,
+            "cap": _cap(data),
+            "throughput": ", ".join(f"{k}: {v:.4g}" for k, v in run.summary.get("throughput", {}).items()),
+            "versions": ", ".join(f"{name} {version}" for name, version in run.run.get("versions", {}).items()),
+        }
+        rows = [[name, str(fact)] for name, fact in facts.items() if fact not in (None, "")]
+        tables.append({"title": run.name if len(runs) > 1 else "", "head": [], "rows": rows, "numbers": False})
+        if run.run.get("command"):
+            code.append(" ".join(run.run["command"]))
+        if run.run.get("config") and len(runs) == 1:
+            code.append(json.dumps(_said(run.run["config"]), indent=1, ensure_ascii=False))
+    return _section("run", "What ran", tables=tables, code=code)
+
+
+def _said(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what is left at nothing."""
+    cleaned: dict[str, Any] = {}
+    for name, value in config.items():
+        value = _said(value) if isinstance(value, dict) else value
+        if value not in (None, "", [], {}, False):
+            cleaned[name] = value
+    return cleaned
+
+
+def _subtitle(runs: list[Run]) -> str:
+    dpo = [run.summary["dpo"] for run in runs if "dpo" in run.summary]
+    parts = []
+    if dpo:
+        losses = sorted({" + ".join(found.get("loss_type", [])) for found in dpo})
+        betas = sorted({str(found.get("beta")) for found in dpo})
+        parts.append(f"DPO, {', '.join(losses)}, β {', '.join(betas)}")
+    sources = sorted({Path(str(run.summary["data"]["source"])).name for run in runs if "data" in run.summary})
+    return "; ".join([*parts, *sources])
+
+
+def _section(identity: str, title: str, **parts: Any) -> dict[str, Any]:
+    empty: dict[str, Any] = {"text": "", "tables": [], "plots": [], "pairs": [], "pictures": [], "code": []}
+    plain: dict[str, Any] = {"title": "", "head": [], "numbers": False, "kind": ""}
+    parts["tables"] = [plain | table for table in parts.get("tables", [])]
+    return {"id": identity, "title": title, **empty, **parts}
+
+
+def _chosen_epoch(run: Run, stage: str) -> float | None:
+    """The epoch whose weights became policy/, where one was chosen."""
+    best = run.summary.get("dpo", {}).get("best_checkpoint")
+    step = int(best.rpartition("-")[2]) if isinstance(best, str) and best.rpartition("-")[2].isdigit() else None
+    rows = [row for row in run.metrics if row.get("stage") == stage and row.get("split") == "validation"]
+    return next((row["epoch"] for row in rows if row.get("step") == step), None)
+
+
+def _any_stage(runs: list[Run]) -> str:
+    return next((str(row["stage"]) for run in runs for row in reversed(run.metrics) if "stage" in row), "dpo")
+
+
+def _thinned(epochs: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    every = max(1, len(values) // SHOWN_POINTS)
+    return epochs[::every], values[::every]
+
+
+def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notes.append(f"{path.parent.name} has no {path.name}.")
+        return {}
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.parent.name}: {path.name} can't be read ({str(error)[:100]}).")
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows, torn = [], 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                torn += bool(line.strip())
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    if torn:
+        notes.append(f"{path.parent.name}: {torn} torn line(s) of {path.name} are left out.")
+    return rows
+
+
+def _hardware(found: dict[str, Any]) -> str | None:
+    if not found:
+        return None
+    memory = f", {found['memory_bytes'] / 2**30:.0f} GiB" if _is_number(found.get("memory_bytes")) else ""
+    gpus = ", ".join(found.get("gpus", []))
+    return f"{found.get('cpu')}, {found.get('cpu_threads')} threads{memory}" + (f"; {gpus}" if gpus else "")
+
+
+def _cap(data: dict[str, Any]) -> str | None:
+    if "cap" not in data:
+        return None
+    cap = {name: sum(split[name] for split in data["cap"].values()) for name in data["cap"]["train"]}
+    return (
+        f"{data.get('max_length')} tokens: {cap['prompts_shortened']} prompts lost {cap['turns_dropped']} turns, "
+        f"{cap['chosen_cut'] + cap['rejected_cut']} responses cut, {cap['pairs_lost']} pairs lost"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if _is_number(value) else "–"
+
+
+def _interval(low: Any, high: Any) -> str:
+    return f"{low:.4f} to {high:.4f}" if _is_number(low) and _is_number(high) else ""
+
+
+def _cut(text: Any) -> str:
+    """Text cut at `SHOWN_TEXT`."""
+    shown = str(text).strip()
+    return shown if len(shown) <= SHOWN_TEXT else shown[:SHOWN_TEXT] + " …"
+
+
+def _printable(text: str) -> str:
+    """Text without control characters and marks that turn its direction."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
+def _short(text: Any) -> str:
+    words = " ".join(_cut(text).split())
+    return words if len(words) <= 90 else "… " + words[-88:]

@@ -1,0 +1,161 @@
+"""The report: what it shows, what it survives, and that nothing in it runs."""
+
+import json
+import shutil
+
+import pytest
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.report import load_run, overfitting, write_report
+
+HOSTILE = (
+    "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    "</pre></style><svg onload=alert(1)>{{ 7*7 }}\x1b[31m\u202e&amp;\"'"
+)
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def make_run(folder, name="a run", text="plain text", losses=(0.68, 0.66, 0.67)):
+    path = folder / name
+    path.mkdir(parents=True)
+    interval = {"loss": [0.6, 0.7], "rewards/accuracies": [0.5, 0.6], "rewards/margins": [0.1, 0.2]}
+    test = {"loss": 0.66, "rewards/accuracies": 0.58, "rewards/margins": 0.15, "n": 40, "interval_95": interval}
+    split = {"prompts_shortened": 1, "turns_dropped": 2, "chosen_cut": 0, "rejected_cut": 1, "pairs_lost": 0}
+    summary = {
+        "data": {"source": text, "train": 9, "validation": 3, "test": 40, "cap": {"train": split}, "max_length": 128,
+                 "dropped": {"identical": 1}},
+        "dpo": {"test": test, "beta": 0.1, "loss_type": ["sigmoid"], "best_checkpoint": "checkpoint-20"},
+        "throughput": {"dpo_seconds": 3.0},
+    }  # fmt: skip
+    (path / "summary.json").write_text(json.dumps(summary))
+    run = {
+        "command": ["dpo_hh.py", "--dataset_name", text],
+        "started": "s",
+        "ended": "e",
+        "seed": 1,
+        "config": {"x": text},
+    }
+    (path / "run.json").write_text(json.dumps(run))
+    metrics = []
+    for epoch, loss in enumerate(losses, 1):
+        row = {"stage": "dpo", "step": 10 * epoch, "loss": loss, "rewards/margins": 0.1 * epoch}
+        metrics += [row | {"split": "train", "epoch": epoch - 0.5}, row | {"split": "train", "epoch": epoch}]
+        metrics.append(row | {"split": "validation", "epoch": float(epoch)})
+    (path / "metrics.jsonl").write_text(lines(metrics))
+    answers = {"policy": {"greedy": text, "sampled": text}}
+    (path / "samples.jsonl").write_text(lines([{"prompt": text, "chosen": text, "rejected": text, "answers": answers}]))
+    scores = [{"pair": k, "margin": (k - 15) / 10} for k in range(40)]
+    scores[0] |= {"prompt": text, "chosen": text, "rejected": text}
+    scores[39] |= {"prompt": text, "chosen": text, "rejected": text}
+    (path / "scores.jsonl").write_text(lines(scores))
+    return path
+
+
+def test_one_page_with_everything_in_it(tmp_path):
+    page = write_report([make_run(tmp_path)]).read_text()
+    for section in ("results", "curves", "margins", "extremes", "answers", "run"):
+        assert f'id="{section}"' in page, section
+    assert "0.6600" in page and "0.6000 to 0.7000" in page
+    assert "Content-Security-Policy" in page and "default-src 'none'" in page
+    for outside in ("http://", "https://", "<script", "<link", "@import"):
+        places = [at for at in range(len(page)) if page.startswith(outside, at)]
+        # the namespaces of SVG are names, not addresses that are loaded
+        assert all("xmlns" in page[at - 40 : at] or "w3.org" in page[at : at + 30] for at in places), outside
+    assert len(page) < 5_000_000
+    assert {path.name for path in (tmp_path / "a run" / "plots").iterdir()} == {
+        "loss.png", "rewards_margins.png", "test_margins.png"
+    }  # fmt: skip
+
+
+def test_hostile_text_stays_text(tmp_path):
+    page = write_report([make_run(tmp_path, text=HOSTILE)]).read_text()
+    assert "<script" not in page and "<img src=x" not in page and "<svg onload" not in page
+    assert "&lt;script&gt;" in page
+    assert "{{ 7*7 }}" in page
+    assert "\x1b" not in page and "\u202e" not in page
+
+
+def test_a_hostile_name_stays_text_in_the_plots(tmp_path):
+    runs = [make_run(tmp_path, name) for name in ("a<b>&$x^2$", "second")]
+    page = write_report(runs, tmp_path / "both.html").read_text()
+    assert "<b>&" not in page
+    assert "a&lt;b&gt;&amp;$x^2$" in page
+
+
+def test_overfitting_is_said(tmp_path):
+    turned = load_run(make_run(tmp_path, "turned", losses=(0.68, 0.66, 0.67)))
+    (said,) = overfitting(turned, "dpo")
+    assert "least at epoch 2 of 3 (0.6600)" in said and "margin went on rising from 0.200 to 0.300" in said
+    (said,) = overfitting(load_run(make_run(tmp_path, "fine", losses=(0.68, 0.66, 0.65))), "dpo")
+    assert said == "fine: validation loss was least at epoch 3 of 3 (0.6500)."
+
+
+def test_torn_and_missing_files_leave_a_note(tmp_path):
+    path = make_run(tmp_path)
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "dpo", "split": "tr')
+    page = write_report([path]).read_text()
+    assert "1 torn line(s) of metrics.jsonl are left out" in page
+    assert 'id="curves"' in page
+    (path / "metrics.jsonl").unlink()
+    (path / "scores.jsonl").unlink()
+    page = write_report([path]).read_text()
+    assert "has no metrics" in page and 'id="results"' in page
+    (path / "run.json").write_text('{"torn')
+    assert "run.json can&#39;t be read" in write_report([path]).read_text()
+
+
+def test_an_unfinished_run_has_a_report(tmp_path):
+    path = make_run(tmp_path)
+    run = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(run | {"ended": None}))
+    (path / "summary.json").write_text("{}")
+    page = write_report([path]).read_text()
+    assert "has not ended" in page and 'id="curves"' in page and 'id="results"' not in page
+
+
+def test_several_runs_share_a_page(tmp_path):
+    runs = [make_run(tmp_path, f"beta{k}") for k in range(3)]
+    page = write_report(runs, tmp_path / "out" / "page.html").read_text()
+    assert page.count("beta1") > 3
+    with pytest.raises(UserError, match="--output: name the page"):
+        write_report(runs)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_run(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a run's folder"):
+        load_run(tmp_path / "empty")
+
+
+@pytest.mark.skipif(
+    shutil.which("chromium") is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
+)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_a_browser_shows_it_without_errors(tmp_path, width, scheme):
+    from playwright.sync_api import sync_playwright
+
+    path = write_report([make_run(tmp_path, text=HOSTILE)])
+    said = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url) if request.url != path.as_uri() else None)
+        page.goto(path.as_uri())
+        assert page.title() == "a run"
+        for section in ("results", "curves", "margins", "extremes", "answers", "run"):
+            assert page.locator(f"#{section} h2").is_visible()
+        assert page.locator("figure svg").first.is_visible()
+        # nothing is wider than the screen: tables scroll by themselves
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert "<script>" in page.locator("#answers pre").first.inner_text()
+        browser.close()
+    assert said == []
