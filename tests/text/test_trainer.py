@@ -164,6 +164,22 @@ def test_a_moving_reference_is_scored_as_it_moves(tmp_path, tokenizer):
     torch.testing.assert_close(scores.chosen, scores.ref_chosen, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("update", ["polyak", "copy"])
+def test_a_moving_reference_travels_with_the_checkpoint(tmp_path, tokenizer, update):
+    """GPT-2's head is tied to its embedding, which safetensors writes once."""
+    options = {"reference_update": update, "polyak_tau": 0.2, "num_train_epochs": 2, "save_strategy": "steps"}
+    options |= {"save_steps": 6, "max_steps": 12}
+    whole = trainer(tmp_path / "whole", tokenizer, ref_model=tiny_model("gpt2"), **options)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", tokenizer, ref_model=tiny_model("gpt2"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    for name, value in whole.ref_model.state_dict().items():
+        assert torch.equal(value, resumed.ref_model.state_dict()[name]), name
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert not torch.equal(whole.ref_model.lm_head.weight, tiny_model("gpt2").lm_head.weight)
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer):
     plain, saving = (
         train_losses(trainer(tmp_path / str(on), tokenizer, max_steps=4, gradient_checkpointing=on or None))
