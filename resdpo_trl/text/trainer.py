@@ -49,11 +49,18 @@ class LengthSampler(LengthGroupedSampler):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-class _LikeLengths:
-    """A Trainer whose `group_by_length` reads the data set's `length` column."""
+class _TextTrainer:
+    """A Trainer whose `group_by_length` reads the data set's `length` column, and who knows tied weights."""
 
     args: Any
+    model: Any
     train_dataset: Any
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # a checkpoint holds a tied weight once; transformers warns as if it had been lost
+        tied = getattr(base_model(self.model), "all_tied_weights_keys", {})
+        if load_result.unexpected_keys or not set(load_result.missing_keys) <= set(tied):
+            super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -64,7 +71,7 @@ class _LikeLengths:
         return LengthSampler(batch, dataset["length"][:], seed)
 
 
-class TextSFTTrainer(_LikeLengths, SFTTrainer):
+class TextSFTTrainer(_TextTrainer, SFTTrainer):
     """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -74,7 +81,7 @@ class TextSFTTrainer(_LikeLengths, SFTTrainer):
         Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
 
 
-class TextDPOTrainer(_LikeLengths, MovingReference, DPOTrainer):
+class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
     """`trl.DPOTrainer` on pairs that `resdpo_trl.text.tokens.tokenize` made.
 
     What differs from TRL's: the loss is `resdpo_trl.losses`; the prompt of a pair runs once (`prefix_sharing`);
