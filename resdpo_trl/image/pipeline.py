@@ -88,7 +88,11 @@ class ImageRun(Job):
     # --- images --------------------------------------------------------------------------------------------------
 
     def prepare_images(self) -> LabelledImages:
-        """Decoded images, their preprocessing, and the reference's fit to both."""
+        """Decoded images, their preprocessing, and whether a given reference fits both."""
+        named = self.stage.reference_model if self.stage else None
+        if named is None and self.resume and self.run.reference.is_dir():
+            named = str(self.run.reference)
+        given = load_classifier(named, "--reference_model") if named else None
         started = time.perf_counter()
         images = load_images(self.data)
         self.preparation_seconds = time.perf_counter() - started
@@ -105,12 +109,10 @@ class ImageRun(Job):
             f"images: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "
             f"{counts['classes']} classes, {width}×{height} pixels"
         )
-        named = self.stage.reference_model if self.stage else None
-        if named is None and self.resume and self.run.reference.is_dir():
-            named = str(self.run.reference)
-        if named is not None:
+        if given is not None:
+            assert named is not None
             self.processor = load_processor(named, "--reference_model")
-            self._check_fits(load_classifier(named, "--reference_model"), images, named)
+            self._check_fits(given, images, named)
         else:
             mean, std = self._statistics(images)
             self.processor = image_processor(height, mean, std)
