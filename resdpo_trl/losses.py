@@ -302,6 +302,19 @@ def sigmoid_norm(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
     return -F.logsigmoid(options.beta * options.normalized_delta(pairs))
 
 
+def s_dpo(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
+    """S-DPO: one chosen response against all its T rejected ones at once (https://arxiv.org/abs/2406.09215, Eq. 9).
+
+        −log σ(−log Σ_l exp(β (ρ_l − ρ_w)))
+
+    For pairs of shape (B, T) an entry is its whole row's loss, so that means over pairs are means over rows; for (B,)
+    it is the sigmoid loss. The rejected response that is nearest gets most of a row's weight.
+    """
+    logits = options.logits(pairs)
+    rows = logits if logits.ndim > 1 else logits[:, None]
+    return F.softplus(torch.logsumexp(-rows, dim=1, keepdim=True)).expand_as(rows).reshape(logits.shape)
+
+
 def sft(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
     """Cross-entropy of the chosen tokens, averaged over the batch's tokens: a term to add (RPO's, MPO's)."""
     tokens = torch.as_tensor(pairs.chosen_tokens, device=pairs.chosen.device).expand_as(pairs.chosen)
@@ -325,8 +338,11 @@ LOSSES: dict[str, Callable[[LogProbs, PreferenceLoss], Tensor]] = {
         apo_down,
         discopop,
         sigmoid_norm,
+        s_dpo,
         sft,
     )
 }
 # the losses that see the rewards only through their difference (`sft` does not see them at all)
-DIFFERENCE_LOSSES = frozenset({"sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sigmoid_norm", "sft"})
+DIFFERENCE_LOSSES = frozenset(
+    {"sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sigmoid_norm", "s_dpo", "sft"}
+)

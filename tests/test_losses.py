@@ -174,6 +174,7 @@ def trl_loss(trainer, batch, **options):
 CASES = [
     {"loss_types": (name,), "beta": beta, "label_smoothing": 0.0 if name == "sigmoid" else 0.1}
     for name in LOSSES
+    if name != "s_dpo"  # TRL has none
     for beta in (0.1, 0.5)
 ]
 CASES += [
@@ -191,6 +192,21 @@ CASES += [
 def test_every_loss_type_against_trls_trainer(options, trl_trainer, batch, pairs):
     ours = PreferenceLoss(**options)(pairs).mean()
     torch.testing.assert_close(ours, trl_loss(trl_trainer, batch, **options), rtol=2e-5, atol=2e-5)
+
+
+def test_s_dpo_is_a_softmax_over_the_responses_and_for_one_rejected_the_sigmoid_loss():
+    """With every other response rejected it is cross-entropy on β·log-ratios."""
+    generator = torch.Generator().manual_seed(0)
+    logps, ref = (torch.randn(7, 5, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    labels = torch.tensor([0, 1, 2, 3, 4, 0, 2])
+    others = torch.stack([torch.tensor([k for k in range(5) if k != label]) for label in labels.tolist()])
+    chosen = labels[:, None].expand(7, 4)
+    pairs = LogProbs(logps.gather(1, chosen), logps.gather(1, others), ref.gather(1, chosen), ref.gather(1, others))
+    losses = PreferenceLoss(("s_dpo",), beta=0.4)(pairs)
+    expected = torch.nn.functional.cross_entropy(0.4 * (logps - ref), labels, reduction="none")
+    torch.testing.assert_close(losses, expected[:, None].expand(7, 4))
+    one = LogProbs(logps[:, 0], logps[:, 1], ref[:, 0], ref[:, 1])
+    torch.testing.assert_close(PreferenceLoss(("s_dpo",))(one), PreferenceLoss(("sigmoid",))(one))
 
 
 def test_trl_knows_no_loss_type_that_this_project_lacks():
