@@ -232,7 +232,8 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
         "results",
         "On the test data",
         text=f"Means over {counts} held-out pairs or images that training and the choice of the epoch did not see; "
-        "intervals are 95% bootstrap intervals. Before training the sigmoid loss is ln 2 = 0.6931.",
+        "intervals are 95% bootstrap intervals."
+        + (" Before training the loss is ln 2 = 0.6931." if all(_is_sigmoid(run) for run in runs) else ""),
         tables=[{"head": head, "rows": rows, "numbers": True}],
     )
 
@@ -291,7 +292,7 @@ def _curves(runs: list[Run], stage: str, plots: Plots) -> dict[str, Any] | None:
                 )  # fmt: skip
             if len(runs) == 1 and (best := _chosen_epoch(runs[0], stage)) is not None:
                 axes.axvline(best, color="#888888", linestyle="--", linewidth=1, label="epoch kept")
-            if name == "loss" and stage == "dpo":
+            if name == "loss" and stage == "dpo" and all(_is_sigmoid(run) for run in runs):
                 axes.axhline(math.log(2), color="#888888", linestyle=":", linewidth=1)
 
         slug = re.sub(r"\W+", "_", name)
@@ -534,6 +535,10 @@ def _cap(data: dict[str, Any]) -> str | None:
         f"{data.get('max_length')} tokens: {cap['prompts_shortened']} prompts lost {cap['turns_dropped']} turns, "
         f"{cap['chosen_cut'] + cap['rejected_cut']} responses cut, {cap['pairs_lost']} pairs lost"
     )
+
+
+def _is_sigmoid(run: Run) -> bool:
+    return run.summary.get("dpo", {}).get("loss_type") == ["sigmoid"]
 
 
 def _is_number(value: Any) -> bool:

@@ -379,8 +379,9 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
         ]
     if "dpo" in summary:
         test = summary["dpo"]["test"]
+        before = "   (ln 2 = 0.6931 before training)" if summary["dpo"]["loss_type"] == ["sigmoid"] else ""
         rows += [
-            ("DPO loss, test", f"{test['loss']:.4f}   (ln 2 = 0.6931 before training)"),
+            ("DPO loss, test", f"{test['loss']:.4f}{before}"),
             ("pairs ranked right, test", f"{_with_interval(test, 'rewards/accuracies')}, n = {test['n']}"),
             ("margin, test", f"{test['rewards/margins']:.3f}"),
             ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),

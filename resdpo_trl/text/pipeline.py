@@ -396,8 +396,9 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
     if "dpo" in summary:
         test = summary["dpo"]["test"]
         low, high = test["interval_95"]["rewards/accuracies"]
+        before = "   (ln 2 = 0.6931 before training)" if summary["dpo"]["loss_type"] == ["sigmoid"] else ""
         rows += [
-            ("DPO loss, test", f"{test['loss']:.4f}   (ln 2 = 0.6931 before training)"),
+            ("DPO loss, test", f"{test['loss']:.4f}{before}"),
             (
                 "accuracy, test",
                 f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}",

@@ -89,7 +89,7 @@ def test_the_test_figures_can_be_computed_again_from_the_folders(finished, recip
     assert status == 0, wrong
     figures = json.loads(output.read_text())
     test = json.loads((folder / "summary.json").read_text())["compared"]["hard/polyak"]["test"]
-    for name in ("accuracy", "kl", "rewards/margins", "loss"):
+    for name in ("accuracy", "kl", "rewards/margins", "rewards/accuracies"):
         assert figures["dpo"][name] == pytest.approx(test[name], abs=1e-5), name
     confusion = torch.tensor(figures["confusion_matrix"])
     assert confusion.sum() == 60
