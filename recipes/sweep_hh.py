@@ -37,7 +37,9 @@ def shared_flags(words: list[str]) -> list[str]:
     for word in words:
         if word.startswith("--"):
             name = word.partition("=")[0].lstrip("-").replace("-", "_")
-            if name in ("beta", "learning_rate", "seed", "overwrite_output_dir", "push_to_hub"):
+            if name in ("overwrite_output_dir", "push_to_hub"):
+                raise UserError(f"--{name} is for one run, not for a sweep: leave it out")
+            if name in ("beta", "learning_rate", "seed"):
                 raise UserError(f"--{name} is each point's own: pass --betas, --learning_rates or --seeds")
             dropping = name in ONE_RUN
         if not dropping:

@@ -4,8 +4,10 @@
 accelerate launch recipes/train_cifar.py --arch resnet18 --dataset_name uoft-cs/cifar10 --optim sgd \\
   --optim_args momentum=0.9,nesterov=true --learning_rate 0.1 --warmup_steps 0.3 --weight_decay 5e-4
 
-# the optimizer and schedule of a preset, without its DPO
-accelerate launch recipes/train_cifar.py --config recipes/configs/cifar/fast_cross_entropy.yaml
+# the fast network with the settings of its preset's reference stage
+accelerate launch recipes/train_cifar.py --arch fast --dataset_name uoft-cs/cifar10 --optim sgd \\
+  --optim_args momentum=0.85,nesterov=true --learning_rate 0.2 --warmup_steps 0.2 --weight_decay 1.3e-3 \\
+  --bias_learning_rate_scale 16 --label_smoothing_factor 0.2 --per_device_train_batch_size 64 --num_train_epochs 1
 """
 
 from command_line import RecipeParser, run

@@ -73,6 +73,15 @@ def classifier_metrics(
     }
 
 
+def cross_entropy_metrics(logps: torch.Tensor, labels: torch.Tensor) -> dict[str, np.ndarray]:
+    """Per-image loss and accuracy, each (N,), of (N, K) log-probabilities and (N,) labels."""
+    logps = logps.double()
+    return {
+        "loss": -logps.gather(1, labels[:, None])[:, 0].numpy(),
+        "accuracy": (logps.argmax(1) == labels).double().numpy(),
+    }
+
+
 def wrong_classes(labels: torch.Tensor, classes: int) -> torch.Tensor:
     """(B, K−1): every class but the true one of (B,) labels, in rising order."""
     others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)

@@ -173,6 +173,14 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+def write_figures(path: str, figures: dict[str, Any]) -> None:
+    """Write an evaluation's figures to the file of --output."""
+    try:
+        _replace(Path(path), to_json(figures, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {path}: can't be written ({error.strerror}); name another") from None
+
+
 def hardware() -> dict[str, Any]:
     """What this process runs on."""
     import psutil

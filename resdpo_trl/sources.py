@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resdpo_trl.errors import UserError
 
@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
+
+
+def check_held_out(config: Any) -> None:
+    """Raise a UserError where a data configuration's limits or held-out shares make no sense."""
+    for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    for name in ("validation_fraction", "test_fraction"):
+        if not 0 < getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must lie between 0 and 1")
+    if config.validation_fraction + config.test_fraction >= 1:
+        raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
 
 
 def load_rows(name: str, data_dir: str | None, revision: str | None, quickstart: str) -> dict[str, Dataset]:

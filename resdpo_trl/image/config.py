@@ -106,9 +106,7 @@ class ReferenceStageConfig:
     )
 
     reference_optim: str | None = field(default=None, metadata={"help": "Optimizer of the stage; --optim by default."})
-    reference_optim_args: str | None = field(
-        default=None, metadata={"help": "Its arguments; with --reference_optim left out, --optim_args."}
-    )
+    reference_optim_args: str | None = field(default=None, metadata={"help": "Arguments of --reference_optim."})
     reference_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of the stage; --weight_decay by default."}
     )
@@ -119,6 +117,8 @@ class ReferenceStageConfig:
     def __post_init__(self) -> None:
         if self.reference_epochs <= 0:
             raise UserError(f"--reference_epochs {self.reference_epochs}: must be above 0; or pass --reference_model")
+        if self.reference_optim_args is not None and self.reference_optim is None:
+            raise UserError("--reference_optim_args needs --reference_optim; --optim_args go to both stages")
         if self.reference_learning_rate <= 0:
             raise UserError(f"--reference_learning_rate {self.reference_learning_rate}: must be above 0")
 

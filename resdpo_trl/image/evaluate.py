@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,8 +21,8 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.image.data import ImageDataConfig, Images, LabelledImages, load_images
 from resdpo_trl.image.model import ImageClassifier, load_classifier, load_processor
 from resdpo_trl.losses import PreferenceLoss
-from resdpo_trl.metrics import classifier_metrics, with_intervals
-from resdpo_trl.run import to_json, use_the_cores
+from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, with_intervals
+from resdpo_trl.run import use_the_cores, write_figures
 
 CALIBRATION_BINS = 15
 
@@ -76,10 +75,7 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
         found = classifier_metrics(logps, ref_logps, images[config.split].labels, PreferenceLoss(beta=config.beta))
         figures["dpo"] = with_intervals(found)
     if config.output:
-        try:
-            Path(config.output).write_text(to_json(figures, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output {config.output}: can't be written ({error.strerror}); name another") from None
+        write_figures(config.output, figures)
     return figures
 
 
@@ -102,14 +98,10 @@ def classification_figures(logps: Tensor, labels: Tensor, names: list[str]) -> d
     The calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599) is over 15 bins of equal width.
     """
     classes = len(names)
-    per_image = {
-        "loss": -logps.double().gather(1, labels[:, None])[:, 0].numpy(),
-        "accuracy": (logps.argmax(1) == labels).double().numpy(),
-    }
     by_class = multiclass_accuracy(logps, labels, num_classes=classes, average=None)
     counts = torch.bincount(labels, minlength=classes)
     return {
-        **with_intervals(per_image),
+        **with_intervals(cross_entropy_metrics(logps, labels)),
         "accuracy_by_class": {
             name: float(by_class[k]) if counts[k] else None  # a class without images has no accuracy
             for k, name in enumerate(names)

@@ -40,7 +40,7 @@ from resdpo_trl.image.model import (
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
 from resdpo_trl.job import Job, as_table, free
 from resdpo_trl.losses import PreferenceLoss
-from resdpo_trl.metrics import classifier_metrics, extremes, with_intervals
+from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
 
@@ -195,7 +195,7 @@ class ImageRun(Job):
         for split in ("validation", "test"):
             if split == "validation" or stage != "reference":  # the reference meets the test with the policy
                 logps = trainer.logps(images[split])
-                summary[split] = with_intervals(_cross_entropy_figures(logps, images[split].labels))
+                summary[split] = with_intervals(cross_entropy_metrics(logps, images[split].labels))
         if "test" in summary:
             self.run.log(stage, "test", trainer.state.global_step, trainer.state.epoch, summary["test"])
         free(trainer)
@@ -281,7 +281,7 @@ class ImageRun(Job):
         for split in ("validation", "test"):
             logps, ref_logps = trainer.score(images[split])
             summary[split] = with_intervals(classifier_metrics(logps, ref_logps, images[split].labels, loss))
-            reference = with_intervals(_cross_entropy_figures(ref_logps, images[split].labels))
+            reference = with_intervals(cross_entropy_metrics(ref_logps, images[split].labels))
         if stage == "dpo":  # the loop has ended with the test
             self._write_scores(images, logps, ref_logps, loss)
         self.run.log(stage, "test", trainer.state.global_step, trainer.state.epoch, summary["test"])
@@ -351,15 +351,6 @@ def _png(pixels: Tensor) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "png")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _cross_entropy_figures(logps: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Per-image loss and accuracy, each (N,)."""
-    logps = logps.double()
-    return {
-        "loss": -logps.gather(1, labels[:, None])[:, 0].numpy(),
-        "accuracy": (logps.argmax(1) == labels).double().numpy(),
-    }
 
 
 def _speed(seconds: float, images: int) -> dict[str, float]:

@@ -119,9 +119,9 @@ class ClassifierTrainer(Trainer):
         self._means.add({"accuracy": logits.detach().argmax(1) == labels})
         return losses.mean()
 
-    def logps(self, images: Images, model: torch.nn.Module | None = None, description: str = "Scoring") -> Tensor:
-        """(N, K) log-probabilities of every image's classes, on the CPU; of `model`, or of the trained one."""
-        model = self.model_wrapped if model is None else model
+    def logps(self, images: Images, description: str = "Scoring") -> Tensor:
+        """(N, K) log-probabilities of every image's classes, on the CPU, in the order of the images."""
+        model = self.model_wrapped
         return self._over_images(images, lambda pixels: (_logps(model, pixels),), [model], description)[0]
 
     def evaluate(

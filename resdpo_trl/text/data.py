@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import load_rows
+from resdpo_trl.sources import check_held_out, load_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,15 +80,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value}: must be at least 1")
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
+        check_held_out(self)
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import concatenate, paired_difference, preference_metrics, raw_accuracy, with_intervals
-from resdpo_trl.run import to_json, use_the_cores
+from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import DataConfig, load_preferences
@@ -115,10 +114,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
             for name in ("loss", "rewards/accuracies", "rewards/margins")
         }
     if config.output:
-        try:
-            Path(config.output).write_text(to_json(figures, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output {config.output}: can't be written ({error.strerror}); name another") from None
+        write_figures(config.output, figures)
     return figures
 
 
