@@ -71,6 +71,8 @@ class OneMachine:
             )
         if args.bf16 is None and not args.fp16:
             args.bf16 = has_bfloat16(args.use_cpu)
+        if args.bf16 and not has_accelerator():
+            args.use_cpu = True  # transformers takes bfloat16 on a CPU only where the CPU was asked for
         if not has_cuda(args.use_cpu):
             args.dataloader_pin_memory = False  # PyTorch warns at every loader otherwise
         super().__post_init__()  # type: ignore[misc]
@@ -130,6 +132,12 @@ def preference_loss(args: Any) -> PreferenceLoss:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def has_cuda(use_cpu: bool = False) -> bool:

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
+from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.data import ImageDataConfig, Images, LabelledImages, load_images
 from resdpo_trl.image.model import ImageClassifier, load_classifier, load_processor
@@ -40,6 +41,9 @@ class EvaluateConfig:
     split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Images to use."})
     beta: float = field(default=0.1, metadata={"help": "β of the rewards, above 0."})
     batch_size: int = field(default=512, metadata={"help": "Images of a batch."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Score in bfloat16, as the training did; by itself where the hardware has it."}
+    )
     output: str | None = field(default=None, metadata={"help": "Also write the figures to this .json file."})
 
     def __post_init__(self) -> None:
@@ -49,6 +53,8 @@ class EvaluateConfig:
             raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
+        if self.bf16 is None:
+            self.bf16 = has_bfloat16()
 
 
 def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
@@ -61,18 +67,20 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
     _check(model, images, "--model", config.model)
     if reference is not None:
         _check(reference, images, "--reference", str(config.reference))
-    logps = image_logps(model, images[config.split], processor, config.batch_size)
-    ref_logps = image_logps(reference, images[config.split], processor, config.batch_size) if reference else None
+    split = images[config.split]
+    logps = image_logps(model, split, processor, config.batch_size, bool(config.bf16))
+    ref_logps = image_logps(reference, split, processor, config.batch_size, bool(config.bf16)) if reference else None
     figures = {
         "model": config.model,
         "reference": config.reference,
         "data": images.counts,
         "split": config.split,
         "beta": config.beta,
-        **classification_figures(logps, images[config.split].labels, images.label_names),
+        "precision": "bfloat16" if config.bf16 else "float32",
+        **classification_figures(logps, split.labels, images.label_names),
     }
     if ref_logps is not None:
-        found = classifier_metrics(logps, ref_logps, images[config.split].labels, PreferenceLoss(beta=config.beta))
+        found = classifier_metrics(logps, ref_logps, split.labels, PreferenceLoss(beta=config.beta))
         figures["dpo"] = with_intervals(found)
     if config.output:
         write_figures(config.output, figures)
@@ -80,7 +88,9 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def image_logps(model: ImageClassifier, images: Images, processor: ViTImageProcessor, batch_size: int) -> Tensor:
+def image_logps(
+    model: ImageClassifier, images: Images, processor: ViTImageProcessor, batch_size: int, bf16: bool = False
+) -> Tensor:
     """(N, K) log-probabilities on the CPU, in the order of the images."""
     device = PartialState().device
     model = model.to(device).eval()
@@ -88,7 +98,9 @@ def image_logps(model: ImageClassifier, images: Images, processor: ViTImageProce
     for start in tqdm(range(0, len(images), batch_size), desc="Scoring", leave=False, delay=2):
         pixels = images.pixels[start : start + batch_size].to(device, torch.float32) / 255
         pixels = functional.normalize(pixels, list(processor.image_mean), list(processor.image_std))
-        parts.append(model(pixels).logits.float().log_softmax(1).cpu())
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(pixels).logits
+        parts.append(logits.float().log_softmax(1).cpu())
     return torch.cat(parts)
 
 

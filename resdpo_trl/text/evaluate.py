@@ -13,6 +13,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import concatenate, paired_difference, preference_metrics, raw_accuracy, with_intervals
@@ -43,6 +44,9 @@ class EvaluateConfig:
     max_length: int = field(default=256, metadata={"help": "The cap on tokens; the one of the training."})
     batch_size: int = field(default=32, metadata={"help": "Pairs of a batch, and prompts answered at once."})
     prefix_sharing: bool = field(default=True, metadata={"help": "Run a pair's prompt once for both responses."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Score in bfloat16, as the training did; by itself where the hardware has it."}
+    )
     num_samples: int = field(default=64, metadata={"help": "Prompts that the policy answers; 0 for none."})
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
     seed: int = field(default=42, metadata={"help": "Draws the answers."})
@@ -59,6 +63,8 @@ class EvaluateConfig:
             raise UserError(f"--max_length {self.max_length}: must be at least {SHORTEST} tokens")
         if self.batch_size < 1 or self.max_new_tokens < 1 or self.num_samples < 0:
             raise UserError("--batch_size and --max_new_tokens must be at least 1, --num_samples at least 0")
+        if self.bf16 is None:
+            self.bf16 = has_bfloat16()
 
 
 def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -> dict[str, Any]:
@@ -101,6 +107,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
         "split": config.split,
         "beta": config.beta,
         "max_length": config.max_length,
+        "precision": "bfloat16" if config.bf16 else "float32",
         "pairs": with_intervals(per_pair),
         "length_controlled_accuracy": length_controlled(per_pair["rewards/accuracies"], scores),
     }
@@ -134,7 +141,8 @@ def score_pairs(
     for start in tqdm(range(0, len(order), config.batch_size), desc=description, leave=False, delay=2):
         rows = pairs.select(order[start : start + config.batch_size]).to_list()
         batch = {name: value.to(model.device) for name, value in collate(rows).items()}
-        chosen, rejected = pair_logps(model, batch)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.bf16)):
+            chosen, rejected = pair_logps(model, batch)
         parts.append(LogProbs(chosen, rejected, chosen, rejected, batch["chosen_tokens"], batch["rejected_tokens"]))
     place = torch.from_numpy(np.argsort(order))
     return LogProbs(*(value[place] for value in vars(concatenate(parts)).values()))

@@ -60,10 +60,17 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
         if (Path(name) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
-            return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+            loaded = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_a_model(name, flag, error) from None
+    for module in loaded.modules():
+        # where the CPU has bfloat16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first evaluation
+        # and has no gradient through them from then on: training would go on without a word and without learning
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

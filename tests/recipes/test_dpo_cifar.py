@@ -22,7 +22,8 @@ def finished(tmp_path_factory, image_folder):  # noqa: F811
     command = [
         Path(sys.executable).with_name("accelerate"), "launch", "--config_file", "accelerate_configs/cpu.yaml",
         "recipes/dpo_cifar.py", "--dataset_name", image_folder, "--output_dir", folder, "--num_train_epochs", "3",
-        "--compare_cross_entropy", "--compare_modes", "hard/polyak", "uniform/copy", "--learning_rate", "0.1", *SMALL,
+        "--compare_cross_entropy", "--compare_modes", "hard/polyak", "uniform/copy", "--learning_rate", "0.1",
+        "--bf16", "false", *SMALL,  # figures are computed again in float32
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -84,7 +85,7 @@ def test_the_test_figures_can_be_computed_again_from_the_folders(finished, recip
     output = tmp_path / "figures.json"
     status, said, wrong = recipe(
         "evaluate_cifar.py", "--model", folder / "compared/hard-polyak", "--reference", folder / "reference",
-        "--dataset_name", image_folder, "--beta", "1", "--output", output,
+        "--dataset_name", image_folder, "--beta", "1", "--bf16", "false", "--output", output,
     )  # fmt: skip
     assert status == 0, wrong
     figures = json.loads(output.read_text())
