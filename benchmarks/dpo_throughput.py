@@ -4,7 +4,9 @@
         [--dtype float32|bfloat16] [--steps 6] [--rounds 1] [--engines ours trl trl_precomputed plain]
 
 One JSON line an engine. Every engine runs in a process of its own, `--rounds` times in turn; a figure is the median
-over its steps, the first of each process left out. A step is forward, backward and optimizer.
+over its steps, the first of each process left out. A step is forward, backward and optimizer. Ours batches pairs of
+like length, so its steps differ by design: it runs `--steps` batches spread evenly over the lengths of all pairs
+twice, and its figure is the mean of the second time.
 
 `pairs_per_second` counts the reference's pass too: where it is computed beforehand (ours, trl_precomputed), its seconds
 per pair are added to the step's, as in a run of one epoch; `step_pairs_per_second` is the step alone. TRL drops pairs
@@ -84,30 +86,29 @@ def synchronize() -> None:
 
 
 def ours(options: argparse.Namespace, scratch: str) -> dict:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from resdpo_trl.text.config import TextDPOConfig
+    from resdpo_trl.text.config import TextDPOConfig, TextModelConfig
     from resdpo_trl.text.data import DataConfig, load_preferences
+    from resdpo_trl.text.model import load_model
     from resdpo_trl.text.tokens import tokenize
     from resdpo_trl.text.trainer import TextDPOTrainer
 
     path = Path(scratch) / "pairs.jsonl"
-    wanted = options.batch * options.steps
-    # enough for the splits that the loader holds out
-    path.write_text("".join(json.dumps(row) + "\n" for row in read_pairs(options.dataset_name, 2 * wanted)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in read_pairs(options.dataset_name, 1800)))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = load_preferences(DataConfig(dataset_name=str(path), max_train_samples=wanted, max_eval_samples=8))
-    pairs = tokenize(texts["train"], tokenizer, options.max_length)
-    model = AutoModelForCausalLM.from_pretrained(options.model)
+    texts = load_preferences(DataConfig(dataset_name=str(path), max_eval_samples=8))
+    pairs = evenly_spread(tokenize(texts["train"], tokenizer, options.max_length), options.batch, options.steps)
+    model = load_model(options.model, TextModelConfig(), False, "--model")
     useful = useful_flops(model, pairs)
     trainer = TextDPOTrainer(
         model=model,
         args=TextDPOConfig(
             output_dir=scratch, max_length=options.max_length, per_device_train_batch_size=options.batch,
-            per_device_eval_batch_size=options.batch, max_steps=options.steps, bf16=options.dtype == "bfloat16",
+            per_device_eval_batch_size=options.batch, num_train_epochs=2, bf16=options.dtype == "bfloat16",
             learning_rate=1e-6, eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
-            reference_cache_dir="none", disable_tqdm=True,
+            reference_cache_dir="none", disable_tqdm=True, logging_steps=options.steps,
         ),
         train_dataset=pairs,
         eval_dataset=None,
@@ -116,12 +117,22 @@ def ours(options: argparse.Namespace, scratch: str) -> dict:
     clock = StepClock(trainer)
     trainer.train()
     return {
-        "seconds": clock.seconds,
+        # the mean over one epoch; the first epoch, like the first step of the others, is left out
+        "seconds": [0.0, sum(clock.seconds[options.steps :]) / options.steps],
         "reference_seconds_per_pair": trainer.reference_seconds / len(pairs),
         "flops_per_pair": useful / len(pairs),
         "unique_tokens_per_pair": sum(pairs["length"][:]) / len(pairs),
+        "padding": next(entry["padding"] for entry in trainer.state.log_history if "padding" in entry),
         "gemm_flops": gemm_flops(model, options),
     }
+
+
+def evenly_spread(pairs, batch: int, steps: int):
+    """`steps` batches of like length out of all pairs, at evenly spaced lengths."""
+    order = sorted(range(len(pairs)), key=pairs["length"][:].__getitem__)
+    batches = [order[at : at + batch] for at in range(0, len(order) - batch + 1, batch)]
+    chosen = [batches[(2 * step + 1) * len(batches) // (2 * steps)] for step in range(steps)]
+    return pairs.select([row for rows in chosen for row in rows])
 
 
 def useful_flops(model: torch.nn.Module, pairs: list[dict]) -> float:
@@ -327,10 +338,11 @@ def row_of(engine: str, runs: list[dict], options: argparse.Namespace, own: list
         "pairs_per_second": round(1 / (step + reference), 4),
         "step_pairs_per_second": round(1 / step, 4),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
-        "steps": sum(len(run["seconds"]) - 1 for run in runs),
+        "steps": options.steps * len(runs) if engine == "ours" else sum(len(run["seconds"]) - 1 for run in runs),
         "device": machine["gpus"][0] if machine["gpus"] else f"{machine['cpu']}, {machine['cpu_threads']} threads",
     }
     if engine == "ours":
+        row["padding"] = round(runs[0]["padding"], 4)
         row["unique_tokens_per_second"] = round(runs[0]["unique_tokens_per_pair"] / (step + reference), 1)
         row["gemm_gflops"] = round(statistics.median(run["gemm_flops"] for run in runs) / 1e9, 1)
         row["gemm_share"] = round(runs[0]["flops_per_pair"] / (step + reference) / row["gemm_gflops"] / 1e9, 3)

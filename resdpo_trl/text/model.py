@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.config import ScratchConfig, TextModelConfig
@@ -70,7 +71,16 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
         # and has no gradient through them from then on: training would go on without a word and without learning
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return loaded
+    return _with_fused_gelu(loaded)
+
+
+def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
+    """GPT-2's GELU as PyTorch's one kernel; transformers' eight take a tenth of a step. The numbers are the same."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
+    return model
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -98,7 +108,7 @@ def build_model(
     """A small GPT-2 with random weights, drawn by `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(
+        model = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=len(tokenizer),
                 n_positions=max(512, max_length),
@@ -113,6 +123,7 @@ def build_model(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
+    return _with_fused_gelu(model)
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -83,13 +82,45 @@ def _token_logps(head: torch.nn.Module, hidden: Tensor, predicted: Tensor) -> Te
     """(N, D) hidden states and (N,) tokens -> (N,) log-probabilities, at most `CHUNK_TOKENS` rows of logits at once."""
 
     def logps(rows: Tensor, tokens: Tensor) -> Tensor:
-        logits = head(rows)
-        return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), tokens, reduction="none")
+        return _LogProbs.apply(head(rows), tokens)
 
     if len(predicted) <= CHUNK_TOKENS:
         return logps(hidden, predicted)
     chunks = zip(hidden.split(CHUNK_TOKENS), predicted.split(CHUNK_TOKENS), strict=True)
     return torch.cat([checkpoint(logps, rows, tokens, use_reentrant=False) for rows, tokens in chunks])
+
+
+class _LogProbs(torch.autograd.Function):
+    """log softmax(logits)[token], and its gradient (one-hot − softmax): float32 whatever the logits' type, and a few
+    rows at a time, so that no float32 copy of (N, vocabulary) is ever written.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        normalizer = torch.cat([_exact(rows).logsumexp(1) for rows in logits.split(_rows_at_once(logits))])
+        ctx.save_for_backward(logits, tokens, normalizer)
+        return _exact(logits.gather(1, tokens[:, None])[:, 0]) - normalizer
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, normalizer = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        rows = _rows_at_once(logits)
+        for start in range(0, len(tokens), rows):
+            part = slice(start, start + rows)
+            weights = gradient[part, None]
+            softmax = (_exact(logits[part]) - normalizer[part, None]).exp_()
+            found[part] = softmax.mul_(-weights).scatter_add_(1, tokens[part, None], weights)
+        return found, None
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Rows whose float32 copy a CPU's cache holds; on a GPU few launches matter more."""
+    return 128 if logits.device.type == "cpu" else 2048
 
 
 def check_prefix_sharing(model: PreTrainedModel, longest_row: int) -> None:

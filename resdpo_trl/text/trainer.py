@@ -34,7 +34,12 @@ from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pai
 
 
 class LengthSampler(LengthGroupedSampler):
-    """transformers' batches of like length, drawn anew each epoch from seed and epoch: the same on every process."""
+    """Batches of like length in random order, drawn anew each epoch from seed and epoch: the same on every process.
+
+    Each run of 50 random batches is sorted by length (transformers' own grouping takes fewer where the data are small,
+    and pads three times as much there); then the batches are shuffled, for an epoch should not go from long to short.
+    The longest row stays first, so that too large a batch fails at once.
+    """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths)
@@ -46,7 +51,12 @@ class LengthSampler(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        grouped = get_length_grouped_indices(self.lengths, self.batch_size, mega_batch_mult=50, generator=generator)
+        batches = [grouped[at : at + self.batch_size] for at in range(0, len(grouped), self.batch_size)]
+        short = batches.pop() if len(grouped) % self.batch_size else []  # only the last batch may be short
+        first, middle = batches[:1], batches[1:]
+        shuffled = [middle[at] for at in torch.randperm(len(middle), generator=generator).tolist()]
+        return iter([row for batch in [*first, *shuffled, short] for row in batch])
 
 
 class _TextTrainer:

@@ -94,3 +94,12 @@ def test_a_cap_beyond_the_models_positions(tokenizer):
 def test_impossible_shapes(options):
     with pytest.raises(UserError, match="--scratch"):
         ScratchConfig(**options)
+
+
+def test_the_fused_gelu_is_gpt2s(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    fused = load_model(str(tmp_path), TextModelConfig(), False, "--model_name_or_path").double().eval()
+    plain = tiny_model("gpt2").double().eval()
+    assert type(fused.transformer.h[0].mlp.act) is not type(plain.transformer.h[0].mlp.act)
+    ids = torch.arange(1, 40)[None]
+    torch.testing.assert_close(fused(ids).logits, plain(ids).logits, rtol=1e-10, atol=1e-10)

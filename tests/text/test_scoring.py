@@ -56,6 +56,24 @@ def test_float32_stays_within_one_in_ten_thousand(kind):
     torch.testing.assert_close(chosen, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_log_probabilities_and_their_gradient_are_cross_entropys(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (10 * torch.randn(300, 50, generator=generator)).to(dtype).requires_grad_()
+    tokens, weights = torch.randint(50, (300,), generator=generator), torch.randn(300, generator=generator)
+    exact = logits.detach().double().requires_grad_()
+    expected = -torch.nn.functional.cross_entropy(exact, tokens, reduction="none")
+    expected.backward(weights.double())
+    found = scoring._LogProbs.apply(logits, tokens)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    found.backward(weights.to(found.dtype))
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    # the gradient is rounded to the logits' own type
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype]
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=rounding, atol=rounding / 10)
+
+
 def test_chunks_of_the_vocabulary_change_nothing(monkeypatch):
     model = tiny_model("gpt2").double().eval()
     add_response_head(model)

@@ -200,7 +200,15 @@ def test_batches_of_like_length_are_seeded_by_epoch():
     def padded(order):
         return sum(max(lengths[i] for i in order[k : k + 16]) * 16 for k in range(0, 512, 16)) - sum(lengths)
 
-    assert padded(first) < 0.2 * padded(list(range(512)))
+    assert padded(first) < 0.05 * sum(lengths) < 0.2 * padded(list(range(512)))
+    assert lengths[first[0]] == max(lengths)  # a batch too large for the memory fails at once
+    longest = [max(lengths[i] for i in first[k : k + 16]) for k in range(0, 512, 16)]
+    assert longest != sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 805])
+def test_every_row_comes_once_an_epoch(rows):
+    assert sorted(LengthSampler(8, [(37 * n) % 101 for n in range(rows)], seed=0)) == list(range(rows))
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
