@@ -306,7 +306,7 @@ def main() -> None:
             options.model = f"{scratch}/gpt2"
             write_model(Path(options.model))
         results: dict[str, list[dict]] = {engine: [] for engine in options.engines}
-        for _ in range(options.rounds):
+        for turn in range(options.rounds):
             for engine in options.engines:
                 flags = [
                     "--model", options.model, "--max_length", options.max_length, "--batch", options.batch,
@@ -318,8 +318,8 @@ def main() -> None:
                 if not lines:
                     sys.exit(f"{engine} failed:\n{done.stderr[-3000:]}")
                 results[engine].append(json.loads(lines[-1].removeprefix("RESULT ")))
-    for engine, runs in results.items():
-        print(json.dumps(row_of(engine, runs, options, results.get("ours"))), flush=True)
+                if turn == options.rounds - 1:
+                    print(json.dumps(row_of(engine, results[engine], options, results.get("ours"))), flush=True)
 
 
 def row_of(engine: str, runs: list[dict], options: argparse.Namespace, own: list[dict] | None) -> dict:
