@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,9 @@ from typing import Any, NoReturn
 PRESETS = Path(__file__).resolve().parent / "configs"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no worker is forked from a process that tokenizes
+
+# at its import, on every CPU with bfloat16: a kernel for 4-bit inference that is not installed, and not used here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from trl import TrlParser  # noqa: E402  (the environment first)
 
