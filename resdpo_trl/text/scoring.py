@@ -68,8 +68,16 @@ def add_response_head(model: PreTrainedModel) -> None:
 
 
 def _with_mask(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Eager attention adds its mask to the scores; SDPA takes a boolean one."""
+    """Eager attention adds its mask to the scores; SDPA takes a boolean one, FlexAttention one of blocks."""
     mask = kwargs["attention_mask"]
+    if mask.ndim == 4 and model.config._attn_implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return mask[row, 0, query, key]
+
+        rows, _, width, _ = mask.shape
+        kwargs["attention_mask"] = create_block_mask(sees, rows, None, width, width, device=mask.device)
     if mask.ndim == 4 and model.config._attn_implementation == "eager":
         lowest = torch.finfo(model.dtype).min
         kwargs["attention_mask"] = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
@@ -135,11 +143,13 @@ def check_prefix_sharing(model: PreTrainedModel, longest_row: int) -> None:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < longest_row:
         raise UserError(f"{name} has a sliding window of {window} tokens, less than a row's {longest_row}: {mend}")
-    if model.config._attn_implementation not in ("sdpa", "eager"):
+    if model.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
         raise UserError(
             f"--attn_implementation {model.config._attn_implementation} takes no mask of its own, as prefix sharing "
-            f"needs: use sdpa, or {mend}"
+            f"needs: use sdpa or flex_attention, or {mend}"
         )
+    if model.config._attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise UserError("--attn_implementation flex_attention has no backward pass on the CPU: use sdpa")
     plain = _trial(model, False)
     try:
         shared = _trial(model, True)

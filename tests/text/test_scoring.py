@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -44,6 +45,22 @@ def test_scores_and_gradients_equal_separate_forwards(kind, attention, sharing):
     loss_of(*scores).backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, **tolerance)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled, and here is no g++")
+def test_the_block_mask_of_flex_attention_says_what_the_boolean_mask_says():
+    model = tiny_model("llama", hidden_size=64).eval()  # heads of 16: less is not taken
+    batch = PairCollator(0)(random_pairs(4))
+    scores = []
+    for attention in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(attention)
+        add_response_head(model)
+        with torch.no_grad():
+            scores.append(torch.stack(pair_logps(model, batch)))
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-5)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no backward pass on the CPU"):
+            check_prefix_sharing(model, 64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
