@@ -9,6 +9,7 @@ import difflib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -127,6 +128,7 @@ def _take_config(flags: list[str]) -> tuple[list[str], Path | None]:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a recipe's `main` and exit with the documented status."""
+    os.umask(os.umask(0o077) | 0o002)  # other users of the machine never write into a run
     try:
         main()
     except UserError as error:
@@ -136,6 +138,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        from resdpo_trl.run import redacted
+
+        print(redacted(traceback.format_exc()), file=sys.stderr)  # a message may quote a request with its token
+        sys.exit(1)
     sys.exit(0)
 
 

@@ -37,7 +37,7 @@ def shared_flags(words: list[str]) -> list[str]:
     for word in words:
         if word.startswith("--"):
             name = word.partition("=")[0].lstrip("-").replace("-", "_")
-            if name in ("overwrite_output_dir", "push_to_hub"):
+            if name in ("overwrite_output_dir", "push_to_hub", "hub_token"):
                 raise UserError(f"--{name} is for one run, not for a sweep: leave it out")
             if name in ("beta", "learning_rate", "seed"):
                 raise UserError(f"--{name} is each point's own: pass --betas, --learning_rates or --seeds")

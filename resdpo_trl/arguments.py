@@ -43,6 +43,14 @@ class OneMachine:
             "help": "Recompute activations in the backward pass: less memory, more time.",
         },
     )
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": True,
+            "help": "Create the Hub's repository as a private one; by default as the account is set.",
+        },
+    )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay false: the trainers choose their columns."}
     )

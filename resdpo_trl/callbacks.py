@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+from resdpo_trl.hub import Hub
 from resdpo_trl.run import RunFolder
 
 # the Trainer's own summary of a stage; it goes to summary.json's throughput
@@ -29,6 +31,18 @@ class MetricsCallback(TrainerCallback):
             if name != "epoch" and not name.endswith(TIMINGS)
         }
         self.run.log(self.stage, split, state.global_step, state.epoch, metrics)
+
+
+class PushCallback(TrainerCallback):
+    """Push each checkpoint to the Hub, in the background."""
+
+    def __init__(self, hub: Hub, card: str):
+        self.hub = hub
+        self.card = card
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.hub.push_save(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.card)
 
 
 class BarCallback(ProgressCallback):

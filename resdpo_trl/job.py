@@ -14,8 +14,10 @@ import torch
 from accelerate import PartialState
 
 from resdpo_trl.arguments import RunConfig
+from resdpo_trl.callbacks import PushCallback
+from resdpo_trl.card import draft
 from resdpo_trl.errors import UserError
-from resdpo_trl.hub import push_model
+from resdpo_trl.hub import Hub
 from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, parallelism, use_the_cores
 
@@ -29,10 +31,25 @@ class Job:
         self.started = time.perf_counter()
         use_the_cores()
         self.run = RunFolder(training.output_dir or "", main_process=PartialState().is_main_process)
+        # the Hub keeps the token: the arguments are pickled into every checkpoint
+        token, training.hub_token = training.hub_token, None
+        self.hub = self._hub(token) if training.push_to_hub else None
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
         PartialState().wait_for_everyone()
         self.run.start({"preset": str(preset) if preset else None, **config}, training.seed)
         self.say = print if self.run.main_process else _silent
+
+    def _hub(self, token: str | None) -> Hub:
+        args = self.training
+        return Hub(
+            self.run.path, args.hub_model_id, args.hub_private_repo, token, args.hub_revision,
+            args.hub_strategy.value, args.hub_always_push,
+        )  # fmt: skip
+
+    def push_saves(self, trainer: Any, task: str) -> None:
+        """Push the checkpoints of the stage that ends the run, where --hub_strategy asks for it."""
+        if self.hub is not None and self.hub.strategy != "end":
+            trainer.add_callback(PushCallback(self.hub, draft(self.run.path.resolve().name, task)))
 
     def hardware_line(self) -> str:
         """What the run uses, and where its files go."""
@@ -75,18 +92,17 @@ class Job:
             os.replace(aside, folder)
         PartialState().wait_for_everyone()
 
-    def end(self, trained: Path, table: Callable[[dict[str, Any], Path], str]) -> None:
-        """run.json's end, the report, the table, and the Hub if asked."""
+    def end(self, trained: Path, table: Callable[[dict[str, Any], Path], str], write_card: Callable[[], None]) -> None:
+        """run.json's end, the report, the model card with its plots, the table, and the Hub if asked."""
         throughput = self.run.summary.get("throughput", {}) | {"total_seconds": time.perf_counter() - self.started}
         self.run.summarize(throughput=throughput)
         self.run.end()
         if self.run.main_process:
             write_report([self.run.path])
+            write_card()
         self.say(table(self.run.summary, self.run.path))
-        if self.training.push_to_hub and self.run.main_process:
-            push_model(
-                trained, self.training.hub_model_id, bool(self.training.hub_private_repo), self.training.hub_token
-            )
+        if self.hub is not None and self.run.main_process:
+            self.hub.push_model(trained)
 
 
 def free(trainer: Any) -> None:

@@ -37,7 +37,7 @@ WRITTEN = (
     "run.json", "reference", "policy", "compared", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl",
     "scores.jsonl", "report.html", "plots",
 )  # fmt: skip
-SECRET = ("token", "api_key", "secret", "password")
+SECRET = ("token", "api_key", "secret", "password")  # what the name of a flag or variable ends with
 
 
 class RunFolder:
@@ -121,6 +121,15 @@ class RunFolder:
         self._write("run.json", self._run)
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The configuration, without secrets."""
+        return dict(self._run["config"])
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return dict(self._run["versions"])
+
+    @property
     def command(self) -> list[str]:
         """The command line, without secrets."""
         return list(self._run["command"])
@@ -171,6 +180,20 @@ class RunFolder:
 def to_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON with floats at full precision; what is not finite becomes null."""
     return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def redacted(text: str) -> str:
+    """Text without the tokens and keys that this process was given: by flag, by environment, by `hf auth login`."""
+    from huggingface_hub import get_token
+
+    flags = zip(sys.argv, [*sys.argv[1:], ""], strict=True)
+    found = [value for flag, value in flags if _redacted(value, flag) == "[redacted]"]
+    found += [word.partition("=")[2] for word in sys.argv if _redacted(word, "") != word]
+    found += [value for name, value in os.environ.items() if name.lower().endswith(SECRET)]
+    for value in {*found, get_token() or ""}:
+        if len(value) >= 8:  # a shorter one would take words out of the text
+            text = text.replace(value, "[redacted]")
+    return text
 
 
 def write_figures(path: str, figures: dict[str, Any]) -> None:
@@ -247,9 +270,9 @@ def _redacted(part: str, previous: str) -> str:
     """A command-line word, unless it is the value of a flag like --hub_token."""
     if part.startswith("--"):
         flag, equals, _ = part.partition("=")
-        secret = equals and any(flag.replace("-", "_").endswith(word) for word in SECRET)
+        secret = equals and flag.replace("-", "_").endswith(SECRET)
         return f"{flag}=[redacted]" if secret else part
-    secret = previous.startswith("--") and any(previous.replace("-", "_").endswith(word) for word in SECRET)
+    secret = previous.startswith("--") and previous.replace("-", "_").endswith(SECRET)
     return "[redacted]" if secret else part
 
 

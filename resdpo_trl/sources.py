@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder, a data set saved by `datasets`, or a Hub id."""
+"""Where rows and models come from: a file, a folder, a data set saved by `datasets`, or a Hub id."""
 
 from __future__ import annotations
 
@@ -13,6 +13,30 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
+
+
+def check_model_folder(name: str, flag: str) -> None:
+    """Raise a UserError where `name` is a path, and not that of a folder with a model whose weights are safetensors.
+
+    A Hub id passes: nothing but safetensors is then asked for. Pickled weights run code as they are read.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{flag} {name}: a file; name the folder that holds the model")
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"{flag} {name}: no such folder")
+        return
+    adapter = (path / "adapter_config.json").is_file()
+    if not adapter and not (path / "config.json").is_file():
+        raise UserError(f"{flag} {name}: not a model folder (no config.json in it)")
+    # of an adapter this very file: without it PEFT reads a pickle
+    weights = ("adapter_model.safetensors",) if adapter else ("*.safetensors", "*.safetensors.index.json")
+    if not any(any(path.glob(pattern)) for pattern in weights):
+        raise UserError(
+            f"{flag} {name}: no safetensors weights in the folder; pickled ones are not loaded: save it anew with "
+            "save_pretrained"
+        )
 
 
 def check_held_out(config: Any) -> None:

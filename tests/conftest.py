@@ -55,6 +55,26 @@ def pytest_sessionfinish():
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on the loopback interface, which this process then takes for the one; nobody waits in vain."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import TOKEN, Hub
+
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture(scope="session")
 def dialogues() -> list[dict[str, str]]:
     return write_pairs(120)

@@ -197,8 +197,11 @@ def _torchvision_cifar10(root: Path) -> tuple[dict[str, Images], list[str]]:
     for split in ("train", "test"):
         try:
             data = CIFAR10(str(root), train=split == "train", download=False)
-        except RuntimeError as error:
-            raise UserError(f"--dataset_name {root}: {first_line(error)}") from None
+        except RuntimeError:
+            raise UserError(
+                f"--dataset_name {root}: {TORCHVISION_FOLDER} lacks files or holds others than the published ones (by "
+                "their checksums), and pickles of unknown origin are not read: unpack cifar-10-python.tar.gz anew"
+            ) from None
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         sources[split] = Images(pixels, torch.tensor(data.targets))
     return sources, list(data.classes)

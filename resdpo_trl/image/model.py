@@ -27,6 +27,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.architecture import FAST, ImageClassifierConfig
+from resdpo_trl.sources import check_model_folder
 
 PROCESSOR_FILE = "preprocessor_config.json"
 
@@ -183,13 +184,11 @@ def build_classifier(
 
 def load_classifier(name: str, flag: str, revision: str = "main") -> ImageClassifier:
     """A saved classifier, from a folder or the Hub."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{flag} {name}: not a model folder (no config.json in it)")
-    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{flag} {name}: no such folder")
+    check_model_folder(name, flag)
     try:
-        model = AutoModelForImageClassification.from_pretrained(name, revision=revision, use_safetensors=True)
+        model = AutoModelForImageClassification.from_pretrained(
+            name, revision=revision, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{flag} {name}: can't be loaded ({reason})") from None
@@ -255,7 +254,7 @@ def _load_torchvision_weights(model: ImageClassifier, arch: str, weights: str) -
         if weights not in known:
             raise UserError(f"--pretrained_weights {weights}: {arch} has {', '.join(known)}; or name a local file")
         try:
-            state = known[weights].get_state_dict(progress=True, check_hash=True)
+            state = known[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
         except OSError as error:
             raise UserError(
                 f"--pretrained_weights {weights}: torchvision can't download it ({error}); name a local file"

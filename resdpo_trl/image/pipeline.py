@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from transformers import set_seed
 
 from resdpo_trl.arguments import RunConfig, preference_loss
 from resdpo_trl.callbacks import use_run_callbacks
+from resdpo_trl.card import write_image_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.hub import write_image_card
 from resdpo_trl.image.architecture import ImageClassifierConfig
 from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import (
@@ -189,6 +190,8 @@ class ImageRun(Job):
             augment=self.augment,
         )
         use_run_callbacks(trainer, self.run, stage, "cross-entropy")
+        if self.stage is None:
+            self.push_saves(trainer, "image-classification")
         seconds, trained = self._train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor)
         summary: dict[str, Any] = {"steps": trainer.state.global_step, **_speed(seconds, trained)}
@@ -260,6 +263,8 @@ class ImageRun(Job):
             augment=self.augment,
         )
         use_run_callbacks(trainer, self.run, stage, "DPO")
+        if stage == "dpo":
+            self.push_saves(trainer, "image-classification")
         seconds, trained = self._train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor)
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
@@ -336,10 +341,9 @@ class ImageRun(Job):
         return seconds, (trainer.state.global_step - first) * rows
 
     def finish(self) -> None:
-        """The model card, then the end of the run."""
-        if self.run.main_process:
-            write_image_card(self.run, self.run.policy, self.model.arch)
-        self.end(self.run.policy, describe_results)
+        """The end of the run, with the model card."""
+        card = partial(write_image_card, self.run, self.run.policy)
+        self.end(self.run.policy, describe_results, card)
 
 
 def _png(pixels: Tensor) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import (
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.sources import check_model_folder
 from resdpo_trl.text.config import ScratchConfig, TextModelConfig
 
 END_OF_TEXT = "<|endoftext|>"
@@ -27,7 +30,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hub id; padding is the end of text where it has none of its own."""
-    _check_name(name, flag)
+    check_model_folder(name, flag)
+    if trust_remote_code:
+        _say_that_code_runs(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=trust_remote_code
@@ -46,7 +51,9 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
     from accelerate import PartialState
     from trl import get_quantization_config
 
-    _check_name(name, flag)
+    check_model_folder(name, flag)
+    if trust_remote_code:
+        _say_that_code_runs(name)
     quantization = get_quantization_config(model)
     options: dict[str, Any] = {
         "revision": model.model_revision,
@@ -149,21 +156,12 @@ def check_same_tokenizer(
         )
 
 
-def _check_name(name: str, flag: str) -> None:
-    path = Path(name)
-    if path.is_file():
-        raise UserError(f"{flag} {name}: a file; name the folder that holds the model")
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise UserError(f"{flag} {name}: not a model folder (no config.json in it)")
-        weights = ("*.safetensors", "*.safetensors.index.json")
-        if not any(any(path.glob(pattern)) for pattern in weights):
-            raise UserError(
-                f"{flag} {name}: no safetensors weights in the folder; pickled ones are not loaded: save it anew with "
-                "save_pretrained"
-            )
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{flag} {name}: no such folder")
+@functools.cache
+def _say_that_code_runs(name: str) -> None:
+    print(
+        f"WARNING: --trust_remote_code: Python files that {name} brings are run with your rights; read them first",
+        file=sys.stderr,
+    )
 
 
 def _not_a_model(name: str, flag: str, error: BaseException) -> UserError:

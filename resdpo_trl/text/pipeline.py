@@ -16,8 +16,8 @@ from trl import get_peft_config
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import use_run_callbacks
+from resdpo_trl.card import write_text_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.hub import write_text_card
 from resdpo_trl.job import Job, as_table, free
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.text.config import (
@@ -193,6 +193,8 @@ class TextRun(Job):
             peft_config=get_peft_config(self.model),
         )
         use_run_callbacks(trainer, self.run, "sft", "SFT")
+        if not isinstance(self.training, TextDPOConfig):
+            self.push_saves(trainer, "text-generation")
         checkpoint = self.checkpoint("sft")
         untrained = self.run.logged("sft", "validation", 0) if checkpoint else None
         before = untrained["loss"] if untrained else trainer.evaluate()["eval_loss"]
@@ -262,6 +264,7 @@ class TextRun(Job):
             peft_config=get_peft_config(self.model) if adapter_on_full else None,
         )
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
+        self.push_saves(trainer, "text-generation")
         test = trainer.add_reference(pairs["test"]) if args.precompute_ref_log_probs else pairs["test"]
         started = time.perf_counter()
         checkpoint = self.checkpoint("dpo")
@@ -367,11 +370,10 @@ class TextRun(Job):
         }
 
     def finish(self) -> None:
-        """The model card, then the end of the run."""
+        """The end of the run, with the model card."""
         trained = self.run.policy if self.run.policy.is_dir() else self.run.reference
-        if self.run.main_process:
-            write_text_card(self.run, trained, self.model.model_name_or_path)
-        self.end(trained, describe_results)
+        base = self.model.model_name_or_path or self.sft.sft_checkpoint
+        self.end(trained, describe_results, partial(write_text_card, self.run, trained, base))
 
 
 def describe_data(counts: dict[str, Any]) -> str:

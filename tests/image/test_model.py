@@ -173,6 +173,7 @@ def test_folders_that_are_not_classifiers(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_classifier(str(tmp_path / "nothing"), "--reference_model")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"--reference_model .*can't be loaded"):
         load_classifier(str(tmp_path), "--reference_model")
 

@@ -1,0 +1,148 @@
+"""Model cards: what they say, what the Hub reads in them, and that nothing which data brings comes to life."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from resdpo_trl.card import HUB_ID, write_image_card, write_text_card
+from resdpo_trl.run import RunFolder
+
+TEST = {
+    "n": 512,
+    "loss": 0.6666,
+    "rewards/accuracies": 0.578,
+    "rewards/margins": 0.086,
+    "logps/accuracies": 0.541,
+    "logps/chosen": -50.0,
+    "interval_95": {
+        "loss": [0.65, 0.68],
+        "rewards/accuracies": [0.535, 0.617],
+        "rewards/margins": [0.05, 0.12],
+        "logps/accuracies": [0.5, 0.58],
+        "logps/chosen": [-60.0, -40.0],
+    },
+}
+CAP = {"prompts_shortened": 8, "turns_dropped": 9, "chosen_cut": 1, "rejected_cut": 2, "pairs_lost": 0}
+HOSTILE = "```\n# Heading <script>alert(1)</script> @somebody\x1b[31m \u202egnp ````` {title} | ---"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run's folder with a summary, made without a training."""
+    monkeypatch.setattr(
+        "sys.argv", ["/home/me/recipes/dpo_hh.py", "--dataset_name", "/home/me/a b.jsonl", "--beta", "0.3"]
+    )
+    folder = RunFolder(tmp_path / "run|<b>")
+    folder.open()
+    data = {"dataset_data_dir": "harmless-base", "prefer": "chosen"}
+    training = {
+        "learning_rate": 1e-5,
+        "loss_type": ["sigmoid"],
+        "beta": 0.3,
+        "hub_token": "<HUB_TOKEN>",
+        "optim": "adamw",
+    }
+    folder.start({"data": data, "training": training, "sft_stage": {"sft_epochs": 1.0}}, 42)
+    folder.summarize(
+        data={
+            "source": "Anthropic/hh-rlhf", "train": 3000, "validation": 300, "test": 512, "max_length": 128,
+            "dropped": {"identical": 3, "empty": 0}, "cap": {"train": CAP, "test": CAP},
+        },
+        dpo={"test": TEST, "steps": 188, "beta": 0.3, "loss_type": ["sigmoid"]},
+    )  # fmt: skip
+    answers = {name: {"greedy": f"{name} says {HOSTILE}", "sampled": ""} for name in ("base", "reference", "policy")}
+    folder.write_rows("samples.jsonl", [{"prompt": "\n\nHuman: " + HOSTILE, "answers": answers}] * 5)
+    folder.policy.mkdir()
+    (folder.path / "plots").mkdir()
+    (folder.path / "plots" / "loss.png").write_bytes(b"\x89PNG")
+    (folder.path / "plots" / "unknown.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def test_the_hub_reads_the_figures(run):
+    write_text_card(run, run.policy, "gpt2")
+    data = ModelCard.load(run.policy / "README.md").data
+    assert (data.base_model, data.license, data.pipeline_tag) == ("gpt2", "mit", "text-generation")
+    assert data.library_name == "transformers" and data.datasets == ["Anthropic/hh-rlhf"]
+    assert {"resdpo-trl", "trl", "dpo"} <= set(data.tags)
+    found = {result.metric_name.rpartition("(")[2].rstrip(")"): result for result in data.eval_results}
+    assert set(found) == {"loss", "rewards/accuracies", "rewards/margins", "logps/accuracies"}
+    for name, result in found.items():
+        assert result.metric_value == TEST[name]
+        assert result.metric_args == {"n": 512, "interval_95": TEST["interval_95"][name]}
+        assert (result.dataset_type, result.dataset_config) == ("Anthropic/hh-rlhf", "harmless-base")
+        assert (result.dataset_split, result.task_type) == ("test", "text-generation")
+    assert found["rewards/accuracies"].metric_type == "accuracy"
+
+
+def test_what_a_reader_is_told(run):
+    write_text_card(run, run.policy, "gpt2")
+    text = (run.policy / "README.md").read_text()
+    for words in (
+        "3000 training, 300 validation and 512 test pairs", "3 identical", "16 prompts lost their oldest turns",
+        "sigmoid, β 0.3, 188 steps", "| pairs ranked right | 0.5780 | 0.5350 to 0.6170 |", "started from gpt2",
+        "--beta 0.3", "| learning\\_rate | 1e-05 |", "| sft\\_epochs | 1.0 |", "unpleasant things", "red-teaming",
+        "from_pretrained(\"FOLDER_OR_ID\")", "![DPO loss](plots/loss.png)", "torch ", "## Licence", "mit",
+    ):  # fmt: skip
+        assert words in text, words
+    assert (run.policy / "plots" / "loss.png").exists() and not (run.policy / "plots" / "unknown.png").exists()
+    assert "/home/me" not in text and "'a b.jsonl'" in text
+    assert "HUB_TOKEN" not in text and "prefer the rejected" not in text
+
+
+def test_texts_of_others_stay_texts(run):
+    markdown = pytest.importorskip("markdown_it")
+    write_text_card(run, run.policy, "gpt2")
+    content = ModelCard.load(run.policy / "README.md").text
+    assert "\x1b" not in content and "\u202e" not in content
+    tokens = markdown.MarkdownIt().enable("table").parse(content)
+    inline = [child for token in tokens for child in token.children or []]
+    assert not [token for token in [*tokens, *inline] if token.type in ("html_block", "html_inline")]
+    headings = [tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"]
+    assert headings[0] == "run\\|&lt;b&gt;"
+    assert headings[1:] == [
+        "Intended use and limits", "On 512 held-out pairs", "Loading", "Answers", "Training", "Licence",
+    ]  # fmt: skip
+    samples = [token.content for token in tokens if token.type == "fence" and "says" in token.content]
+    assert len(samples) == 3
+    assert all("<script>alert(1)</script> @somebody" in text and "[policy]" in text for text in samples)
+
+
+def test_the_rejected_side_and_sft_alone(run):
+    run._run["config"]["data"]["prefer"] = "rejected"
+    write_text_card(run, run.policy, None)
+    text = (run.policy / "README.md").read_text()
+    assert "trained to prefer the rejected answers" in text and "small GPT-2 trained from scratch" in text
+    del run.summary["dpo"]
+    run.summary["sft"] = {"validation": {"loss_after": 3.5}}
+    run.summary["data"]["source"] = "/nowhere/my own pairs.jsonl"
+    write_text_card(run, run.policy, "someone/model")
+    data = ModelCard.load(run.policy / "README.md").data
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("loss", 3.5, "validation")
+    assert HUB_ID.fullmatch(result.dataset_type) is None and data.datasets is None
+    assert (data.license, data.license_name) == ("other", "of-the-base-model-and-the-data")
+    assert "| cross-entropy, nats | 3.5000 | not computed |" in (run.policy / "README.md").read_text()
+
+
+def test_an_adapter_names_its_base(run):
+    (run.policy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
+    write_text_card(run, run.policy, "gpt2")
+    card = ModelCard.load(run.policy / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", "someone/base")
+    assert "AutoPeftModelForCausalLM" in card.text
+
+
+def test_an_image_card_has_the_architecture_that_was_saved(run):
+    run.summary["data"] = {"source": "digits", "train": 9, "validation": 2, "test": 4, "classes": 3}
+    accuracy = {"n": 4, "accuracy": 0.75, "interval_95": {"accuracy": [0.5, 1.0]}}
+    run.summary["reference"] = {"test": {"accuracy": 0.5}}
+    run.summary["dpo"] |= {"test": accuracy, "rejected_sampling": "all", "reference_update": "frozen"}
+    (run.policy / "config.json").write_text(json.dumps({"arch": "resnet34", "image_size": 32}))
+    write_image_card(run, run.policy)
+    card = ModelCard.load(run.policy / "README.md")
+    assert "Architecture: resnet34" in card.text and "import resdpo_trl" in card.text
+    assert (card.data.pipeline_tag, card.data.license) == ("image-classification", "cc-by-4.0")
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.75, "digits")

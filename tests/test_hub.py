@@ -1,0 +1,225 @@
+"""Pushes to a Hub on the loopback interface, with the real client, and what becomes of them when it makes trouble."""
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.hub import LONGEST_WAIT, WAITS, Hub, NotPushed, publish
+from tests.conftest import tiny_model
+from tests.hub_server import TOKEN
+
+CARD = "---\nlicense: mit\n---\n# A model\nfrom_pretrained('FOLDER_OR_ID')\n"
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer):
+    """The part of a run's folder that is pushed."""
+    folder = tmp_path / "a-run"
+    tiny_model("gpt2").save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    (folder / "policy" / "README.md").write_text(CARD)
+    (folder / "run.json").write_text('{"ended": "2026-01-01"}')
+    (folder / "summary.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that were waited, without waiting."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+def logits_of(name, **options):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    return model(**tokenizer("\n\nHuman: tell me something\n\nAssistant:", return_tensors="pt")).logits
+
+
+def test_what_was_pushed_gives_the_same_outputs(hub, run, tmp_path, capsys):
+    Hub(run, private=True).push_model(run / "policy")
+    assert capsys.readouterr().out == f"pushed to {hub.url}/tester/a-run\n"
+    repository = hub.repositories["tester/a-run"]
+    assert repository.private
+    assert set(repository.files) == {path.name for path in (run / "policy").iterdir()}
+    assert repository.large == {"model.safetensors"}
+    assert b"from_pretrained('tester/a-run')" in repository.files["README.md"]
+    loaded = logits_of("tester/a-run", cache_dir=tmp_path / "cache")
+    assert torch.equal(loaded, logits_of(run / "policy"))
+
+
+def test_a_branch_and_a_second_push(hub, run):
+    Hub(run, "team/model", revision="try").upload(run / "policy")
+    Hub(run, "team/model", revision="try").upload(run / "policy")
+    repository = hub.repositories["team/model"]
+    assert repository.branches == {"main", "try"} and not repository.private
+    assert ("POST", "/api/models/team/model/commit/try") in hub.requests
+    assert sum(path.startswith("/storage/") for _, path in hub.requests) == 1  # the weights went once
+
+
+TEMPORARY = [
+    ("POST", "/api/repos/create", 500, {}),
+    ("POST", "/api/repos/create", 429, {"Retry_After": "30"}),
+    ("POST", "/preupload/", 503, {}),
+    ("POST", "/objects/batch", 429, {"Retry_After": "3"}),
+    ("PUT", "/storage/", 500, {}),
+    ("PUT", "/storage/", "cut", {}),
+    ("POST", "/commit/", 409, {}),
+    ("POST", "/commit/", 500, {}),
+    ("POST", "/commit/", 429, {"Retry_After": "7"}),
+    ("POST", "/commit/", "cut", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "what", "headers"), TEMPORARY)
+def test_trouble_that_passes(hub, run, waits, capsys, method, path, what, headers):
+    hub.make_trouble(method, path, 2, what, **headers)
+    Hub(run).push_model(run / "policy")
+    said = capsys.readouterr()
+    assert said.out == f"pushed to {hub.url}/tester/a-run\n", said.err
+    assert hub.repositories["tester/a-run"].files["model.safetensors"]
+    assert len(waits) == 2
+    if headers:
+        assert min(waits) >= int(headers["Retry_After"])
+    assert TOKEN not in said.err
+
+
+LASTING = [
+    ("POST", "/api/repos/create", 401, "the Hub does not accept the token: run `hf auth login`"),
+    ("POST", "/api/repos/create", 403, "the token may not write there"),
+    ("POST", "/preupload/", 404, "the Hub has no such place"),
+    ("POST", "/commit/", 403, "the token may not write there"),
+    ("POST", "/commit/", 409, "another change of the repository"),
+    ("POST", "/commit/", 429, "too many requests"),
+    ("POST", "/commit/", 500, "the Hub is in trouble (HTTP 500)"),
+    ("PUT", "/storage/", 500, "the Hub is in trouble (HTTP 500)"),
+    ("PUT", "/storage/", "cut", "no connection to the Hub that lasts"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "what", "reason"), LASTING)
+def test_trouble_that_lasts_is_one_line(hub, run, waits, capsys, method, path, what, reason):
+    hub.make_trouble(method, path, 1000, what)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    Hub(run, "me/model", private=True).push_model(run / "policy")
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("not pushed: ")]
+    assert reason in line
+    assert line.endswith(
+        f"; the run is complete in {run}; later: python recipes/publish.py {run} --hub_model_id me/model "
+        "--hub_private_repo"
+    )
+    assert TOKEN not in said
+    tries = sum(asked == method and path in place for asked, place in hub.requests)
+    assert tries == (1 if what in (401, 403, 404) else 6 if method == "PUT" else 1 + len(WAITS))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_no_network_and_offline_mode(hub, run, waits, capsys, monkeypatch):
+    hub.shutdown()
+    hub.server_close()
+    Hub(run).push_model(run / "policy")
+    assert "not pushed: no connection to the Hub that lasts (" in capsys.readouterr().err
+    assert waits == list(WAITS)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Hub(run).push_model(run / "policy")
+    assert "not pushed: OfflineModeIsEnabled: " in capsys.readouterr().err
+    assert waits == list(WAITS)
+
+
+def test_no_endless_wait(hub, run, waits):
+    hub.make_trouble("POST", "/commit/", 9, 429, Retry_After=str(int(LONGEST_WAIT) + 1))
+    with pytest.raises(NotPushed, match=r"HTTP 429, it asks to wait 301 s"):
+        Hub(run).upload(run / "policy")
+    assert waits == []
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b/c", "/etc/passwd", "a b", "owner/..", "-x", "x" * 200, "a\nb"])
+def test_a_name_that_is_none_is_refused_before_anything(run, name):
+    with pytest.raises(UserError, match="--hub_model_id"):
+        Hub(run, name)
+
+
+def test_publish(hub, run, waits):
+    assert publish(run, "me/later") == f"{hub.url}/me/later"
+    assert "model.safetensors" in hub.repositories["me/later"].files
+    shutil.move(run / "policy", run / "reference")  # as a run of SFT alone leaves it
+    publish(run, "me/reference")
+    assert hub.repositories["me/reference"].messages == ["reference of a-run"]
+    hub.make_trouble("POST", "/commit/", 99, 403)
+    with pytest.raises(UserError, match="--hub_model_id me/later: not pushed: the token may not write there"):
+        publish(run, "me/later")
+    (run / "run.json").write_text('{"ended": null}')
+    with pytest.raises(UserError, match="has not ended"):
+        publish(run, "me/later")
+    with pytest.raises(UserError, match="no such folder"):
+        publish(run / "nothing", "me/later")
+
+
+# --- while it trains -----------------------------------------------------------------------------------------------
+
+
+def save(run: Path, step: int) -> Path:
+    """A checkpoint as a Trainer leaves it."""
+    folder = run / "checkpoints" / "dpo" / f"checkpoint-{step}"
+    tiny_model("gpt2", seed=step).save_pretrained(folder)
+    for name in ("optimizer.pt", "training_args.bin", "rng_state.pth", "trainer_state.json"):
+        (folder / name).write_bytes(f"{name} of {step}".encode())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps"), [("every_save", []), ("checkpoint", [3]), ("all_checkpoints", [1, 2, 3])]
+)
+def test_what_a_strategy_pushes(hub, run, strategy, steps):
+    pushing = Hub(run, strategy=strategy, always=True)
+    for step in (1, 2, 3):
+        checkpoint = save(run, step)
+        pushing.push_save(checkpoint, CARD)
+        shutil.rmtree(checkpoint)  # as --save_total_limit may: what is on its way is kept
+    pushing.push_model(run / "policy")
+    repository = hub.repositories["tester/a-run"]
+    assert repository.messages == [*(f"Training in progress, checkpoint-{n}" for n in (1, 2, 3)), "policy of a-run"]
+    below = {name for name in repository.files if "/" in name}
+    held = {"model.safetensors", "config.json", "generation_config.json", "optimizer.pt", "rng_state.pth"}
+    held |= {"trainer_state.json"}
+    assert below == {f"run/checkpoints/dpo/checkpoint-{n}/{name}" for n in steps for name in held} | (
+        {"run/run.json", "run/summary.json"} if steps else set()
+    )
+    assert repository.files["model.safetensors"] == (run / "policy" / "model.safetensors").read_bytes()
+    assert not list((run / "checkpoints").glob(".push-*"))
+
+
+def test_a_push_in_the_background_holds_nobody_up(hub, run, capsys):
+    pushing = Hub(run, strategy="every_save")
+    with hub.lock:  # the Hub answers nothing
+        started = time.perf_counter()
+        pushing.push_save(save(run, 1), CARD)
+        pushing.push_save(save(run, 2), CARD)  # left out: the first is on its way
+        assert time.perf_counter() - started < 5
+        assert [thread.daemon for thread in threading.enumerate() if thread.name == "push"] == [True]
+    pushing.push_model(run / "policy")
+    assert hub.repositories["tester/a-run"].messages == ["Training in progress, checkpoint-1", "policy of a-run"]
+
+
+def test_failing_pushes_are_told_once_and_end_nothing(hub, run, waits, capsys):
+    hub.make_trouble("POST", "/commit/", 3, 403)
+    pushing = Hub(run, strategy="every_save", always=True)
+    for step in (1, 2, 3):
+        pushing.push_save(save(run, step), CARD)
+    sharded = run / "checkpoints" / "dpo" / "checkpoint-4"
+    sharded.mkdir()
+    pushing.push_save(sharded, CARD)
+    pushing.push_model(run / "policy")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not pushed" in line]
+    assert len([line for line in lines if "may not write there" in line and "training goes on" in line]) <= 2
+    assert [line for line in lines if "no whole weights" in line]
+    assert hub.repositories["tester/a-run"].messages == ["policy of a-run"]
