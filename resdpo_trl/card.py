@@ -129,6 +129,9 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> Non
     adapter = _adapter_of(folder)
     if adapter is not None:
         base_model = adapter
+    base = _started_from(base_model)
+    if adapter is not None and Path(adapter).exists():
+        base += " The adapter needs it: publish that model too, and name it in `adapter_config.json`."
     prefers_rejected = run.config.get("data", {}).get("prefer") == "rejected"
     _save_card(
         run,
@@ -143,7 +146,7 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> Non
         samples=_samples(run),
         licence=_licence(_source(data), base_model),
         how="Trained by Direct Preference Optimization" if dpo else "Fine-tuned on the preferred answers",
-        base=_started_from(base_model),
+        base=base,
         facts=facts,
         heading=heading,
         loading=TEXT_LOADING if adapter is None else ADAPTER_LOADING,

@@ -148,8 +148,8 @@ class Hub:
 
     def _stage(self, checkpoint: Path, card: str) -> Path:
         """The files to push, beside the checkpoints: the model at the root, what resuming needs in run/."""
-        for left in (self.run / "checkpoints").glob(".push-*"):  # by a run that was killed
-            if self._background is None:
+        if self._background is None:
+            for left in (self.run / "checkpoints").glob(".push-*"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         staged = Path(tempfile.mkdtemp(prefix=".push-", dir=self.run / "checkpoints"))
         wanted = {

@@ -52,8 +52,10 @@ def test_what_was_pushed_gives_the_same_outputs(hub, run, tmp_path, capsys):
     assert set(repository.files) == {path.name for path in (run / "policy").iterdir()}
     assert repository.large == {"model.safetensors"}
     assert b"from_pretrained('tester/a-run')" in repository.files["README.md"]
+    hub.make_trouble("GET", "/storage/", 1, "cut")  # in the middle of the weights
     loaded = logits_of("tester/a-run", cache_dir=tmp_path / "cache")
     assert torch.equal(loaded, logits_of(run / "policy"))
+    assert sum(request == "GET" and path.startswith("/storage/") for request, path in hub.requests) == 2
 
 
 def test_a_branch_and_a_second_push(hub, run):

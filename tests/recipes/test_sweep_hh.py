@@ -78,6 +78,7 @@ def test_other_flags_are_another_sweep(tmp_path):
         (["--betas", "0"], "--betas 0.0: must be above 0"),
         (["--jobs", "0"], "--jobs 0"),
         (["--beta", "0.3"], "--beta is each point's own: pass --betas"),
+        (["--hub_token", "hf_x"], "--hub_token is for one run"),
         (["--bettas", "0.3"], "unknown flag --bettas; did you mean betas?"),
     ],
 )
