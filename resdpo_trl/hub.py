@@ -36,6 +36,7 @@ MENDS = {
     429: "too many requests",
 }
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # of a checkpoint; the rest is the optimizer's
+PICKLED = (".bin", ".pt", ".pth", ".pkl")  # nobody should load these: they are not pushed with a model
 ID = "FOLDER_OR_ID"  # stands in a card for the place it is loaded from
 
 Result = TypeVar("Result")
@@ -93,7 +94,7 @@ class Hub:
             self._background.join()
         try:
             url = self.upload(folder)
-        except NotPushed as error:
+        except (NotPushed, OSError) as error:
             print(f"\nnot pushed: {error}; the run is complete in {self.run}; later: {self.later()}", file=sys.stderr)
         else:
             print(f"pushed to {url}")
@@ -101,7 +102,9 @@ class Hub:
     def upload(self, folder: Path) -> str:
         """Push a model folder in one commit; its address. Raises NotPushed."""
         files: dict[str, Any] = {
-            path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+            path.relative_to(folder).as_posix(): path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.is_symlink() and path.suffix not in PICKLED
         }
         repo_id = self._create()
         if "README.md" in files:
@@ -137,7 +140,7 @@ class Hub:
                 files = {path.relative_to(staged).as_posix(): path for path in staged.rglob("*") if path.is_file()}
                 self._create()
                 self._commit(files, f"Training in progress, {checkpoint.name}", self._stale(files))
-            except NotPushed as error:
+            except (NotPushed, OSError) as error:
                 self._warn(f"{checkpoint.name} not pushed: {error}; training goes on")
             finally:
                 shutil.rmtree(staged, ignore_errors=True)

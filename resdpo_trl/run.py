@@ -37,7 +37,7 @@ WRITTEN = (
     "run.json", "reference", "policy", "compared", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl",
     "scores.jsonl", "report.html", "plots",
 )  # fmt: skip
-SECRET = ("token", "api_key", "secret", "password")  # what the name of a flag or variable ends with
+SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
 
 
 class RunFolder:
@@ -99,7 +99,7 @@ class RunFolder:
     def start(self, config: dict[str, Any], seed: int, **facts: Any) -> None:
         """Write run.json: everything needed to tell what ran, without secrets."""
         self._run = {
-            "command": [_redacted(part, previous) for previous, part in zip(["", *sys.argv], sys.argv, strict=False)],
+            "command": [_hidden(part, previous) for previous, part in zip(["", *sys.argv], sys.argv, strict=False)],
             "started": _now(),
             "ended": None,
             "seed": seed,
@@ -187,8 +187,8 @@ def redacted(text: str) -> str:
     from huggingface_hub import get_token
 
     flags = zip(sys.argv, [*sys.argv[1:], ""], strict=True)
-    found = [value for flag, value in flags if _redacted(value, flag) == "[redacted]"]
-    found += [word.partition("=")[2] for word in sys.argv if _redacted(word, "") != word]
+    found = [value for flag, value in flags if _hidden(value, flag) == "[redacted]"]
+    found += [word.partition("=")[2] for word in sys.argv if _hidden(word, "") != word]
     found += [value for name, value in os.environ.items() if name.lower().endswith(SECRET)]
     for value in {*found, get_token() or ""}:
         if len(value) >= 8:  # a shorter one would take words out of the text
@@ -266,7 +266,7 @@ def _without_secrets(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _redacted(part: str, previous: str) -> str:
+def _hidden(part: str, previous: str) -> str:
     """A command-line word, unless it is the value of a flag like --hub_token."""
     if part.startswith("--"):
         flag, equals, _ = part.partition("=")

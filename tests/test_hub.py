@@ -151,8 +151,11 @@ def test_a_name_that_is_none_is_refused_before_anything(run, name):
 
 
 def test_publish(hub, run, waits):
+    (run / "policy" / "link.json").symlink_to(Path(__file__))
+    (run / "policy" / "training_args.bin").write_bytes(b"a pickle")
     assert publish(run, "me/later") == f"{hub.url}/me/later"
-    assert "model.safetensors" in hub.repositories["me/later"].files
+    files = set(hub.repositories["me/later"].files)
+    assert "model.safetensors" in files and not files & {"link.json", "training_args.bin"}
     shutil.move(run / "policy", run / "reference")  # as a run of SFT alone leaves it
     publish(run, "me/reference")
     assert hub.repositories["me/reference"].messages == ["reference of a-run"]
