@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PRESETS = Path(__file__).resolve().parent / "configs"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no worker is forked from a process that tokenizes
@@ -124,6 +125,18 @@ def _take_config(flags: list[str]) -> tuple[list[str], Path | None]:
         if not preset.exists() and (PRESETS / value).exists():
             preset = PRESETS / value  # hh/gpt2.yaml means recipes/configs/hh/gpt2.yaml
     return rest, preset
+
+
+def on_one_process() -> None:
+    """For recipes that are one process's work: of several that a launcher started, the first goes on alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(0)
+    print("warning: this recipe runs in one process; the others have ended", file=sys.stderr)
+    for name in list(os.environ):  # what would make it wait for the others
+        if name in LAUNCHED or name.startswith(("ACCELERATE_USE_", "FSDP_", "TORCHELASTIC_")):
+            del os.environ[name]
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -8,13 +8,14 @@ accelerate launch recipes/evaluate_cifar.py --model runs/digits/policy --referen
 accelerate launch recipes/evaluate_cifar.py --model FOLDER_OR_ID --dataset_name uoft-cs/cifar10
 """
 
-from command_line import RecipeParser, run
+from command_line import RecipeParser, on_one_process, run
 
 from resdpo_trl.image.data import ImageDataConfig
 from resdpo_trl.image.evaluate import EvaluateConfig, describe, evaluate
 
 
 def main() -> None:
+    on_one_process()
     (config, data), _ = RecipeParser((EvaluateConfig, ImageDataConfig), description=__doc__).parse()
     print(describe(evaluate(config, data)))
 

@@ -9,7 +9,7 @@ accelerate launch recipes/evaluate_hh.py --model runs/a/policy --other_model run
   --reference runs/a/reference --dataset_name pairs.jsonl
 """
 
-from command_line import RecipeParser, run
+from command_line import RecipeParser, on_one_process, run
 
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import DataConfig
@@ -17,6 +17,7 @@ from resdpo_trl.text.evaluate import EvaluateConfig, describe, evaluate
 
 
 def main() -> None:
+    on_one_process()
     parser = RecipeParser((EvaluateConfig, DataConfig, TextModelConfig), description=__doc__)
     (config, data, model), _ = parser.parse()
     print(describe(evaluate(config, data, model)))

@@ -9,12 +9,13 @@ python recipes/report.py runs/beta01 runs/beta03 runs/beta05 --output runs/betas
 
 import argparse
 
-from command_line import run
+from command_line import on_one_process, run
 
 from resdpo_trl.report import write_report
 
 
 def main() -> None:
+    on_one_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output_dir of a run")
     parser.add_argument("--output", help="the page; report.html in the run's folder by default")

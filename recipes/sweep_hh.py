@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import RecipeParser, run
+from command_line import RecipeParser, on_one_process, run
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
@@ -48,6 +48,7 @@ def shared_flags(words: list[str]) -> list[str]:
 
 
 def main() -> None:
+    on_one_process()
     shared = shared_flags(sys.argv[1:])
     parser = RecipeParser(
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,11 +61,17 @@ class OneMachine:
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Keep the epoch that validates best, not the last one."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Look for parameters without gradient at every step of several processes: slower."},
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036  (the parser reads the first two)
         default="none", metadata={"help": "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."}
     )
 
     def __post_init__(self) -> None:
+        import torch
+
         args: Any = self  # the fields of TrainingArguments stand in the class that this is mixed into
         if args.learning_rate <= 0:
             raise UserError(f"--learning_rate {args.learning_rate}: must be above 0")
@@ -77,6 +84,8 @@ class OneMachine:
                 f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must be the same for "
                 "the best epoch to be kept, or pass --load_best_model_at_end false"
             )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            args.use_cpu = True  # without it accelerate lets each of several CPU processes run for itself
         if args.bf16 is None and not args.fp16:
             args.bf16 = has_bfloat16(args.use_cpu)
         if args.bf16 and not has_accelerator():
@@ -84,6 +93,8 @@ class OneMachine:
         if not has_cuda(args.use_cpu):
             args.dataloader_pin_memory = False  # PyTorch warns at every loader otherwise
         super().__post_init__()  # type: ignore[misc]
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in torch's old DataParallel
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 
 from resdpo_trl.hub import Hub
+from resdpo_trl.processes import parallelism
 from resdpo_trl.run import RunFolder
 
 # the Trainer's own summary of a stage; it goes to summary.json's throughput
@@ -45,6 +46,20 @@ class PushCallback(TrainerCallback):
             self.hub.push_save(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.card)
 
 
+class ParallelismCallback(TrainerCallback):
+    """Write to run.json how the model was really wrapped when training began."""
+
+    def __init__(self, trainer: Any, run: RunFolder):
+        self.trainer = trainer
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found = parallelism(self.trainer.model_wrapped)
+        if found["num_processes"] > 1 and found["parallelism"] == "NO":
+            raise RuntimeError("several processes, and nothing that averages their gradients: each would train alone")
+        self.run.record(**found)
+
+
 class BarCallback(ProgressCallback):
     """One bar a stage, with the newest figures behind it."""
 
@@ -75,3 +90,4 @@ def use_run_callbacks(trainer: Any, run: RunFolder, stage: str, description: str
     if not trainer.args.disable_tqdm:
         trainer.add_callback(BarCallback(description))
     trainer.add_callback(MetricsCallback(run, stage))
+    trainer.add_callback(ParallelismCallback(trainer, run))

@@ -19,7 +19,8 @@ from resdpo_trl.card import draft
 from resdpo_trl.errors import UserError
 from resdpo_trl.hub import Hub
 from resdpo_trl.report import write_report
-from resdpo_trl.run import RunFolder, parallelism, use_the_cores
+from resdpo_trl.processes import fewer_than_asked, parallelism
+from resdpo_trl.run import RunFolder, use_the_cores
 
 
 class Job:
@@ -52,12 +53,14 @@ class Job:
             trainer.add_callback(PushCallback(self.hub, draft(self.run.path.resolve().name, task)))
 
     def hardware_line(self) -> str:
-        """What the run uses, and where its files go."""
+        """What the run uses, and where its files go; a warning before it where that is less than was asked for."""
+        less = fewer_than_asked()
         precision = "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
         device = self.training.device.type
         threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         processes = parallelism()["num_processes"]
-        return f"{device}{threads}, {processes} process(es), {precision}; files go to {self.run.path}"
+        line = f"{device}{threads}, {processes} process(es), {precision}; files go to {self.run.path}"
+        return f"warning: {less}\n{line}" if less else line
 
     def checkpoint(self, stage: str) -> str | None:
         """The checkpoint that a resumed stage starts from; the metrics written after it are dropped."""

@@ -5,7 +5,8 @@
     copy     reference ← policy                          when an epoch has ended and the next begins (its hard update)
 
 Both move the parameters and the buffers (a batch norm's running statistics); buffers that count are copied. An epoch's
-evaluation comes before the copy, so it still sees the reference that the epoch was trained against.
+evaluation comes before the copy, so it still sees the reference that the epoch was trained against. Several processes
+move one copy each, all alike.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
+
+from resdpo_trl.processes import share_buffers
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -87,7 +90,9 @@ class _MoveReference(TrainerCallback):
 
     def _move(self, tau: float) -> None:
         unwrap = self.trainer.accelerator.unwrap_model
-        move_reference(unwrap(self.trainer.ref_model), unwrap(self.trainer.model), tau)
+        policy = unwrap(self.trainer.model)
+        share_buffers(policy)
+        move_reference(unwrap(self.trainer.ref_model), policy, tau)
 
 
 def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -98,6 +98,8 @@ class RunFolder:
 
     def start(self, config: dict[str, Any], seed: int, **facts: Any) -> None:
         """Write run.json: everything needed to tell what ran, without secrets."""
+        from resdpo_trl.processes import parallelism
+
         self._run = {
             "command": [_hidden(part, previous) for previous, part in zip(["", *sys.argv], sys.argv, strict=False)],
             "started": _now(),
@@ -228,14 +230,6 @@ def use_the_cores() -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def parallelism() -> dict[str, Any]:
-    """The processes and the kind of parallelism that really run, whatever was asked of the launcher."""
-    from accelerate import PartialState
-
-    state = PartialState()
-    return {"num_processes": state.num_processes, "parallelism": str(state.distributed_type.value)}
 
 
 def _barrier() -> None:

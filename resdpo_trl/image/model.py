@@ -133,6 +133,27 @@ class _FastNorm(nn.BatchNorm2d):
         self.register_buffer("weight", torch.ones(channels))  # a frozen parameter would be thawed by from_pretrained
 
 
+def share_statistics(model: nn.Module) -> None:
+    """Replace every batch norm, in place, by torch's SyncBatchNorm: its statistics are over all processes' images.
+
+    It trains on GPUs only. The state dict stays as it was.
+    """
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if not isinstance(norm, nn.BatchNorm2d):
+                continue
+            synced = nn.SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
+            if isinstance(norm, _FastNorm):
+                del synced.weight
+                synced.register_buffer("weight", norm.weight)
+            else:
+                synced.weight = norm.weight
+            synced.bias = norm.bias
+            for statistic in ("running_mean", "running_var", "num_batches_tracked"):
+                setattr(synced, statistic, getattr(norm, statistic))
+            setattr(parent, name, synced.train(norm.training))
+
+
 def architectures() -> list[str]:
     """What `arch` may be."""
     from torchvision import models

@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms.v2 import functional
-from transformers import Trainer, TrainerCallback, ViTImageProcessor
+from transformers import TrainerCallback, ViTImageProcessor
 
 from resdpo_trl.arguments import preference_loss
 from resdpo_trl.image.augment import Augmentation, AugmentConfig, hash_seed
 from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
 from resdpo_trl.image.data import Images
-from resdpo_trl.image.model import ImageClassifier
+from resdpo_trl.image.model import ImageClassifier, share_statistics
 from resdpo_trl.image.rejected import RejectedClasses
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import RunningMeans, classifier_metrics, classifier_pairs
+from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 
 
@@ -45,7 +46,7 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(EveryRowOnce):
     """Cross-entropy on images in memory.
 
     Args:
@@ -55,9 +56,10 @@ class ClassifierTrainer(Trainer):
         validation: images that `evaluate` uses, without augmentation.
         processor: its mean and standard deviation normalize the images.
         augment: augmentation of the training images.
-    """
 
-    args: Any
+    On several GPUs the batch norms see the images of all of them, as one GPU's would. torch has no such batch norm for
+    the CPU: there each process normalizes by its own images, and the main process's running statistics are kept.
+    """
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class ClassifierTrainer(Trainer):
     ):
         if args.channels_last:
             _channels_last(model)
+        if args.world_size > 1 and args.device.type == "cuda":
+            share_statistics(model)
         super().__init__(
             model=model,
             args=args,
@@ -116,8 +120,8 @@ class ClassifierTrainer(Trainer):
         images, labels = self.batch(inputs)
         logits = model(images).logits.float()
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.args.label_smoothing_factor)
-        self._means.add({"accuracy": logits.detach().argmax(1) == labels})
-        return losses.mean()
+        self._means.add({"accuracy": own_rows(inputs, logits.detach().argmax(1) == labels)})
+        return mean_over_processes(inputs, own_rows(inputs, losses))
 
     def logps(self, images: Images, description: str = "Scoring") -> Tensor:
         """(N, K) log-probabilities of every image's classes, on the CPU, in the order of the images."""
@@ -236,16 +240,20 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
             ref_logps = _logps(self.ref_model, images)
         logps = _logps(model, images)
         rejected = self.rejected(inputs["index"], ref_logps)
+        logps, ref_logps, labels, rejected = (
+            own_rows(inputs, values) for values in (logps, ref_logps, labels, rejected)
+        )
         pairs = classifier_pairs(logps, ref_logps, labels, rejected)
         signal = rejected != labels[:, None]
         if self.args.rejected_sampling == "random":
             # a "pair" of the true class with itself teaches nothing: its loss is a constant
             kept = signal[:, 0]
-            losses = self.preference_loss(_select(pairs, kept)).sum() / kept.sum().clamp(min=1)
+            everywhere = self.accelerator.reduce(kept.sum().float(), "mean") if self.args.world_size > 1 else kept.sum()
+            loss = self.preference_loss(_select(pairs, kept)).sum() / everywhere.clamp(min=1 / self.args.world_size)
         else:
-            losses = self.preference_loss(pairs).mean()
+            loss = mean_over_processes(inputs, self.preference_loss(pairs))
         self._note(pairs, logps.detach(), ref_logps, labels, signal)
-        return losses
+        return loss
 
     def score(self, images: Images, description: str = "Scoring") -> tuple[Tensor, Tensor]:
         """(N, K) log-probabilities under policy and reference, on the CPU, in the order of the images."""

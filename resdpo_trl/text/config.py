@@ -202,6 +202,7 @@ def sft_stage(dpo: TextDPOConfig, sft: SFTStageConfig) -> TextSFTConfig:
         "warmup_steps", "gradient_accumulation_steps", "gradient_checkpointing_kwargs", "logging_steps", "run_name",
         "per_device_eval_batch_size", "dataloader_num_workers", "train_sampling_strategy", "torch_compile", "tf32",
         "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "eval_strategy",
+        "ddp_find_unused_parameters",
         "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "activation_offloading",
         "load_best_model_at_end", "trust_remote_code",
     )  # fmt: skip

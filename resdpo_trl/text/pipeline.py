@@ -180,7 +180,9 @@ class TextRun(Job):
             return
         model = self._base_model()
         check_fits(model, self.tokenizer, self.training.max_length or 0)
-        args = self._sft_arguments()
+        checkpoint = self.checkpoint("sft")
+        # not by `evaluate` before training: accelerate would take the model for prepared, and never average gradients
+        args = dataclasses.replace(self._sft_arguments(), eval_on_start=checkpoint is None)
         rows = {
             split: sft_rows(pairs[split], args.completion_only_loss is not False) for split in ("train", "validation")
         }
@@ -195,18 +197,19 @@ class TextRun(Job):
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if not isinstance(self.training, TextDPOConfig):
             self.push_saves(trainer, "text-generation")
-        checkpoint = self.checkpoint("sft")
-        untrained = self.run.logged("sft", "validation", 0) if checkpoint else None
-        before = untrained["loss"] if untrained else trainer.evaluate()["eval_loss"]
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
-        after = self._sft_loss(trainer)
+        before, after = self.run.logged("sft", "validation", 0), self._sft_loss(trainer)
         self.publish(self.run.reference, trainer.save_model, self.tokenizer)
         self.run.summarize(
             sft={
                 "train": {"loss": trainer.state.log_history[-1].get("train_loss")},
-                "validation": {"loss_before": before, "loss_after": after, "n": len(rows["validation"])},
+                "validation": {
+                    "loss_before": before and before["loss"],
+                    "loss_after": after,
+                    "n": len(rows["validation"]),
+                },
                 "steps": trainer.state.global_step,
                 "seconds": seconds,
             }

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
@@ -20,6 +20,7 @@ from trl.trainer.utils import use_adapter
 from resdpo_trl.arguments import preference_loss
 from resdpo_trl.losses import LogProbs
 from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
+from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig
@@ -59,10 +60,9 @@ class LengthSampler(LengthGroupedSampler):
         return iter([row for batch in [*first, *shuffled, short] for row in batch])
 
 
-class _TextTrainer:
+class _TextTrainer(EveryRowOnce):
     """A Trainer whose `group_by_length` reads the data set's `length` column, and who knows tied weights."""
 
-    args: Any
     model: Any
     train_dataset: Any
 
@@ -70,19 +70,46 @@ class _TextTrainer:
         # a checkpoint holds a tied weight once; transformers warns as if it had been lost
         tied = getattr(base_model(self.model), "all_tied_weights_keys", {})
         if load_result.unexpected_keys or not set(load_result.missing_keys) <= set(tied):
-            super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+            super()._issue_warnings_after_load(load_result)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)  # type: ignore[misc]
+            return super()._get_train_sampler(dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthSampler(batch, dataset["length"][:], seed)
 
 
 class TextSFTTrainer(_TextTrainer, SFTTrainer):
-    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`."""
+    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`.
+
+    What differs from TRL's: evaluation is the mean over all tokens with a label, not over batches.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, compute_metrics=_token_means, **kwargs)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sums over each row's tokens, for `_token_means`: (B, 3), and (B,) tokens with a label."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's, zero where there is no label
+        sums = [-outputs.log_probs.sum(1), outputs.is_top1.sum(1), outputs.entropy.sum(1)]
+        return None, torch.stack([each.float() for each in sums], 1), outputs.label_mask.sum(1)
+
+    def _keep(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:
+        # the loss is over the tokens with a label on all processes: a row without any changes nothing
+        batch = {name: value[: max(own, 1)] for name, value in batch.items()}
+        if own == 0:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenized and capped already
@@ -215,9 +242,10 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Tensor:
         chosen, rejected = pair_logps(model, inputs)
         pairs = self._with_reference(model, inputs, chosen, rejected)
+        pairs = LogProbs(*(own_rows(inputs, value) for value in vars(pairs).values()))
         losses = self.preference_loss(pairs)
         self._note(pairs, losses.detach(), inputs)
-        return losses.mean()
+        return mean_over_processes(inputs, losses)
 
     def _batch_logps(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> LogProbs:
         with torch.no_grad(), self.accelerator.autocast():
@@ -282,9 +310,10 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
         }
         self._means.add(figures)
         mask = inputs["attention_mask"]
+        mask = mask[: len(losses) * len(mask) // len(inputs["chosen_tokens"])]  # one row a pair, or two
         # (R, T) real tokens: with sharing a real key is one that the last query or the row's rejected part sees
         real = (mask.any(dim=2) if mask.ndim == 4 else mask).sum()
-        self._tokens.append(torch.stack([real, torch.tensor(inputs["input_ids"].numel(), device=real.device) - real]))
+        self._tokens.append(torch.stack([real, torch.tensor(len(mask) * mask.shape[-1], device=real.device) - real]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._tokens and not any(name.startswith("eval_") for name in logs):
@@ -296,6 +325,13 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
             logs["padding"] = padding / (real + padding)
             self._tokens.clear()
         Trainer.log(self, logs, start_time)
+
+
+def _token_means(rows: EvalPrediction) -> dict[str, float]:
+    """Means over all tokens with a label, of the sums over each row's."""
+    losses, right, entropies = np.asarray(rows.predictions, dtype=np.float64).sum(0)
+    tokens = np.asarray(rows.label_ids).sum()
+    return {"loss": losses / tokens, "mean_token_accuracy": right / tokens, "entropy": entropies / tokens}
 
 
 def base_model(model: Any) -> PreTrainedModel:

@@ -1,0 +1,144 @@
+"""Small trainings, the same on any number of processes: what one process gives, `accelerate launch` compares.
+
+accelerate launch --config_file accelerate_configs/multi_cpu.yaml tests/processes_job.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: `tests` is found from the root
+
+from resdpo_trl.image.augment import AugmentConfig
+from resdpo_trl.image.architecture import ImageClassifierConfig
+from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
+from resdpo_trl.image.data import Images
+from resdpo_trl.image.model import build_classifier, image_processor
+from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
+from resdpo_trl.processes import parallelism
+from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
+from resdpo_trl.text.model import train_tokenizer
+from resdpo_trl.text.tokens import sft_rows
+from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
+from tests.conftest import random_pairs, tiny_model
+
+GLOBAL_BATCH = 8
+ROWS = 41  # an epoch's last batch has one row: the second process has none of its own
+
+
+def shared(folder: Path, **options):
+    """Options of every training; what is printed is the loss of each step."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": GLOBAL_BATCH // PartialState().num_processes,
+        "per_device_eval_batch_size": 4,
+        "num_train_epochs": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "disable_tqdm": True,
+    } | options
+
+
+def language_model():
+    return tiny_model("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def pairs(count: int, seed: int) -> Dataset:
+    rows = random_pairs(count, seed)
+    return Dataset.from_list([row | {"length": sum(map(len, row.values()))} for row in rows])
+
+
+def classifier() -> nn.Module:
+    """Without batch norms, which see each process's own images where there is no GPU."""
+    names = {number: str(number) for number in range(10)}
+    config = ImageClassifierConfig(arch="fast", widths=[24, 24, 24], image_size=16, id2label=names)
+    model = build_classifier(config, 0, images().pixels / 255.0 - 0.5)
+    for stage in model.network.stages:
+        stage.norm1, stage.norm2 = nn.Identity(), nn.Identity()
+    return model
+
+
+def images(count: int = ROWS, seed: int = 0) -> Images:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.randint(0, 10, (count,), generator=generator))
+
+
+def figures_of(trainer) -> dict:
+    """Every figure that the trainer logs, and the weights that it leaves."""
+    trainer.train()
+    left_out = ("runtime", "per_second", "flos", "padding", "num_tokens", "step", "preparation")
+    logged = [
+        {name: value for name, value in entry.items() if not any(word in name for word in left_out)}
+        for entry in trainer.state.log_history
+    ]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    found = {
+        "steps": trainer.state.global_step,
+        "logged": logged,
+        "weights": sum(float(value.double().abs().sum()) for value in model.state_dict().values()),
+        **parallelism(trainer.model_wrapped),
+    }
+    if getattr(trainer, "ref_model", None) is not None:
+        reference = trainer.accelerator.unwrap_model(trainer.ref_model).state_dict()
+        found["reference"] = sum(float(value.double().abs().sum()) for value in reference.values())
+    return found
+
+
+def run(folder: Path) -> dict:
+    """What each training gives, on this process."""
+    PartialState(cpu=True)
+    tokenizer = train_tokenizer(["a"], 300)
+    found = {}
+    train, validation = pairs(ROWS, 0), pairs(9, 1)
+    found["sft"] = figures_of(
+        TextSFTTrainer(
+            model=language_model(),
+            args=TextSFTConfig(**shared(folder / "sft"), max_length=128),
+            train_dataset=sft_rows(train, True),
+            eval_dataset=sft_rows(validation, True),
+            processing_class=tokenizer,
+        )
+    )
+    accumulated = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // PartialState().num_processes}
+    for name, options in {
+        "dpo": {"reference_cache_dir": str(folder / "cache")},
+        "dpo, read from the cache": {"reference_cache_dir": str(folder / "cache"), "num_train_epochs": 1},
+        "dpo, accumulated": accumulated,
+        "dpo, polyak": {"reference_update": "polyak", "polyak_tau": 0.1, "prefix_sharing": False},
+    }.items():
+        trainer = TextDPOTrainer(
+            model=language_model(),
+            ref_model=language_model() if "polyak" in name else None,
+            args=TextDPOConfig(**shared(folder / "dpo", **options), max_length=128),
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+        )
+        found[name] = figures_of(trainer) | {"read": trainer.reference_pairs_read}
+    options = {"processor": image_processor(16, [0.5] * 3, [0.5] * 3), "augment": AugmentConfig()}
+    options |= {"train": images(), "validation": images(9, 1)}
+    own = {"dataloader_drop_last": False, "learning_rate": 1e-2}
+    found["cross-entropy"] = figures_of(
+        ClassifierTrainer(classifier(), CrossEntropyConfig(**shared(folder / "images", **own)), **options)
+    )
+    for sampling in ("all", "random", "hard"):
+        args = ClassifierDPOConfig(**shared(folder / "images", **own), rejected_sampling=sampling, do_copy=True)
+        found[f"images, {sampling}"] = figures_of(ClassifierDPOTrainer(classifier(), classifier(), args, **options))
+    return found
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    every = run(folder)
+    (folder / f"process{PartialState().process_index}.json").write_text(json.dumps(every))
