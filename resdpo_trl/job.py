@@ -18,8 +18,8 @@ from resdpo_trl.callbacks import PushCallback
 from resdpo_trl.card import draft
 from resdpo_trl.errors import UserError
 from resdpo_trl.hub import Hub
+from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
 from resdpo_trl.report import write_report
-from resdpo_trl.processes import fewer_than_asked, parallelism
 from resdpo_trl.run import RunFolder, use_the_cores
 
 
@@ -27,6 +27,7 @@ class Job:
     """One run in one folder. `training` holds transformers' `TrainingArguments` of the stage that ends it."""
 
     def __init__(self, training: Any, options: RunConfig, config: dict[str, Any], preset: Path | None):
+        check_sharding(getattr(training, "reference_update", "frozen"))
         self.training, self.options = training, options
         self.resume = training.resume_from_checkpoint is not None
         self.started = time.perf_counter()

@@ -39,12 +39,12 @@ class EveryRowOnce(Trainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         processes, rows = self.args.world_size, self.args.train_batch_size
         last = len(self.train_dataset) % (rows * processes)  # rows of the last global batch, if it is a smaller one
-        if processes > 1 and last and batches and not self.args.dataloader_drop_last:
-            if self.accelerator.gradient_state.end_of_dataloader:
-                # the processes take their rows in turn, and what fills up stands at the end
-                own = min(max(last - rows * self.args.process_index, 0), rows)
-                batches[-1] = self._keep(batches[-1], own, last)
-                items = self._get_num_items_in_batch(batches, device)
+        filled = processes > 1 and last and not self.args.dataloader_drop_last
+        if filled and batches and self.accelerator.gradient_state.end_of_dataloader:
+            # the processes take their rows in turn, and what fills up stands at the end
+            own = min(max(last - rows * self.args.process_index, 0), rows)
+            batches[-1] = self._keep(batches[-1], own, last)
+            items = self._get_num_items_in_batch(batches, device)
         return batches, items
 
     def _keep(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: `tests` is found from the root
 
-from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.architecture import ImageClassifierConfig
+from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
 from resdpo_trl.image.data import Images
 from resdpo_trl.image.model import build_classifier, image_processor
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
-from resdpo_trl.processes import parallelism
+from resdpo_trl.processes import is_sharded, parallelism
 from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
 from resdpo_trl.text.model import train_tokenizer
 from resdpo_trl.text.tokens import sft_rows
@@ -28,6 +28,7 @@ from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
 from tests.conftest import random_pairs, tiny_model
 
 GLOBAL_BATCH = 8
+HELD_OUT = 9
 ROWS = 41  # an epoch's last batch has one row: the second process has none of its own
 
 
@@ -58,12 +59,12 @@ def pairs(count: int, seed: int) -> Dataset:
     return Dataset.from_list([row | {"length": sum(map(len, row.values()))} for row in rows])
 
 
-def classifier() -> nn.Module:
-    """Without batch norms, which see each process's own images where there is no GPU."""
+def classifier(norms: bool = False) -> nn.Module:
+    """Without batch norms unless asked: where there is no GPU they see each process's own images."""
     names = {number: str(number) for number in range(10)}
     config = ImageClassifierConfig(arch="fast", widths=[24, 24, 24], image_size=16, id2label=names)
     model = build_classifier(config, 0, images().pixels / 255.0 - 0.5)
-    for stage in model.network.stages:
+    for stage in () if norms else model.network.stages:
         stage.norm1, stage.norm2 = nn.Identity(), nn.Identity()
     return model
 
@@ -95,46 +96,62 @@ def figures_of(trainer) -> dict:
     return found
 
 
+TRAININGS = (
+    "sft", "dpo", "dpo, read from the cache", "dpo, accumulated", "dpo, polyak", "cross-entropy", "images, all",
+    "images, random",
+)  # fmt: skip
+
+
 def run(folder: Path) -> dict:
-    """What each training gives, on this process."""
+    """What each of `TRAININGS` gives on this process, and one more that differs with the processes."""
     PartialState(cpu=True)
+    return text(folder) | of_images(folder)
+
+
+def text(folder: Path) -> dict:
     tokenizer = train_tokenizer(["a"], 300)
-    found = {}
-    train, validation = pairs(ROWS, 0), pairs(9, 1)
-    found["sft"] = figures_of(
-        TextSFTTrainer(
-            model=language_model(),
-            args=TextSFTConfig(**shared(folder / "sft"), max_length=128),
-            train_dataset=sft_rows(train, True),
-            eval_dataset=sft_rows(validation, True),
-            processing_class=tokenizer,
-        )
+    train, validation = pairs(ROWS, 0), pairs(HELD_OUT, 1)
+    sft = TextSFTTrainer(
+        model=language_model(),
+        args=TextSFTConfig(**shared(folder / "sft", eval_on_start=True), max_length=128),
+        train_dataset=sft_rows(train, True),
+        eval_dataset=sft_rows(validation, True),
+        processing_class=tokenizer,
     )
-    accumulated = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // PartialState().num_processes}
+    found = {"sft": figures_of(sft)}
+    cache, short = {"reference_cache_dir": str(folder / "cache")}, {"num_train_epochs": 1}
+    rows = 4 // PartialState().num_processes
     for name, options in {
-        "dpo": {"reference_cache_dir": str(folder / "cache")},
-        "dpo, read from the cache": {"reference_cache_dir": str(folder / "cache"), "num_train_epochs": 1},
-        "dpo, accumulated": accumulated,
-        "dpo, polyak": {"reference_update": "polyak", "polyak_tau": 0.1, "prefix_sharing": False},
+        "dpo": cache,
+        "dpo, read from the cache": cache | short,
+        "dpo, accumulated": short | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": rows},
+        "dpo, polyak": short | {"reference_update": "polyak", "polyak_tau": 0.1, "prefix_sharing": False},
     }.items():
         trainer = TextDPOTrainer(
             model=language_model(),
-            ref_model=language_model() if "polyak" in name else None,
+            ref_model=language_model() if "polyak" in name or is_sharded() else None,
             args=TextDPOConfig(**shared(folder / "dpo", **options), max_length=128),
             train_dataset=train,
             eval_dataset=validation,
             processing_class=tokenizer,
         )
         found[name] = figures_of(trainer) | {"read": trainer.reference_pairs_read}
+    return found
+
+
+def of_images(folder: Path) -> dict:
     options = {"processor": image_processor(16, [0.5] * 3, [0.5] * 3), "augment": AugmentConfig()}
-    options |= {"train": images(), "validation": images(9, 1)}
-    own = {"dataloader_drop_last": False, "learning_rate": 1e-2}
-    found["cross-entropy"] = figures_of(
-        ClassifierTrainer(classifier(), CrossEntropyConfig(**shared(folder / "images", **own)), **options)
-    )
-    for sampling in ("all", "random", "hard"):
-        args = ClassifierDPOConfig(**shared(folder / "images", **own), rejected_sampling=sampling, do_copy=True)
+    options |= {"train": images(), "validation": images(HELD_OUT, 1)}
+    arguments = shared(folder, dataloader_drop_last=False, learning_rate=1e-2, num_train_epochs=2)
+    trainer = ClassifierTrainer(classifier(), CrossEntropyConfig(**arguments), **options)
+    found = {"cross-entropy": figures_of(trainer)}
+    for sampling in ("all", "random"):
+        args = ClassifierDPOConfig(**arguments, rejected_sampling=sampling, do_copy=True)
         found[f"images, {sampling}"] = figures_of(ClassifierDPOTrainer(classifier(), classifier(), args, **options))
+    arguments["dataloader_drop_last"] = True  # a batch norm can do nothing with one image
+    args = ClassifierDPOConfig(**arguments, do_polyak=True, polyak_tau=0.1)
+    trainer = ClassifierDPOTrainer(classifier(norms=True), classifier(norms=True), args, **options)
+    found["images, batch norms"] = figures_of(trainer)
     return found
 
 

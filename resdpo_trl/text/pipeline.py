@@ -20,6 +20,7 @@ from resdpo_trl.card import write_text_card
 from resdpo_trl.errors import UserError
 from resdpo_trl.job import Job, as_table, free
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
+from resdpo_trl.processes import is_sharded
 from resdpo_trl.text.config import (
     SamplesConfig,
     ScratchConfig,
@@ -255,11 +256,15 @@ class TextRun(Job):
             push_to_hub=False,
             report_to=self.training.report_to or "none",
         )
+        sharded = is_sharded()
+        if sharded and self.model.use_peft:
+            args.precompute_ref_log_probs = False  # the policy without its adapter runs only once it is sharded
+        ref_model = None
+        if (sharded or not args.precompute_ref_log_probs) and not self.model.use_peft:
+            ref_model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         trainer = TextDPOTrainer(
             model=model,
-            ref_model=load_model(reference, self.model, self.training.trust_remote_code, "reference")
-            if not args.precompute_ref_log_probs and not self.model.use_peft
-            else None,
+            ref_model=ref_model,
             args=args,
             train_dataset=pairs["train"],
             eval_dataset=pairs["validation"],
@@ -268,7 +273,10 @@ class TextRun(Job):
         )
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
         self.push_saves(trainer, "text-generation")
-        test = trainer.add_reference(pairs["test"]) if args.precompute_ref_log_probs else pairs["test"]
+        test = pairs["test"]
+        if args.precompute_ref_log_probs:
+            test = trainer.add_reference(test)
+            trainer.ref_model = ref_model = None  # all that it says of these pairs is known
         started = time.perf_counter()
         checkpoint = self.checkpoint("dpo")
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -20,7 +20,7 @@ from trl.trainer.utils import use_adapter
 from resdpo_trl.arguments import preference_loss
 from resdpo_trl.losses import LogProbs
 from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
-from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
+from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig
@@ -153,6 +153,8 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
         self.reference_pairs_read = 0  # pairs whose log-probabilities an earlier run had left on disk
         self._cache = cache_folder(args.reference_cache_dir)
         self._weights: str | None = None  # the digest of the reference's, once it is needed
+        if is_sharded() and self._cache is not None:
+            self._weights = weights_digest(ref_model if ref_model is not None else model)  # while they are whole
         super().__init__(
             model=model,
             ref_model=ref_model,
