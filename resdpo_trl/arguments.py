@@ -70,8 +70,6 @@ class OneMachine:
     )
 
     def __post_init__(self) -> None:
-        import torch
-
         args: Any = self  # the fields of TrainingArguments stand in the class that this is mixed into
         if args.learning_rate <= 0:
             raise UserError(f"--learning_rate {args.learning_rate}: must be above 0")
@@ -84,7 +82,7 @@ class OneMachine:
                 f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must be the same for "
                 "the best epoch to be kept, or pass --load_best_model_at_end false"
             )
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not has_accelerator():
             args.use_cpu = True  # without it accelerate lets each of several CPU processes run for itself
         if args.bf16 is None and not args.fp16:
             args.bf16 = has_bfloat16(args.use_cpu)

@@ -39,7 +39,7 @@ class Job:
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
         PartialState().wait_for_everyone()
         self.run.start({"preset": str(preset) if preset else None, **config}, training.seed)
-        self.say = print if self.run.main_process else _silent
+        self.say = print if self.run.main_process else silent
 
     def _hub(self, token: str | None) -> Hub:
         args = self.training
@@ -124,5 +124,5 @@ def as_table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows), ""])
 
 
-def _silent(*_: Any) -> None:
+def silent(*_: Any) -> None:
     """What processes other than the main one say."""

@@ -39,9 +39,10 @@ from resdpo_trl.image.model import (
     load_processor,
 )
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
-from resdpo_trl.job import Job, as_table, free
+from resdpo_trl.job import Job, as_table, free, silent
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
+from resdpo_trl.processes import is_sharded
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
 
@@ -62,6 +63,11 @@ class ImageRun(Job):
         """`training` is a `ClassifierDPOConfig` with the reference `stage` before it, or cross-entropy alone."""
         self.data, self.model, self.augment, self.stage = data, model, augment, stage
         check_architecture(model.arch)
+        if is_sharded():
+            raise UserError(
+                "image classifiers fit on every GPU, and FSDP and DeepSpeed are not supported for them: use "
+                "accelerate_configs/multi_gpu.yaml"
+            )
         config = {
             "data": dataclasses.asdict(data),
             "model": dataclasses.asdict(model),
@@ -170,7 +176,8 @@ class ImageRun(Job):
             return
         if self.stage.reference_model:
             model = load_classifier(self.stage.reference_model, "--reference_model")
-            self.publish(self.run.reference, model.save_pretrained, self.processor)
+            save = model.save_pretrained if self.run.main_process else silent
+            self.publish(self.run.reference, save, self.processor)
             self.run.summarize(reference={"given": self.stage.reference_model})
             return
         args = reference_stage(self.training, self.stage)

@@ -219,7 +219,8 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
         super().__init__(model, args, train, validation, processor, augment, callbacks)
         if args.channels_last:
             _channels_last(ref_model)
-        self.ref_model = self._prepare_reference(ref_model)
+        ref_model.requires_grad_(False).eval()
+        self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         seed = args.seed if args.data_seed is None else args.data_seed
         labels, classes = self.train_images.labels, int(model.config.num_labels or 0)
         self.rejected = RejectedClasses(args.rejected_sampling, labels, classes, seed)
@@ -269,18 +270,6 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
     def _figures(self, images: Images) -> dict[str, float]:
         figures = classifier_metrics(*self.score(images, "Evaluating"), images.labels, self.preference_loss)
         return {name: float(values.mean()) for name, values in figures.items()}
-
-    def _prepare_reference(self, reference: ImageClassifier) -> Any:
-        reference.requires_grad_(False).eval()
-        if self.is_deepspeed_enabled:
-            from trl.models import prepare_deepspeed
-
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            from trl.models import prepare_fsdp
-
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _note(self, pairs: LogProbs, logps: Tensor, ref_logps: Tensor, labels: Tensor, signal: Tensor) -> None:
         """Keep this step's figures for `log`: means over images of means over their pairs."""

@@ -18,7 +18,7 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.card import write_text_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.job import Job, as_table, free
+from resdpo_trl.job import Job, as_table, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.text.config import (
@@ -176,7 +176,8 @@ class TextRun(Job):
             flag = "--sft_checkpoint" if self.sft.sft_checkpoint else "--model_name_or_path"
             model = load_model(name, self.model, self.training.trust_remote_code, flag)
             check_fits(model, self.tokenizer, self.training.max_length or 0)
-            self.publish(self.run.reference, model.save_pretrained, self.tokenizer)
+            save = model.save_pretrained if self.run.main_process else silent
+            self.publish(self.run.reference, save, self.tokenizer)
             self.run.summarize(sft={"skipped": name})
             return
         model = self._base_model()
