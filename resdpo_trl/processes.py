@@ -25,6 +25,7 @@ class EveryRowOnce(Trainer):
     """A Trainer whose steps see each row of an epoch once, on any number of processes."""
 
     args: Any
+    train_dataset: Any
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

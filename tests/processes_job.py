@@ -119,11 +119,12 @@ def text(folder: Path) -> dict:
         processing_class=tokenizer,
     )
     found = {"sft": figures_of(sft)}
-    cache, short = {"reference_cache_dir": str(folder / "cache")}, {"num_train_epochs": 1}
+    cache = {"reference_cache_dir": str(folder / "cache")}
+    short = {"reference_cache_dir": "none", "num_train_epochs": 1}
     rows = 4 // PartialState().num_processes
     for name, options in {
         "dpo": cache,
-        "dpo, read from the cache": cache | short,
+        "dpo, read from the cache": short | cache,
         "dpo, accumulated": short | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": rows},
         "dpo, polyak": short | {"reference_update": "polyak", "polyak_tau": 0.1, "prefix_sharing": False},
     }.items():
@@ -158,4 +159,8 @@ def of_images(folder: Path) -> dict:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     every = run(folder)
+    if PartialState().num_processes > 1:
+        from tests.sharded_job import compare
+
+        every["sharded"] = compare()
     (folder / f"process{PartialState().process_index}.json").write_text(json.dumps(every))

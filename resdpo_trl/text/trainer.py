@@ -87,8 +87,8 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
     What differs from TRL's: evaluation is the mean over all tokens with a label, not over batches.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, compute_metrics=_token_means, **kwargs)
+    def __init__(self, **options: Any):
+        super().__init__(compute_metrics=_token_means, **options)
 
     def prediction_step(
         self,
