@@ -41,6 +41,13 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")"""
 TEXT_LIMITS = """The figures say how often the model's implicit reward ranks a held-out pair as the data's authors did,
 and nothing of whether its answers are true or safe. Preference data may contain offensive dialogues, and small
 models repeat them. It is meant for study, not for talking to people."""
+REWARD_LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER_OR_ID")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")
+reward = model(**tokenizer("a prompt with its response", return_tensors="pt")).logits.item()"""
+REWARD_LIMITS = """A reward has a meaning only against another one for the same prompt, on text like that of the pairs.
+Optimizing against it finds its mistakes. Preference data may contain offensive dialogues. It is meant for study."""
 IMAGE_LOADING = """import resdpo_trl  # tells transformers of the architecture
 from transformers import pipeline
 
@@ -52,7 +59,7 @@ training, and nothing was done against adversarial images or other distributions
 
 def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> None:
     """`folder`/README.md of a language model, from the run's own summary."""
-    data, dpo = run.summary["data"], run.summary.get("dpo")
+    data, dpo, reward = run.summary["data"], run.summary.get("dpo"), run.summary.get("reward")
     source = _source(data)
     cap = {name: sum(split[name] for split in data["cap"].values()) for name in data["cap"]["train"]}
     facts = {
@@ -65,6 +72,10 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> Non
         test, heading = dpo["test"], f"On {dpo['test']['n']} held-out pairs"
         facts["loss"] = f"{' + '.join(dpo['loss_type'])}, β {dpo['beta']}, {dpo['steps']} steps"
         names = [name for name in test["interval_95"] if not name.startswith("logps/") or name.endswith("accuracies")]
+    elif reward:
+        test, heading = reward["test"], f"On {reward['test']['n']} held-out pairs"
+        facts["loss"] = f"Bradley–Terry, {reward['steps']} steps"
+        names = list(test["interval_95"])
     else:
         validation = run.summary["sft"].get("validation", {})
         test, heading = {"loss": validation.get("loss_after")}, f"On {data['validation']} validation rows"
@@ -75,17 +86,21 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> Non
         folder,
         {name: test[name] for name in names},
         test.get("interval_95", {}),
-        task="text-generation",
-        tags=["trl", "dpo" if dpo else "sft"],
+        task="text-classification" if reward else "text-generation",
+        tags=["trl", "dpo" if dpo else "reward-trainer" if reward else "sft"],
         base_model=base_model if is_hub_id else None,
         dataset="preference-pairs",
-        split="test" if dpo else "validation",
-        how="Trained by Direct Preference Optimization" if dpo else "Fine-tuned on the preferred answers",
+        split="test" if dpo or reward else "validation",
+        how="Trained by Direct Preference Optimization"
+        if dpo
+        else "A reward model, trained on preference pairs"
+        if reward
+        else "Fine-tuned on the preferred answers",
         base=f"It started from `{base_model}`." if base_model else "It is a small GPT-2 trained from scratch.",
         facts=facts,
         heading=heading,
-        loading=TEXT_LOADING,
-        limits=TEXT_LIMITS,
+        loading=REWARD_LOADING if reward else TEXT_LOADING,
+        limits=REWARD_LIMITS if reward else TEXT_LIMITS,
     )
 
 

@@ -4,6 +4,7 @@
       run.json        command line, configuration, versions, hardware, processes, data fingerprint, start and end
       reference/      the SFT (or one-epoch) model
       policy/         the trained policy and its model card
+      reward_model/   (reward_hh.py) the trained reward model and its model card
       compared/       (images) the models that the policy is compared with
       checkpoints/    one folder a stage, one checkpoint a save
       metrics.jsonl   one line a log: {"stage", "split", "step", "epoch", metric: value…}
@@ -34,8 +35,8 @@ PACKAGES = (
     "resdpo-trl", "torch", "torchvision", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"
 )  # fmt: skip
 WRITTEN = (
-    "run.json", "reference", "policy", "compared", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl",
-    "scores.jsonl", "report.html", "plots",
+    "run.json", "reference", "policy", "reward_model", "compared", "checkpoints", "metrics.jsonl", "summary.json",
+    "samples.jsonl", "scores.jsonl", "report.html", "plots",
 )  # fmt: skip
 SECRET = ("token", "api_key", "secret", "password")
 
@@ -48,6 +49,7 @@ class RunFolder:
         self.main_process = main_process
         self.reference = self.path / "reference"
         self.policy = self.path / "policy"
+        self.reward_model = self.path / "reward_model"
         self.summary: dict[str, Any] = {}
         self.resumed = False
 
