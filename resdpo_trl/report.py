@@ -14,13 +14,14 @@ from typing import Any
 from resdpo_trl import __version__
 from resdpo_trl.errors import UserError
 
+STAGES = ("dpo", "reward", "cross_entropy")  # what a run's summary may hold with test figures, in order
 INK = "#010203"  # what plots are drawn with; in the page it becomes the text's colour, light or dark
 PALETTE = ("#4a90e2", "#e07b26", "#3aa657", "#c0504d", "#8a63c7", "#1aa3a3", "#b8860b", "#d05a9e")
 SHOWN_TEXT = 3000  # characters of a prompt or an answer
 SHOWN_POINTS = 400  # of a curve
 
 CURVES = (
-    ("loss", "DPO loss"),
+    ("loss", "loss"),
     ("rewards/margins", "margin: chosen minus rejected reward"),
     ("rewards/accuracies", "share of pairs ranked right"),
     ("rewards/chosen", "reward of the chosen side"),
@@ -29,7 +30,7 @@ CURVES = (
     ("kl", "KL(policy‖reference), nats per image"),
 )
 TEST_NAMES = {
-    "loss": "DPO loss",
+    "loss": "loss",
     "rewards/accuracies": "pairs ranked right",
     "rewards/margins": "margin",
     "rewards/chosen": "reward, chosen",
@@ -127,7 +128,8 @@ def render(runs: list[Run], plots: Plots) -> str:
         finalize=lambda value: _printable(value) if type(value) is str else value,  # Markup is ours
     )
     single = runs[0] if len(runs) == 1 else None
-    stage = "dpo" if any(row.get("stage") == "dpo" for run in runs for row in run.metrics) else _any_stage(runs)
+    there = {str(row.get("stage")) for run in runs for row in run.metrics}
+    stage = next((name for name in STAGES if name in there), "sft")
     sections = [_results(runs), _comparison(runs), _curves(runs, stage, plots)]
     if single:
         sections += [_margins(single, plots), _extremes(single), _pictures(single), _confusion(single)]
@@ -199,7 +201,7 @@ class Plots:
 
 
 def _headline(run: Run) -> list[dict[str, str]]:
-    test = run.summary.get("dpo", run.summary.get("cross_entropy", {})).get("test", {})
+    test = _test(run)
     items = []
     for name, text in (("accuracy", "test accuracy"), ("rewards/accuracies", "pairs ranked right"), ("loss", "loss")):
         if _is_number(test.get(name)):
@@ -212,7 +214,7 @@ def _headline(run: Run) -> list[dict[str, str]]:
 
 
 def _results(runs: list[Run]) -> dict[str, Any] | None:
-    tests = [run.summary.get("dpo", run.summary.get("cross_entropy", {})).get("test") for run in runs]
+    tests = [_test(run) for run in runs]
     if not any(tests):
         return None
     rows = []
@@ -454,6 +456,12 @@ def _said(config: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
+def _test(run: Run) -> dict[str, Any]:
+    """The test figures of the stage that ended a run; empty where there are none."""
+    found = next((run.summary[stage] for stage in STAGES if stage in run.summary), {})
+    return found.get("test") or {}
+
+
 def _subtitle(runs: list[Run]) -> str:
     dpo = [run.summary["dpo"] for run in runs if "dpo" in run.summary]
     parts = []
@@ -473,15 +481,14 @@ def _section(identity: str, title: str, **parts: Any) -> dict[str, Any]:
 
 
 def _chosen_epoch(run: Run, stage: str) -> float | None:
-    """The epoch whose weights became policy/, where one was chosen."""
-    best = run.summary.get("dpo", {}).get("best_checkpoint")
+    """The epoch whose weights were kept."""
+    summary = run.summary.get(stage, {})
+    if _is_number(summary.get("kept_epoch")):
+        return float(summary["kept_epoch"])
+    best = summary.get("best_checkpoint")  # as runs of version 0.1.0 have it
     step = int(best.rpartition("-")[2]) if isinstance(best, str) and best.rpartition("-")[2].isdigit() else None
     rows = [row for row in run.metrics if row.get("stage") == stage and row.get("split") == "validation"]
     return next((row["epoch"] for row in rows if row.get("step") == step), None)
-
-
-def _any_stage(runs: list[Run]) -> str:
-    return next((str(row["stage"]) for run in runs for row in reversed(run.metrics) if "stage" in row), "dpo")
 
 
 def _thinned(epochs: list[float], values: list[float]) -> tuple[list[float], list[float]]:

@@ -153,7 +153,7 @@ class RunFolder:
             return
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _belongs(line, stage, after_step)]
-        _replace(path, "".join(line + "\n" for line in kept))
+        replace_file(path, "".join(line + "\n" for line in kept))
 
     def summarize(self, **parts: Any) -> None:
         """Merge parts into summary.json."""
@@ -163,11 +163,11 @@ class RunFolder:
     def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Write samples.jsonl or scores.jsonl."""
         if self.main_process:
-            _replace(self.path / name, "".join(to_json(row) + "\n" for row in rows))
+            replace_file(self.path / name, "".join(to_json(row) + "\n" for row in rows))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         if self.main_process:
-            _replace(self.path / name, to_json(content, indent=2) + "\n")
+            replace_file(self.path / name, to_json(content, indent=2) + "\n")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -178,7 +178,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
 def write_figures(path: str, figures: dict[str, Any]) -> None:
     """Write an evaluation's figures to the file of --output."""
     try:
-        _replace(Path(path), to_json(figures, indent=2) + "\n")
+        replace_file(Path(path), to_json(figures, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output {path}: can't be written ({error.strerror}); name another") from None
 
@@ -283,7 +283,7 @@ def _belongs(line: str, stage: str, after_step: int) -> bool:
     return row.get("stage") != stage or (row.get("step", 0) <= after_step and row.get("split") != "test")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")

@@ -243,8 +243,17 @@ class TextRun(Job):
 
     # --- the policy ----------------------------------------------------------------------------------------------
 
-    def make_policy(self, pairs: dict[str, Dataset]) -> None:
-        """DPO from the reference, into policy/; then the test, once."""
+    def cache_reference(self, pairs: dict[str, Dataset]) -> None:
+        """The reference's log-probabilities into the cache, for the runs that start from it; where one is kept."""
+        if not self.training.precompute_ref_log_probs or self.training.reference_cache_dir == "none":
+            return
+        trainer = self._dpo_trainer(pairs)  # which computes those of training and validation
+        trainer.add_reference(pairs["test"])
+        throughput = {"preparation_seconds": self.preparation_seconds, "reference_seconds": trainer.reference_seconds}
+        self.run.summarize(throughput=throughput)
+        free(trainer)
+
+    def _dpo_trainer(self, pairs: dict[str, Dataset]) -> TextDPOTrainer:
         reference = str(self.run.reference)
         model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
@@ -254,7 +263,7 @@ class TextRun(Job):
             push_to_hub=False,
             report_to=self.training.report_to or "none",
         )
-        trainer = TextDPOTrainer(
+        return TextDPOTrainer(
             model=model,
             ref_model=load_model(reference, self.model, self.training.trust_remote_code, "reference")
             if not args.precompute_ref_log_probs and not self.model.use_peft
@@ -265,6 +274,11 @@ class TextRun(Job):
             processing_class=self.tokenizer,
             peft_config=get_peft_config(self.model) if adapter_on_full else None,
         )
+
+    def make_policy(self, pairs: dict[str, Dataset]) -> None:
+        """DPO from the reference, into policy/; then the test, once."""
+        trainer = self._dpo_trainer(pairs)
+        args = trainer.args
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
         test = trainer.add_reference(pairs["test"]) if args.precompute_ref_log_probs else pairs["test"]
         started = time.perf_counter()
@@ -274,7 +288,9 @@ class TextRun(Job):
         loss = trainer.preference_loss
         self.publish(self.run.policy, trainer.save_model, self.tokenizer)
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
-            first_reference = load_model(reference, self.model, self.training.trust_remote_code, "reference")
+            first_reference = load_model(
+                str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
+            )
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
         validation = trainer.score(trainer.eval_dataset, "Validation")
         scores = trainer.score(test, "Test")

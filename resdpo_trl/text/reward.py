@@ -11,8 +11,8 @@ tokenizer pads with its end of text, as GPT-2's does here, that is the token bef
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, Trainer
 from trl import RewardTrainer
-from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
@@ -78,22 +77,15 @@ def untrained_reward_model(
     name: str, model: TextModelConfig, trust_remote_code: bool, flag: str, seed: int
 ) -> PreTrainedModel:
     """The weights of a language model under a new head of one number, drawn by `seed`; an adapter is merged first."""
-    torch.manual_seed(seed)
-    if (Path(name) / "adapter_config.json").is_file():
-        language: Any = load_model(name, model, trust_remote_code, flag)
+    language: Any = load_model(name, model, trust_remote_code, flag)
+    if hasattr(language, "peft_config"):
         language = language.merge_and_unload()
-        language.config.num_labels = 1
-        made = AutoModelForSequenceClassification.from_config(language.config)
-        made.base_model.load_state_dict(language.base_model.state_dict())
-        return made
-    check_name(name, flag)
-    try:
-        with suppress_seqcls_warning():  # the language model's head is left out and a new one drawn, as asked
-            return AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, **loading_options(model, trust_remote_code)
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise not_a_model(name, flag, error) from None
+    config = copy.deepcopy(language.config)
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    made = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    made.base_model.load_state_dict(language.base_model.state_dict())
+    return made.to(language.dtype)
 
 
 class TextRewardTrainer(PairTrainer, RewardTrainer):

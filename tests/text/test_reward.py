@@ -104,7 +104,7 @@ def test_evaluation_is_the_mean_over_pairs_not_over_batches(tmp_path, tokenizer)
 
 def test_training_learns_and_logs_the_names_that_pairs_have(tmp_path, tokenizer):
     train = rows_of(16)
-    job = trainer(tmp_path, tokenizer, train=train, num_train_epochs=12, learning_rate=3e-3)
+    job = trainer(tmp_path, tokenizer, train=train, num_train_epochs=5, learning_rate=1e-2)
     before = job.pair_figures(train)["loss"].mean()
     job.train()
     assert job.pair_figures(train)["loss"].mean() < before / 2
@@ -171,8 +171,6 @@ def test_what_is_no_reward_model_is_refused(tmp_path, tokenizer):
     ):
         with pytest.raises(UserError, match=f"--reward_model .*{said}"):
             RewardModel(str(tmp_path / name), MODEL, False)
-    with pytest.raises(UserError, match=r"reference .*can't be loaded"):
-        untrained_reward_model(str(tmp_path / "three"), MODEL, False, "reference", 0)
 
 
 @pytest.mark.parametrize(
