@@ -98,8 +98,7 @@ def main() -> None:
         print("\n".join(shlex.join(command_of(RECIPE, point, point_flags)) for point in points))
         return
     failures = run_points(RECIPE, points, point_flags, sweep.jobs)
-    collect(points, failures, output_dir)  # before the frontier, which takes its time
-    frontier = []
+    rows = collect(points, failures, output_dir)
     if sweep.reward_model:
         from resdpo_trl.text.evaluate import EvaluateConfig
         from resdpo_trl.text.frontier import Frontier
@@ -108,10 +107,10 @@ def main() -> None:
             model="each checkpoint", reference="its point's", reward_model=sweep.reward_model,
             max_length=dpo.max_length, batch_size=dpo.per_device_eval_batch_size, num_samples=sweep.frontier_samples,
             max_new_tokens=samples.max_new_tokens, seed=dpo.seed, trust_remote_code=dpo.trust_remote_code,
-            prefix_sharing=dpo.prefix_sharing,
+            prefix_sharing=dpo.prefix_sharing, bf16=dpo.bf16,
         )  # fmt: skip
-        frontier = Frontier(config, data, model).measure(points, failures, output_dir / "frontier.csv")
-    rows = collect(points, failures, output_dir, frontier)
+        Frontier(config, data, model).measure(points, failures, output_dir / "frontier.csv")
+        rows = collect(points, failures, output_dir)
     print(describe(rows, output_dir, time.perf_counter() - started))
     if failures:
         sys.exit(1)

@@ -35,6 +35,10 @@ COLUMNS = (
     "accuracy_high", "margin", "reward_chosen", "reward_rejected", "n", "validation_loss", "validation_accuracy",
     "best_epoch", "kept_epoch", "seconds", "folder",
 )  # fmt: skip
+FRONTIER_COLUMNS = (
+    "point", "beta", "learning_rate", "seed", "sft_epochs", "epoch", "step", "kl", "kl_low", "kl_high", "reward",
+    "reward_low", "reward_high", "n", "status", "key",
+)  # fmt: skip
 
 
 @dataclass
@@ -217,10 +221,8 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
     return failures
 
 
-def collect(
-    points: Sequence[Point], failures: dict[str, str], output_dir: Path, frontier: Sequence[dict[str, Any]] = ()
-) -> list[dict[str, Any]]:
-    """table.csv and report.html of the points, with the rows of frontier.csv where there are any; the table's rows."""
+def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path) -> list[dict[str, Any]]:
+    """table.csv and report.html of the points, the latter with frontier.csv where it is there; the table's rows."""
     rows = []
     for point in points:
         row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
@@ -257,15 +259,32 @@ def collect(
     best = best_of(rows, points)
     if best is not None:
         best["best"] = "best"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    replace_file(output_dir / "table.csv", text.getvalue())
+    write_rows(output_dir / "table.csv", COLUMNS, rows)
     done = [point.folder for point in points if has_ended(point.folder)]
     if done:
-        write_report(done, output_dir / "report.html", Sweep(rows, list(frontier)))
+        write_report(done, output_dir / "report.html", Sweep(rows, read_frontier(output_dir / "frontier.csv")))
     return rows
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table as CSV, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue())
+
+
+def read_frontier(path: Path) -> list[dict[str, Any]]:
+    """The rows of frontier.csv, its numbers as numbers; none where there is no such file."""
+    if not path.exists():
+        return []
+    texts = ("point", "status", "key")
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {name: value if name in texts or not value else float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str, Any] | None:

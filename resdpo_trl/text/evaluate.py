@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -96,7 +97,9 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
         texts[config.split], tokenizer, config.max_length, data.max_response_length, texts.ends_turns, "Tokenizing"
     )
     # before the long work: is it one, and does the cap fit it
-    reward = RewardModel(config.reward_model, model, config.trust_remote_code) if config.reward_model else None
+    reward = None
+    if config.reward_model is not None:
+        reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
     loss = PreferenceLoss(beta=config.beta)
     logps, answers = {}, []
     for flag, name in names.items():  # one model in memory at a time
@@ -288,7 +291,8 @@ def answer_logps(
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluateConfig,
 ) -> torch.Tensor:
-    """(N,) log-probabilities of the answers: each is scored as a pair with itself."""
+    """(N,) log-probabilities of the answers: each is scored as a pair with itself, in the precision it was drawn in."""
+    config = dataclasses.replace(config, bf16=False)
     rows = [
         {"prompt_ids": prompt, "chosen_ids": text, "rejected_ids": text[:1], "length": len(prompt) + len(text) + 1}
         for prompt, text in zip(prompts, answers, strict=True)

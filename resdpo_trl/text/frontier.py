@@ -8,8 +8,6 @@ estimate of KL(π‖π_ref) per answer, in nats. The reference itself stands at 
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -20,8 +18,7 @@ from tqdm.auto import tqdm
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.metrics import with_intervals
-from resdpo_trl.run import replace_file
-from resdpo_trl.sweep import Point
+from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, read_frontier, write_rows
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import DataConfig, load_preferences
 from resdpo_trl.text.evaluate import EvaluateConfig, answer_logps, texts_of
@@ -31,11 +28,6 @@ from resdpo_trl.text.reference_cache import weights_digest
 from resdpo_trl.text.reward import RewardModel
 from resdpo_trl.text.tokens import tokenize
 
-COLUMNS = (
-    "point", "beta", "learning_rate", "seed", "sft_epochs", "epoch", "step", "kl", "kl_low", "kl_high", "reward",
-    "reward_low", "reward_high", "n", "status", "key",
-)  # fmt: skip
-
 
 class Frontier:
     """Measures the points of a sweep, one row a checkpoint, into frontier.csv."""
@@ -44,7 +36,7 @@ class Frontier:
         """`config` names the reward model, the cap, the number of prompts and what is drawn; not yet the policies."""
         assert config.reward_model is not None
         self.config, self.data, self.model = config, data, model
-        self.reward = RewardModel(config.reward_model, model, config.trust_remote_code)
+        self.reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
         self._reward_weights = weights_digest(self.reward.model)
 
     def measure(self, points: Sequence[Point], failures: dict[str, str], path: Path) -> list[dict[str, Any]]:
@@ -75,7 +67,7 @@ class Frontier:
                         except UserError as error:
                             rows.append(at | {"status": f"failed: {error}"})
                         bar.update()
-                    write_frontier(path, rows)
+                    write_rows(path, FRONTIER_COLUMNS, rows)
         return rows
 
     def _open(self, reference: Path, point: Point, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -123,27 +115,9 @@ class Frontier:
         return dict(zip(measured, [*values, found["n"], "done", key], strict=True))
 
 
-def read_frontier(path: Path) -> list[dict[str, Any]]:
-    """The rows of frontier.csv with its numbers as numbers; none where there is no such file."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{name: _number(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def write_frontier(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    import io
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    replace_file(path, text.getvalue())
-
-
 def _row(name: str, point: Point) -> dict[str, Any]:
-    axes = {field.name: getattr(point, field.name) for field in dataclasses.fields(point) if field.name in COLUMNS}
-    return dict.fromkeys(COLUMNS, "") | axes | {"point": name}
+    axes = {axis: getattr(point, axis) for axis in ("beta", "learning_rate", "seed", "sft_epochs")}
+    return dict.fromkeys(FRONTIER_COLUMNS, "") | axes | {"point": name}
 
 
 def _checkpoints(point: Point) -> list[tuple[Path, int, float]]:
@@ -156,10 +130,3 @@ def _checkpoints(point: Point) -> list[tuple[Path, int, float]]:
         except (OSError, ValueError, KeyError):
             continue  # torn: a crash while saving; a resumed run would not start from it either
     return sorted(found, key=lambda row: row[1])
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -484,10 +484,10 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
             ("DPO pairs per second", f"{summary['throughput']['dpo_pairs_per_second']:.1f}"),
         ]
     if "reward" in summary:
-        test = summary["reward"]["test"]
+        test, centred = summary["reward"]["test"], summary["reward"]["center_rewards_coefficient"]
         low, high = test["interval_95"]["rewards/accuracies"]
         rows += [
-            ("loss, test", f"{test['loss']:.4f}   (Bradley–Terry; ln 2 = 0.6931 for a coin)"),
+            ("loss, test", f"{test['loss']:.4f}" + ("" if centred else "   (ln 2 = 0.6931 for a coin)")),
             (
                 "accuracy, test",
                 f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}",

@@ -12,6 +12,7 @@ tokenizer pads with its end of text, as GPT-2's does here, that is the token bef
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,14 +138,22 @@ def save_reward_model(trainer: TextRewardTrainer, folder: str) -> None:
 class RewardModel:
     """A trained reward model, read from text with its own tokenizer."""
 
-    def __init__(self, name: str, model: TextModelConfig, trust_remote_code: bool, flag: str = "--reward_model"):
-        """Load it onto the process's device.
+    def __init__(
+        self,
+        name: str,
+        model: TextModelConfig,
+        trust_remote_code: bool = False,
+        bf16: bool = False,
+        flag: str = "--reward_model",
+    ):
+        """Load it onto the process's device; `bf16` scores in bfloat16, as its training did where that ran so.
 
         Raises:
             UserError: no such folder or id, a model that is no sequence classifier, or one of several labels.
         """
         check_name(name, flag)
-        self.name = name
+        self.name, self.bf16 = name, bf16
+        model = dataclasses.replace(model, model_revision="main")  # the flag is the policy's
         self.tokenizer = load_tokenizer(name, model, trust_remote_code, flag)
         options = loading_options(model, trust_remote_code)
         try:
@@ -220,6 +229,7 @@ class RewardModel:
             width = len(rows[0])
             ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows], device=device)
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             rewards[at] = logits.float().squeeze(-1).cpu()
         return rewards

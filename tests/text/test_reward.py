@@ -128,7 +128,7 @@ def test_text_is_read_as_in_training(tmp_path, tokenizer, dialogues):
     model = tiny_reward_model()
     model.save_pretrained(tmp_path / "r")
     tokenizer.save_pretrained(tmp_path / "r")
-    reward = RewardModel(str(tmp_path / "r"), MODEL, False)
+    reward = RewardModel(str(tmp_path / "r"), MODEL)
     Dataset.from_list(dialogues[:40]).to_json(tmp_path / "pairs.jsonl")
     texts = load_preferences(DataConfig(dataset_name=str(tmp_path / "pairs.jsonl")))["train"]
     chosen, rejected = reward.pair_rewards(texts, 48, None, False, batch_size=5)
@@ -149,7 +149,7 @@ def test_an_answer_that_was_cut_short_has_no_end(tmp_path, tokenizer):
         tokenizer.save_pretrained(tmp_path / "r")
     finally:
         tokenizer.pad_token_id = before
-    reward = RewardModel(str(tmp_path / "r"), MODEL, False)
+    reward = RewardModel(str(tmp_path / "r"), MODEL)
     prompts = Dataset.from_list([{"prompt": "\n\nHuman: hi\n\nAssistant:", "turn_starts": [0]}] * 2)
     found = reward.answer_rewards(prompts, [" No idea.", " No idea."], [True, False], 64)
     ids = tokenizer("\n\nHuman: hi\n\nAssistant:")["input_ids"] + tokenizer(" No idea.")["input_ids"]
@@ -170,7 +170,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path, tokenizer):
         ("nowhere", "no such folder"),
     ):
         with pytest.raises(UserError, match=f"--reward_model .*{said}"):
-            RewardModel(str(tmp_path / name), MODEL, False)
+            RewardModel(str(tmp_path / name), MODEL)
 
 
 @pytest.mark.parametrize(
