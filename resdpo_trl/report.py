@@ -107,7 +107,7 @@ def load_run(folder: str | Path) -> Run:
     written = loaded.run.get("versions", {}).get("resdpo-trl", __version__)
     if written != __version__:
         notes.append(
-            f"{path.name} was written by resdpo-trl {written} and this page by {__version__}: what that version did not "
+            f"{path.name} was written by resdpo-trl {written} and this page by {__version__}: what it did not "
             "write is not shown."
         )
     if loaded.run and loaded.run.get("ended") is None:
@@ -163,7 +163,7 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
     if single:
         sections += [_margins(single, plots), _extremes(single), _pictures(single), _confusion(single)]
         sections += [_samples(single)]
-    sections.append(_what_ran(runs))
+    sections.append(_what_ran(runs, one_table=sweep is not None))
     return environment.get_template("report.html").render(
         title=single.name
         if single
@@ -172,8 +172,12 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
         else f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
         subtitle=_subtitle(runs),
         headline=_headline(single) if single else [],
-        notes=[note for run in runs for note in [*run.notes, *overfitting(run, stage)]]
-        + (_failures(sweep) if sweep is not None else []),
+        notes=[note for run in runs for note in run.notes]
+        + (
+            [note for run in runs for note in overfitting(run, stage)]
+            if sweep is None
+            else [*_turned(runs, stage), *_failures(sweep)]
+        ),
         sections=[section for section in sections if section],
         version=__version__,
     )
@@ -188,9 +192,10 @@ def overfitting(run: Run, stage: str) -> list[str]:
     best = min(range(len(losses)), key=losses.__getitem__)
     said = f"{run.name}: validation loss was least at epoch {epochs[best]:g} of {epochs[-1]:g} ({losses[best]:.4f})"
     if best + 1 < len(losses) and margins[-1] > margins[best]:
+        what = "reward model" if stage == "reward" else "policy"
         return [
             f"{said} and rose to {losses[-1]:.4f}, while the margin went on rising from {margins[best]:.3f} to "
-            f"{margins[-1]:.3f}: past that epoch the policy grows surer, not better."
+            f"{margins[-1]:.3f}: past that epoch the {what} grows surer, not better."
         ]
     return [f"{said}."]
 
@@ -282,7 +287,7 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
         "On the test data",
         text=f"Means over {counts} held-out pairs or images that training and the choice of the epoch did not see; "
         "intervals are 95% bootstrap intervals."
-        + (" Before training the loss is ln 2 = 0.6931." if all(_is_sigmoid(run) for run in runs) else ""),
+        + (" A coin's loss is ln 2 = 0.6931." if all(_is_sigmoid(run) for run in runs) else ""),
         tables=[{"head": head, "rows": rows, "numbers": True}],
     )
 
@@ -383,12 +388,12 @@ def _accuracy_and_kl(runs: list[Run], plots: Plots) -> dict[str, Any] | None:
         for label, (kls, accuracies) in series.items():
             colour, line = styles[label]
             axes.plot(kls, accuracies, color=colour, linestyle=line, marker="o", markersize=4.5, label=label)
-            _number_epochs(axes, kls, accuracies, colour)
+            _number_epochs(axes, kls, accuracies, colour, str(len(kls)))
 
     caption = "Accuracy against the exact KL(policy‖reference) on the validation images, epoch by epoch"
     text = (
-        "Each line is one policy, its points joined over the epochs, which are numbered. The KL is exact, a sum over "
-        "the classes; of a reference that moves it is the KL from where it stood at that epoch's end."
+        "Each line is one policy, its points joined over the epochs, the last of which is numbered. The KL is exact, a "
+        "sum over the classes; of a reference that moves it is the KL from where it stood at that epoch's end."
     )
     plot = plots.draw(
         "accuracy_kl", caption, paint, "accuracy", "KL(policy‖reference), nats per image", legend_below=True
@@ -396,11 +401,25 @@ def _accuracy_and_kl(runs: list[Run], plots: Plots) -> dict[str, Any] | None:
     return _section("frontier", "Accuracy and KL", text=text, plots=[plot])
 
 
-def _number_epochs(axes: Any, x: list[float], y: list[float], colour: str, names: Sequence[str] = ()) -> None:
-    """The number of the epoch beside the first and the last point of a line."""
-    for at in sorted({0, len(x) - 1}):
-        text = names[at] if names else str(at + 1)
-        axes.annotate(text, (x[at], y[at]), (5, 4), textcoords="offset points", fontsize=8, color=colour)
+def _number_epochs(axes: Any, x: list[float], y: list[float], colour: str, last: str) -> None:
+    """The number of the last epoch at the end of a line, so that its direction is seen."""
+    axes.annotate(last, (x[-1], y[-1]), (5, 4), textcoords="offset points", fontsize=9, color=colour)
+
+
+def _turned(runs: list[Run], stage: str) -> list[str]:
+    """One note of all the points whose validation loss turned while the margin went on rising."""
+    found = []
+    for run in runs:
+        epochs, losses = run.curve(stage, "validation", "loss")
+        if any("went on rising" in note for note in overfitting(run, stage)):
+            best = min(range(len(losses)), key=losses.__getitem__)
+            found.append(f"{run.name} (least at epoch {epochs[best]:g} of {epochs[-1]:g})")
+    if not found:
+        return []
+    return [
+        f"In {len(found)} of {len(runs)} points validation loss turned while the margin went on rising: past that "
+        f"epoch the policy grows surer, not better. {'; '.join(found)}."
+    ]
 
 
 def _best_name(sweep: Sweep) -> str | None:
@@ -476,36 +495,22 @@ def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
                 axes.plot(
                     [row["kl"]] * 2, [row["reward_low"], row["reward_high"]], color=colour, alpha=0.3, linewidth=1
                 )
-            _number_epochs(axes, kls, rewards, colour, [f"{row['epoch']:g}" for row in rows])
+            _number_epochs(axes, kls, rewards, colour, f"{rows[-1]['epoch']:g}")
         for number, row in enumerate(references):
             text = "reference" if number == 0 else None
             axes.plot([row["kl"]], [row["reward"]], "D", color="#888888", markersize=6, label=text)
 
     counts = ", ".join(sorted({f"{row['n']:g}" for row in done}))
     caption = "Expected reward against KL(policy‖reference), both from the same sampled answers"
-    table = [
-        [
-            names.get(row["point"], f"reference{_of_sft(row, references)}"), f"{row['epoch']:g}",
-            f"{row['kl']:.3f} ({row['kl_low']:.3f} to {row['kl_high']:.3f})",
-            f"{row['reward']:.3f} ({row['reward_low']:.3f} to {row['reward_high']:.3f})",
-        ]
-        for row in done
-    ]  # fmt: skip
     text = (
         f"Each dot is one checkpoint: the mean reward of its sampled answers to {counts} held-out prompts by the "
         "trained reward model, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. A "
-        "line joins a point's epochs (the first and last are numbered); thin bars are 95% intervals of the reward. "
-        "Higher at the same KL is better: the figure of the DPO paper (Figure 2, left)."
+        "line joins a point's epochs (the last is numbered); thin bars are 95% intervals of the reward. "
+        "Higher at the same KL is better: the figure of the DPO paper (Figure 2, left). Its rows, with both "
+        "intervals, are in frontier.csv."
     )
     plot = plots.draw("frontier", caption, paint, "reward", "KL(policy‖reference), nats per answer", legend_below=True)
-    head = ["", "epoch", "KL (95% interval)", "reward (95% interval)"]
-    tables = [{"head": head, "rows": table, "numbers": True}]
-    return _section("frontier", "Reward and KL", text=text, plots=[plot], tables=tables)
-
-
-def _of_sft(row: dict[str, Any], references: list[dict[str, Any]]) -> str:
-    several = len(references) > 1 and _is_number(row["sft_epochs"])
-    return f", SFT epochs {row['sft_epochs']:g}" if several else ""
+    return _section("frontier", "Reward and KL", text=text, plots=[plot])
 
 
 def _margins(run: Run, plots: Plots) -> dict[str, Any] | None:
@@ -624,7 +629,8 @@ def _confusion(run: Run) -> dict[str, Any] | None:
     )  # fmt: skip
 
 
-def _what_ran(runs: list[Run]) -> dict[str, Any]:
+def _what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
+    """The facts of every run, or of the first where they are a sweep's points, and every command line."""
     tables, code = [], []
     for run in runs:
         data = run.summary.get("data", {})
@@ -641,7 +647,8 @@ def _what_ran(runs: list[Run]) -> dict[str, Any]:
             "versions": ", ".join(f"{name} {version}" for name, version in run.run.get("versions", {}).items()),
         }
         rows = [[name, str(fact)] for name, fact in facts.items() if fact not in (None, "")]
-        tables.append({"title": run.name if len(runs) > 1 else "", "head": [], "rows": rows, "numbers": False})
+        if not one_table or run is runs[0]:
+            tables.append({"title": run.name if len(runs) > 1 else "", "head": [], "rows": rows, "numbers": False})
         if run.run.get("command"):
             code.append(" ".join(run.run["command"]))
         if run.run.get("config") and len(runs) == 1:

@@ -7,6 +7,7 @@ import pytest
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.report import Sweep, _chosen_epoch, load_run, overfitting, write_report
+from resdpo_trl.sweep import COLUMNS
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -111,7 +112,8 @@ def sweep_of(folder):
     paths = [make_run(folder / "points", name) for name in ("beta0.1_x", "beta0.5_x")]
     rows, frontier = [], []
     for number, (point, beta) in enumerate((("beta0.1_x", 0.1), ("beta0.5_x", 0.5), ("beta2_x", 2.0))):
-        row = {"point": point, "beta": beta, "learning_rate": 1e-4, "seed": 0, "sft_epochs": 1.0, "best": ""}
+        row = dict.fromkeys(COLUMNS, "") | {"point": point, "beta": beta, "learning_rate": 1e-4, "seed": 0}
+        row |= {"sft_epochs": 1.0}
         done = {"status": "done", "loss": 0.66, "accuracy": 0.6, "accuracy_low": 0.5, "accuracy_high": 0.7}
         done |= {"margin": 0.1, "reward_chosen": 0.2, "reward_rejected": 0.1, "n": 40, "best_epoch": 2.0}
         done |= {"kept_epoch": 2.0, "best": "best" if number == 0 else ""}
@@ -136,7 +138,7 @@ def test_a_sweeps_page_marks_the_best_and_names_what_failed(tmp_path):
     assert "beta0.5_x, step 30 is left out of the frontier: failed: torn weights" in page
     assert "beta2_x is left out of the frontier: it did not end" in page
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert "0.100 (0.000 to 0.500)" in page  # a checkpoint's reward
+    assert "In 2 of 2 points validation loss turned" in page and page.count("least at epoch 2 of 3") == 2
     assert (tmp_path / "plots" / "frontier.png").stat().st_size > 5000
 
 
