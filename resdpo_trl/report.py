@@ -462,9 +462,9 @@ def _points(sweep: Sweep) -> dict[str, Any]:
     return _section(
         "points",
         "The points on the test pairs",
-        text=f"Means over {', '.join(map(str, counts))} held-out pairs with bootstrap intervals. The best point was "
-        "chosen on the validation pairs, and so was the epoch that each point kept; 'least loss at' is the epoch of "
-        "least validation loss. Every figure is in table.csv.",
+        text=f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs with bootstrap intervals. The best "
+        "point was chosen on the validation pairs, and so was the epoch that each point kept; 'least loss at' is the "
+        "epoch of least validation loss. Every figure is in table.csv.",
         tables=[{"head": head, "rows": rows, "numbers": True}],
     )
 

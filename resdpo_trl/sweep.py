@@ -260,10 +260,18 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
     if best is not None:
         best["best"] = "best"
     write_rows(output_dir / "table.csv", COLUMNS, rows)
-    done = [point.folder for point in points if has_ended(point.folder)]
-    if done:
-        write_report(done, output_dir / "report.html", Sweep(rows, read_frontier(output_dir / "frontier.csv")))
+    if any(row["status"] == "done" for row in rows):
+        write_sweep_report(output_dir)
     return rows
+
+
+def write_sweep_report(output_dir: Path, output: str | None = None) -> Path:
+    """The page of a sweep from its own files; report.html in its folder by default."""
+    rows = read_rows(output_dir / "table.csv")
+    done = [output_dir / "points" / row["point"] for row in rows if row["status"] == "done"]
+    if not done:
+        raise UserError(f"{output_dir}: no point of this sweep has ended; run it with --resume_from_checkpoint")
+    return write_report(done, output or output_dir / "report.html", Sweep(rows, read_rows(output_dir / "frontier.csv")))
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -275,11 +283,11 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
     replace_file(path, text.getvalue())
 
 
-def read_frontier(path: Path) -> list[dict[str, Any]]:
-    """The rows of frontier.csv, its numbers as numbers; none where there is no such file."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of table.csv or frontier.csv, numbers as numbers; none where there is no such file."""
     if not path.exists():
         return []
-    texts = ("point", "status", "key")
+    texts = ("point", "status", "best", "folder", "key")
     with open(path, newline="", encoding="utf-8") as file:
         return [
             {name: value if name in texts or not value else float(value) for name, value in row.items()}

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.metrics import with_intervals
-from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, read_frontier, write_rows
+from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, read_rows, write_rows
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import DataConfig, load_preferences
 from resdpo_trl.text.evaluate import EvaluateConfig, answer_logps, texts_of
@@ -44,7 +44,7 @@ class Frontier:
 
         A point that failed, or a checkpoint that can't be read, is a row that says so in `status`.
         """
-        known = {row["key"]: row for row in read_frontier(path) if row["status"] == "done"}
+        known = {row["key"]: row for row in read_rows(path) if row["status"] == "done"}
         work: dict[Path, list[Point]] = {}
         for point in points:
             work.setdefault(point.reference, []).append(point)

@@ -84,7 +84,10 @@ def untrained_reward_model(
     config = copy.deepcopy(language.config)
     config.num_labels = 1
     torch.manual_seed(seed)
-    made = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        made = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # an architecture that transformers has no sequence classifier of
+        raise not_a_model(name, flag, error) from None
     made.base_model.load_state_dict(language.base_model.state_dict())
     return made.to(language.dtype)
 

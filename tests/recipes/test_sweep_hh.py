@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sweep import SweepConfig, best_of, points_of, read_frontier, remember
+from resdpo_trl.sweep import SweepConfig, best_of, points_of, read_rows, remember
 from tests.conftest import write_pairs
 
 SMALL = [
@@ -34,7 +34,7 @@ def reward_model(language_model, folder):
 
 def check_the_frontier(folder):
     """One row a checkpoint and one of the reference; the failed point is left out and named; nothing is done twice."""
-    rows = read_frontier(folder / "frontier.csv")
+    rows = read_rows(folder / "frontier.csv")
     assert [row["point"].partition("_")[0] for row in rows] == ["reference", "beta0.1", "beta0.5", "beta1", "beta2"]
     assert rows[0]["kl"] == rows[0]["kl_low"] == 0
     assert [row["status"].partition(":")[0] for row in rows] == ["done"] * 4 + ["failed"]
@@ -84,6 +84,12 @@ def test_a_sweep_from_one_reference_and_a_point_added_later(recipe, tmp_path):
     for point, when in ended.items():
         assert json.loads((folder / "points" / point / "run.json").read_text())["ended"] == when
     check_the_frontier(folder)
+    page = (folder / "report.html").read_text()
+    status, _, wrong = recipe("report.py", folder, "--output", tmp_path / "again.html")  # from its own files
+    assert status == 0, wrong
+    assert (tmp_path / "again.html").read_text().partition("<main>")[2] == page.partition("<main>")[2]
+    status, _, wrong = recipe("report.py", folder, folder)
+    assert status == 2 and "name it alone" in wrong
     (folder / "points" / "beta2_lr0.0001_seed42" / "run.json").unlink()
     status, said, _ = recipe("sweep_hh.py", *betas, "--print_commands", *arguments)
     assert status == 0
