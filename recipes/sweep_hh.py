@@ -77,6 +77,10 @@ def main() -> None:
     point_flags = list(shared)
     if preset is not None and "--config" not in " ".join(shared):
         point_flags = ["--config", os.path.relpath(preset), *shared]
+    if sweep.reward_model:
+        from resdpo_trl.text.reward import check_reward_model
+
+        check_reward_model(sweep.reward_model, dpo.trust_remote_code)  # now, not after hours of training
     remember(output_dir, shared, dpo.resume_from_checkpoint is not None)
 
     for point in [] if sft.sft_checkpoint else {point.reference: point for point in points}.values():

@@ -96,7 +96,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
     pairs = tokenize(
         texts[config.split], tokenizer, config.max_length, data.max_response_length, texts.ends_turns, "Tokenizing"
     )
-    # before the long work: is it one, and does the cap fit it
+    # before the long work, should it be none
     reward = None
     if config.reward_model is not None:
         reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))

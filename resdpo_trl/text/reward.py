@@ -138,6 +138,20 @@ def save_reward_model(trainer: TextRewardTrainer, folder: str) -> None:
         model.merge_and_unload().save_pretrained(folder)
 
 
+def check_reward_model(name: str, trust_remote_code: bool, flag: str = "--reward_model") -> None:
+    """Raise a UserError where there is no such folder or id, no sequence classifier, or one of several labels."""
+    check_name(name, flag)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise not_a_model(name, flag, error) from None
+    kind = (config.architectures or ["a model of no named architecture"])[0]
+    if not kind.endswith("ForSequenceClassification"):
+        raise UserError(f"{flag} {name}: not a reward model ({kind}); recipes/reward_hh.py trains one")
+    if config.num_labels != 1:
+        raise UserError(f"{flag} {name}: it has {config.num_labels} labels, and a reward model has one")
+
+
 class RewardModel:
     """A trained reward model, read from text with its own tokenizer."""
 
@@ -152,22 +166,14 @@ class RewardModel:
         """Load it onto the process's device; `bf16` scores in bfloat16, as its training did where that ran so.
 
         Raises:
-            UserError: no such folder or id, a model that is no sequence classifier, or one of several labels.
+            UserError: as `check_reward_model`, or weights that can't be read.
         """
-        check_name(name, flag)
+        check_reward_model(name, trust_remote_code, flag)
         self.name, self.bf16 = name, bf16
         model = dataclasses.replace(model, model_revision="main")  # the flag is the policy's
         self.tokenizer = load_tokenizer(name, model, trust_remote_code, flag)
         options = loading_options(model, trust_remote_code)
         try:
-            config = AutoConfig.from_pretrained(
-                name, revision=model.model_revision, trust_remote_code=trust_remote_code
-            )
-            kind = (config.architectures or ["a model of no named architecture"])[0]
-            if not kind.endswith("ForSequenceClassification"):
-                raise UserError(f"{flag} {name}: not a reward model ({kind}); recipes/reward_hh.py trains one")
-            if config.num_labels != 1:
-                raise UserError(f"{flag} {name}: it has {config.num_labels} labels, and a reward model has one")
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise not_a_model(name, flag, error) from None

@@ -166,6 +166,7 @@ def test_other_flags_are_another_sweep(tmp_path):
             ["--sft_epochs_list", "1", "--sft_checkpoint", "x"],
             "--sft_epochs_list runs SFT and --sft_checkpoint skips it",
         ),
+        (["--reward_model", "./nowhere"], "--reward_model ./nowhere: no such folder"),
         (["--beta", "0.3"], "--beta is each point's own: pass --betas"),
         (["--bettas", "0.3"], "unknown flag --bettas; did you mean betas?"),
     ],
