@@ -60,6 +60,7 @@ def test_a_sweep_from_one_reference_and_a_point_added_later(recipe, tmp_path):
     for point in rows:  # the one pass of the reference was the SFT run's, though both points ran at once
         summary = json.loads((folder / "points" / point / "summary.json").read_text())
         read = summary["throughput"]["reference_pairs_read_from_cache"]
+        assert summary["sft"] == {"skipped": str(folder / "sft" / "reference")}
         assert read == sum(summary["data"][split] for split in ("train", "validation", "test"))
     assert all(name in said for name in rows)
     assert "beta0.1" in (folder / "report.html").read_text()
