@@ -67,7 +67,10 @@ class Frontier:
                         except UserError as error:
                             rows.append(at | {"status": f"failed: {error}"})
                         bar.update()
-                    write_rows(path, FRONTIER_COLUMNS, rows)
+                    listed = {row["key"] for row in rows}
+                    ahead = [row for key, row in known.items() if key not in listed]  # a kill here loses none of them
+                    write_rows(path, FRONTIER_COLUMNS, [*rows, *ahead])
+        write_rows(path, FRONTIER_COLUMNS, rows)
         return rows
 
     def _open(self, reference: Path, point: Point, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -94,7 +97,7 @@ class Frontier:
         if policy is not None:
             loaded = load_model(policy, self.model, config.trust_remote_code, "checkpoint")
             model = loaded.to(self.reward.model.device)
-        drawn = (config.num_samples, config.max_new_tokens, config.max_length, config.seed, len(self.prompts))
+        drawn = (config.max_new_tokens, config.max_length, config.seed, config.bf16)
         parts = (weights_digest(model), self._ref_weights, self._reward_weights, self.prompts, drawn)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         measured = ("kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high", "n", "status", "key")
