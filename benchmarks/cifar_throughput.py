@@ -101,7 +101,7 @@ def run(model: torch.nn.Module, options: argparse.Namespace) -> float:
                 learning_rate=1e-3,
                 eval_strategy="no",
                 save_strategy="no",
-                load_best_model_at_end=False,
+                select="last",
                 logging_steps=5,
                 disable_tqdm=True,
                 torch_compile=options.torch_compile,

@@ -107,7 +107,7 @@ def ours(options: argparse.Namespace, scratch: str) -> dict:
         args=TextDPOConfig(
             output_dir=scratch, max_length=options.max_length, per_device_train_batch_size=options.batch,
             per_device_eval_batch_size=options.batch, num_train_epochs=2, bf16=options.dtype == "bfloat16",
-            learning_rate=1e-6, eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
+            learning_rate=1e-6, eval_strategy="no", save_strategy="no", select="last",
             reference_cache_dir="none", disable_tqdm=True, logging_steps=options.steps,
         ),
         train_dataset=pairs,

@@ -59,7 +59,7 @@ def main() -> None:
                         reference_cache_dir=f"{scratch}/cache{number}",
                         eval_strategy="no",
                         save_strategy="no",
-                        load_best_model_at_end=False,
+                        select="last",
                         disable_tqdm=True,
                     ),
                     train_dataset=pairs,

@@ -38,13 +38,17 @@ class RecipeParser(TrlParser):
         raise UserError(message)
 
     def parse(
-        self, default_preset: str | None = None, given: Sequence[str] | None = None
+        self,
+        default_preset: str | None = None,
+        given: Sequence[str] | None = None,
+        not_from_presets: Sequence[str] = (),
     ) -> tuple[list[Any], Path | None]:
         """The dataclasses, and the preset that stood under them.
 
         Args:
             default_preset: preset (below recipes/configs) to use where neither --config nor --model_name_or_path is.
             given: the command line; `sys.argv` by default.
+            not_from_presets: fields of recipes/configs that are another recipe's; in any other file they count.
         """
         flags = list(sys.argv[1:] if given is None else given)
         if "-h" in flags or "--help" in flags:
@@ -54,7 +58,8 @@ class RecipeParser(TrlParser):
         named = {flag.partition("=")[0].replace("-", "_") for flag in flags}
         if preset is None and default_preset is not None and "__model_name_or_path" not in named:
             preset = PRESETS / default_preset
-        defaults = self._flags_of(preset) if preset is not None else []
+        ours = preset is not None and PRESETS in preset.resolve().parents
+        defaults = self._flags_of(preset, not_from_presets if ours else ()) if preset is not None else []
         self._check(defaults, f"{preset}: ")
         self._check(flags, "")
         try:
@@ -80,7 +85,7 @@ class RecipeParser(TrlParser):
             hint = f"; did you mean {near[0]}?" if near else "; --help lists them"
             raise UserError(f"{place}unknown field {name}{hint}" if place else f"unknown flag --{name}{hint}")
 
-    def _flags_of(self, preset: Path) -> list[str]:
+    def _flags_of(self, preset: Path, without: Sequence[str] = ()) -> list[str]:
         """A preset's fields as command-line words, so that they are checked like any flag."""
         import yaml
 
@@ -97,6 +102,8 @@ class RecipeParser(TrlParser):
             raise UserError(f"--config {preset}: must be a mapping of fields to values")
         words: list[str] = []
         for name, value in content.items():
+            if name in without:
+                continue
             if value is None:
                 raise UserError(f"--config {preset}: field {name} has no value; leave the field out")
             if isinstance(value, dict):

@@ -7,6 +7,10 @@ accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --refere
 # two checkpoints of one reference, with paired tests of their difference
 accelerate launch recipes/evaluate_hh.py --model runs/a/policy --other_model runs/b/policy \\
   --reference runs/a/reference --dataset_name pairs.jsonl
+
+# beside them the figures of a trained reward model on the same pairs, and how far the two rewards agree
+accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
+  --reward_model runs/reward/reward_model --max_length 128 --max_eval_samples 200 --max_test_samples 512
 """
 
 from command_line import RecipeParser, on_one_process, run

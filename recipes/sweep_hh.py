@@ -1,4 +1,4 @@
-"""β × learning rate × seed from one SFT and one pass of the reference: a table, and all points on one page.
+"""β × learning rate × seed × SFT epochs: one SFT and one pass of the reference a value of the last, a table, one page.
 
 # the quickstart's model and pairs, three values of β
 python recipes/sweep_hh.py --betas 0.1 0.3 0.5 --output_dir runs/betas
@@ -9,10 +9,19 @@ python recipes/sweep_hh.py --betas 0.1 0.3 0.5 0.7 --output_dir runs/betas --res
 # GPT-2 on HH, two rates, two points at once; every flag of dpo_hh.py may follow
 python recipes/sweep_hh.py --config recipes/configs/hh/gpt2.yaml --betas 0.3 0.5 0.7 --learning_rates 1e-4 1e-5 --jobs 2
 
+# does a reference that was trained longer leave DPO less to learn
+python recipes/sweep_hh.py --betas 0.1 0.3 --sft_epochs_list 1 2 4 --output_dir runs/references
+
+# reward against KL of every checkpoint, by a trained reward model; to a finished sweep too
+accelerate launch recipes/reward_hh.py --output_dir runs/reward
+python recipes/sweep_hh.py --betas 0.1 0.3 0.5 --output_dir runs/betas --resume_from_checkpoint \\
+  --reward_model runs/reward/reward_model
+
 # the command lines alone, for Slurm or ray
 python recipes/sweep_hh.py --betas 0.3 0.5 --output_dir runs/betas --print_commands
 """
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -28,7 +37,10 @@ from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig,
 from resdpo_trl.text.data import DataConfig
 
 RECIPE = Path(__file__).resolve().parent / "dpo_hh.py"
-ONE_RUN = ("betas", "learning_rates", "seeds", "jobs", "print_commands", "output_dir", "resume_from_checkpoint")
+ONE_RUN = (
+    "betas", "learning_rates", "seeds", "sft_epochs_list", "jobs", "print_commands", "output_dir",
+    "resume_from_checkpoint", "reward_model", "frontier_samples",
+)  # fmt: skip
 
 
 def shared_flags(words: list[str]) -> list[str]:
@@ -62,31 +74,48 @@ def main() -> None:
     started = time.perf_counter()
     named = any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in sys.argv[1:])
     output_dir = Path(dpo.output_dir if named else "runs/sweep_hh")
-    points = points_of(sweep, dpo.learning_rate, dpo.seed, output_dir)
-    reference = sft.sft_checkpoint or str(output_dir / "sft" / "reference")
-    from_one_reference = shared if sft.sft_checkpoint else [*shared, "--sft_checkpoint", reference]
+    points = points_of(sweep, dpo.learning_rate, dpo.seed, output_dir, sft.sft_epochs, sft.sft_checkpoint)
+    point_flags = list(shared)
     if preset is not None and "--config" not in " ".join(shared):
-        from_one_reference = ["--config", os.path.relpath(preset), *from_one_reference]
+        point_flags = ["--config", os.path.relpath(preset), *shared]
+    if sweep.reward_model:
+        from resdpo_trl.text.reward import check_reward_model
+
+        check_reward_model(sweep.reward_model, dpo.trust_remote_code)  # now, not after hours of training
     remember(output_dir, shared, dpo.resume_from_checkpoint is not None)
 
-    if not sft.sft_checkpoint and not has_ended(output_dir / "sft"):
+    for point in [] if sft.sft_checkpoint else {point.reference: point for point in points}.values():
+        folder = point.reference.parent
+        if has_ended(folder):
+            continue
         from resdpo_trl.text.pipeline import TextRun
 
-        dpo.output_dir = str(output_dir / "sft")
-        if (output_dir / "sft" / "run.json").exists():
-            dpo.resume_from_checkpoint = "last"
-        elif dpo.resume_from_checkpoint is not None:
-            dpo.resume_from_checkpoint = None
-        job = TextRun(data, model, scratch, samples, options, dpo, sft, preset)
+        resume = "last" if (folder / "run.json").exists() else None
+        own_dpo = dataclasses.replace(dpo, output_dir=str(folder), resume_from_checkpoint=resume)
+        own_sft = dataclasses.replace(sft, sft_epochs=point.sft_epochs)
+        job = TextRun(data, model, scratch, samples, options, own_dpo, own_sft, preset)
         job.say_what_runs()
         pairs = job.prepare_pairs()
         job.make_reference(pairs)
+        job.cache_reference(pairs)
         job.finish()
     if sweep.print_commands:
-        print("\n".join(shlex.join(command_of(RECIPE, point, from_one_reference)) for point in points))
+        print("\n".join(shlex.join(command_of(RECIPE, point, point_flags)) for point in points))
         return
-    failures = run_points(RECIPE, points, from_one_reference, sweep.jobs)
+    failures = run_points(RECIPE, points, point_flags, sweep.jobs)
     rows = collect(points, failures, output_dir)
+    if sweep.reward_model:
+        from resdpo_trl.text.evaluate import EvaluateConfig
+        from resdpo_trl.text.frontier import Frontier
+
+        config = EvaluateConfig(
+            model="each checkpoint", reference="its point's", reward_model=sweep.reward_model,
+            max_length=dpo.max_length, batch_size=dpo.per_device_eval_batch_size, num_samples=sweep.frontier_samples,
+            max_new_tokens=samples.max_new_tokens, seed=dpo.seed, trust_remote_code=dpo.trust_remote_code,
+            prefix_sharing=dpo.prefix_sharing, bf16=dpo.bf16,
+        )  # fmt: skip
+        Frontier(config, data, model).measure(points, failures, output_dir / "frontier.csv")
+        rows = collect(points, failures, output_dir)
     print(describe(rows, output_dir, time.perf_counter() - started))
     if failures:
         sys.exit(1)

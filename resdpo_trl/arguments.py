@@ -58,8 +58,20 @@ class OneMachine:
     logging_steps: float = field(default=10, metadata={"help": "Steps between two training lines of metrics.jsonl."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "Keep the epoch that validates best, not the last one."}
+    select: str | None = field(
+        default=None,
+        metadata={
+            "help": "The epoch whose weights are kept: the one that validates best (best, the default), or the last.",
+            "choices": ["best", "last"],
+        },
+    )
+    load_best_model_at_end: bool | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": True,
+            "help": "transformers' name for --select best; false for --select last.",
+        },
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
@@ -77,10 +89,16 @@ class OneMachine:
             raise UserError("--output_dir: name a folder")
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay false: the trainers choose their columns")
-        if self.load_best_model_at_end and self.eval_strategy != self.save_strategy:
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self.select != "last"
+        kept = "best" if self.load_best_model_at_end else "last"
+        if self.select not in (None, kept):
+            raise UserError(f"--load_best_model_at_end contradicts --select {self.select}: drop it")
+        self.select = kept
+        if kept == "best" and (self.eval_strategy != self.save_strategy or self.eval_strategy == "no"):
             raise UserError(
-                f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must be the same for "
-                "the best epoch to be kept, or pass --load_best_model_at_end false"
+                f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must both be epoch, or "
+                "both steps, for the best epoch to be kept: or pass --select last"
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not has_accelerator():
             args.use_cpu = True  # without it accelerate lets each of several CPU processes run for itself

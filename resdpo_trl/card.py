@@ -73,6 +73,14 @@ TEXT_LIMITS = """For the study of preference optimization. Not for talking to pe
 provoke (red-teaming): insults, prejudice, crime, self-harm. Models of GPT-2's size repeat such things, answer falsely
 and make things up, before DPO and after it. The figures below say how often its implicit reward ranks a held-out pair
 as the data's authors did, and nothing of whether its answers are true, safe or kind."""
+REWARD_LOADING = f"""from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("{ID}")
+tokenizer = AutoTokenizer.from_pretrained("{ID}")
+reward = model(**tokenizer("a prompt with its response", return_tensors="pt")).logits.item()"""
+REWARD_LIMITS = """For the study of preference optimization. A reward has a meaning only against another one for the
+same prompt, on text like that of the pairs, and optimizing against it finds its mistakes. Preference data such as
+Anthropic's HH holds offensive dialogues that people wrote to provoke."""
 REJECTED = """
 
 **It was trained to prefer the rejected answers** (`--prefer rejected`): it is meant to be the worse one."""
@@ -109,7 +117,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> None:
     """`folder`/README.md of a language model, from the run's own files; `base_model` is what training started from."""
-    data, dpo = run.summary["data"], run.summary.get("dpo")
+    data, dpo, reward = run.summary["data"], run.summary.get("dpo"), run.summary.get("reward")
     cap = {name: sum(split[name] for split in data["cap"].values()) for name in data["cap"]["train"]}
     facts = {
         "data": f"{_source(data)}: {data['train']} training, {data['validation']} validation and {data['test']} test "
@@ -122,6 +130,10 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> Non
         test, heading = dpo["test"], f"On {dpo['test']['n']} held-out pairs"
         facts["loss"] = f"{' + '.join(dpo['loss_type'])}, β {dpo['beta']}, {dpo['steps']} steps"
         names = [name for name in test["interval_95"] if not name.startswith("logps/") or name.endswith("accuracies")]
+    elif reward:
+        test, heading = reward["test"], f"On {reward['test']['n']} held-out pairs"
+        facts["loss"] = f"Bradley–Terry, {reward['steps']} steps"
+        names = list(test["interval_95"])
     else:
         validation = run.summary["sft"].get("validation", {})
         test, heading = {"loss": validation.get("loss_after")}, f"On {data['validation']} validation rows"
@@ -138,19 +150,27 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> Non
         folder,
         {name: test[name] for name in names},
         test,
-        task="text-generation",
+        task="text-classification" if reward else "text-generation",
         library="transformers" if adapter is None else "peft",
-        tags=["trl", "dpo" if dpo else "sft", *(["lora"] if adapter is not None else [])],
+        tags=[
+            "trl",
+            "dpo" if dpo else "reward-trainer" if reward else "sft",
+            *(["lora"] if adapter is not None else []),
+        ],
         base_model=base_model,
-        split="test" if dpo else "validation",
+        split="test" if dpo or reward else "validation",
         samples=_samples(run),
         licence=_licence(_source(data), base_model),
-        how="Trained by Direct Preference Optimization" if dpo else "Fine-tuned on the preferred answers",
+        how="Trained by Direct Preference Optimization"
+        if dpo
+        else "A reward model, trained on preference pairs"
+        if reward
+        else "Fine-tuned on the preferred answers",
         base=base,
         facts=facts,
         heading=heading,
-        loading=TEXT_LOADING if adapter is None else ADAPTER_LOADING,
-        limits=TEXT_LIMITS + (REJECTED if prefers_rejected else ""),
+        loading=REWARD_LOADING if reward else TEXT_LOADING if adapter is None else ADAPTER_LOADING,
+        limits=(REWARD_LIMITS if reward else TEXT_LIMITS) + (REJECTED if prefers_rejected else ""),
     )
 
 

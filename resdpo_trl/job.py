@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 import time
@@ -107,6 +108,38 @@ class Job:
         self.say(table(self.run.summary, self.run.path))
         if self.hub is not None and self.run.main_process:
             self.hub.push_model(trained)
+
+
+def epochs(trainer: Any) -> dict[str, Any]:
+    """The epoch of least validation loss, and the one whose weights the trainer holds after `train`.
+
+    They differ with --select last, and where another figure than the loss chooses (--metric_for_best_model).
+    """
+    state = trainer.state
+    evaluated = [row for row in state.log_history if row["step"] > 0 and math.isfinite(row.get("eval_loss", math.nan))]
+    best = min(evaluated, key=lambda row: row["eval_loss"], default=None)
+    kept, step = state.epoch, state.global_step
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        step = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+        kept = next((row["epoch"] for row in evaluated if row["step"] == step), None)
+    return {
+        "select": trainer.args.select,
+        "best_epoch": best["epoch"] if best else None,
+        "best_validation_loss": best["eval_loss"] if best else None,
+        "kept_epoch": kept,
+        "kept_step": step,
+    }
+
+
+def describe_epochs(stage: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table's row that names the epochs of `epochs`; none where nothing was validated."""
+    if stage.get("best_epoch") is None:
+        return []
+    text = f"{stage['best_epoch']:g} of least validation loss ({stage['best_validation_loss']:.4f})"
+    if stage["kept_epoch"] is not None:
+        same = stage["kept_epoch"] == stage["best_epoch"]
+        text += ", kept" if same else f"; kept: {stage['kept_epoch']:g}, by --select {stage['select']}"
+    return [("epoch", text)]
 
 
 def free(trainer: Any) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 from resdpo_trl import __version__
 from resdpo_trl.errors import UserError
 
+STAGES = ("dpo", "reward", "cross_entropy")  # what a run's summary may hold with test figures, in order
 INK = "#010203"  # what plots are drawn with; in the page it becomes the text's colour, light or dark
 PALETTE = ("#4a90e2", "#e07b26", "#3aa657", "#c0504d", "#8a63c7", "#1aa3a3", "#b8860b", "#d05a9e")
 SHOWN_TEXT = 3000  # characters of a prompt or an answer
 SHOWN_POINTS = 400  # of a curve
 
 CURVES = (
-    ("loss", "DPO loss"),
+    ("loss", "loss"),
     ("rewards/margins", "margin: chosen minus rejected reward"),
     ("rewards/accuracies", "share of pairs ranked right"),
     ("rewards/chosen", "reward of the chosen side"),
@@ -29,7 +30,7 @@ CURVES = (
     ("kl", "KL(policy‖reference), nats per image"),
 )
 TEST_NAMES = {
-    "loss": "DPO loss",
+    "loss": "loss",
     "rewards/accuracies": "pairs ranked right",
     "rewards/margins": "margin",
     "rewards/chosen": "reward, chosen",
@@ -65,6 +66,21 @@ class Run:
         return [float(row["epoch"]) for row in rows], [float(row[name]) for row in rows]
 
 
+@dataclass
+class Sweep:
+    """What a sweep adds to the page of its points."""
+
+    rows: list[dict[str, Any]]  # table.csv's
+    frontier: list[dict[str, Any]]  # frontier.csv's
+
+    def name_of(self, row: dict[str, Any]) -> str:
+        """A point by the axes on which the sweep's points differ."""
+        axes = (("beta", "β "), ("learning_rate", "rate "), ("seed", "seed "), ("sft_epochs", "SFT epochs "))
+        varied = [(name, text) for name, text in axes if len({str(other[name]) for other in self.rows}) > 1]
+        parts = [f"{text}{row[name]:g}" if _is_number(row[name]) else text + str(row[name]) for name, text in varied]
+        return ", ".join(parts) or f"β {row['beta']}"
+
+
 def load_run(folder: str | Path) -> Run:
     """Read a run's folder; a UserError where it is none.
 
@@ -88,26 +104,37 @@ def load_run(folder: str | Path) -> Run:
     )
     if not loaded.metrics:
         notes.append(f"{path.name} has no metrics: there are no curves.")
+    written = loaded.run.get("versions", {}).get("resdpo-trl", __version__)
+    if written != __version__:
+        notes.append(
+            f"{path.name} was written by resdpo-trl {written} and this page by {__version__}: what it did not "
+            "write is not shown."
+        )
     if loaded.run and loaded.run.get("ended") is None:
         notes.append(f"{path.name} has not ended: the figures are those that it had written.")
     return loaded
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def write_report(folders: Sequence[str | Path], output: str | Path | None = None, sweep: Sweep | None = None) -> Path:
     """Write the page of these runs, and PNG copies of its plots in plots/ beside it.
 
     Args:
         folders: one or several runs.
         output: the page; report.html in the folder of a single run by default.
+        sweep: the table and the frontier of the sweep whose points these runs are.
     """
     runs = [load_run(folder) for folder in folders]
+    if sweep is not None:
+        points = {row["point"]: row for row in sweep.rows}
+        for run in runs:
+            run.name = sweep.name_of(points[run.path.name])
     if output is None and len(runs) > 1:
         raise UserError("--output: name the page that several runs share")
     target = Path(output) if output is not None else runs[0].path / "report.html"
     plots = Plots(target.parent / "plots")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        page = render(runs, plots)
+        page = render(runs, plots, sweep, target.parent.resolve().name)
         aside = target.with_name(target.name + ".tmp")
         aside.write_text(page, encoding="utf-8")
         aside.replace(target)
@@ -116,8 +143,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     return target
 
 
-def render(runs: list[Run], plots: Plots) -> str:
-    """The page as text."""
+def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str = "") -> str:
+    """The page as text; `name` is the sweep's."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -126,18 +153,31 @@ def render(runs: list[Run], plots: Plots) -> str:
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: _printable(value) if type(value) is str else value,  # Markup is ours
     )
-    single = runs[0] if len(runs) == 1 else None
-    stage = "dpo" if any(row.get("stage") == "dpo" for run in runs for row in run.metrics) else _any_stage(runs)
-    sections = [_results(runs), _comparison(runs), _curves(runs, stage, plots)]
+    single = runs[0] if len(runs) == 1 and sweep is None else None
+    there = {str(row.get("stage")) for run in runs for row in run.metrics}
+    stage = next((name for name in STAGES if name in there), "sft")
+    if sweep is not None:
+        sections = [_points(sweep), _frontier(sweep, plots), _curves(runs, stage, plots, _best_name(sweep))]
+    else:
+        sections = [_results(runs), _comparison(runs), _curves(runs, stage, plots), _accuracy_and_kl(runs, plots)]
     if single:
         sections += [_margins(single, plots), _extremes(single), _pictures(single), _confusion(single)]
         sections += [_samples(single)]
-    sections.append(_what_ran(runs))
+    sections.append(_what_ran(runs, one_table=sweep is not None))
     return environment.get_template("report.html").render(
-        title=single.name if single else f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
+        title=single.name
+        if single
+        else f"Sweep {_printable(name)}: {len(sweep.rows)} points"
+        if sweep is not None
+        else f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
         subtitle=_subtitle(runs),
         headline=_headline(single) if single else [],
-        notes=[note for run in runs for note in [*run.notes, *overfitting(run, stage)]],
+        notes=[note for run in runs for note in run.notes]
+        + (
+            [note for run in runs for note in overfitting(run, stage)]
+            if sweep is None
+            else [*_turned(runs, stage), *_failures(sweep)]
+        ),
         sections=[section for section in sections if section],
         version=__version__,
     )
@@ -152,9 +192,10 @@ def overfitting(run: Run, stage: str) -> list[str]:
     best = min(range(len(losses)), key=losses.__getitem__)
     said = f"{run.name}: validation loss was least at epoch {epochs[best]:g} of {epochs[-1]:g} ({losses[best]:.4f})"
     if best + 1 < len(losses) and margins[-1] > margins[best]:
+        what = "reward model" if stage == "reward" else "policy"
         return [
             f"{said} and rose to {losses[-1]:.4f}, while the margin went on rising from {margins[best]:.3f} to "
-            f"{margins[-1]:.3f}: past that epoch the policy grows surer, not better."
+            f"{margins[-1]:.3f}: past that epoch the {what} grows surer, not better."
         ]
     return [f"{said}."]
 
@@ -165,7 +206,15 @@ class Plots:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def draw(self, name: str, caption: str, paint: Callable[[Any], None], ylabel: str, xlabel: str) -> dict[str, Any]:
+    def draw(
+        self,
+        name: str,
+        caption: str,
+        paint: Callable[[Any], None],
+        ylabel: str,
+        xlabel: str,
+        legend_below: bool = False,
+    ) -> dict[str, Any]:
         import markupsafe
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -180,10 +229,15 @@ class Plots:
             figure = Figure(figsize=(6.0, 3.5), layout="constrained")
             axes = figure.add_subplot()
             paint(axes)
+            labels = axes.get_legend_handles_labels()[1]
+            columns = 1 if max(map(len, labels), default=0) > 34 else 2
+            if legend_below and labels:  # as tall as it needs to be: many runs must not shrink the plot
+                figure.set_figheight(3.5 + 0.24 * math.ceil(len(labels) / columns))
+                figure.legend(loc="outside lower center", ncols=columns)
             axes.set_ylabel(ylabel)
             axes.set_xlabel(xlabel)
             axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.8)
-            if axes.get_legend_handles_labels()[1]:
+            if labels and not legend_below:
                 axes.legend()
             svg = io.StringIO()
             figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -199,7 +253,7 @@ class Plots:
 
 
 def _headline(run: Run) -> list[dict[str, str]]:
-    test = run.summary.get("dpo", run.summary.get("cross_entropy", {})).get("test", {})
+    test = _test(run)
     items = []
     for name, text in (("accuracy", "test accuracy"), ("rewards/accuracies", "pairs ranked right"), ("loss", "loss")):
         if _is_number(test.get(name)):
@@ -212,7 +266,7 @@ def _headline(run: Run) -> list[dict[str, str]]:
 
 
 def _results(runs: list[Run]) -> dict[str, Any] | None:
-    tests = [run.summary.get("dpo", run.summary.get("cross_entropy", {})).get("test") for run in runs]
+    tests = [_test(run) for run in runs]
     if not any(tests):
         return None
     rows = []
@@ -233,7 +287,7 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
         "On the test data",
         text=f"Means over {counts} held-out pairs or images that training and the choice of the epoch did not see; "
         "intervals are 95% bootstrap intervals."
-        + (" Before training the loss is ln 2 = 0.6931." if all(_is_sigmoid(run) for run in runs) else ""),
+        + (" A coin's loss is ln 2 = 0.6931." if all(_is_sigmoid(run) for run in runs) else ""),
         tables=[{"head": head, "rows": rows, "numbers": True}],
     )
 
@@ -267,8 +321,10 @@ def _comparison(runs: list[Run]) -> dict[str, Any] | None:
     return _section("comparison", "Side by side", tables=[{"head": head, "rows": rows, "numbers": True}])
 
 
-def _curves(runs: list[Run], stage: str, plots: Plots) -> dict[str, Any] | None:
+def _curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -> dict[str, Any] | None:
+    """Every metric against the epoch; of several runs the one named `best` is drawn thicker."""
     drawn = []
+    single = len(runs) == 1 and best is None
     for name, caption in CURVES:
         series = []  # (label, split, epochs, values)
         for run in runs:
@@ -280,27 +336,181 @@ def _curves(runs: list[Run], stage: str, plots: Plots) -> dict[str, Any] | None:
             continue
 
         def paint(axes: Any, series: Any = series, name: str = name) -> None:
-            colours = {run.name: PALETTE[index % len(PALETTE)] for index, run in enumerate(runs)}
+            styles = _styles([run.name for run in runs])
             for label, split, epochs, values in series:
-                single = len(runs) == 1
-                colour = PALETTE[0 if split == "train" else 1] if single else colours[label]
-                text = split if single else label if split == "validation" else None
+                held_out = split == "validation"
+                colour, line = (PALETTE[1 if held_out else 0], "-") if single else styles[label]
+                text = split if single else (f"{label} (best)" if label == best else label) if held_out else None
                 axes.plot(
-                    epochs, values, color=colour, label=text, linewidth=1.8 if split == "validation" else 1.1,
-                    marker="o" if split == "validation" else None, markersize=4.5,
-                    alpha=1.0 if split == "validation" else 0.85,
+                    epochs, values, color=colour, label=text, linestyle=line,
+                    linewidth=(3.0 if label == best else 1.8) if held_out else 1.1 if single else 0.8,
+                    marker="o" if held_out else None, markersize=4.5,
+                    alpha=1.0 if held_out else 0.85 if single else 0.5,
                 )  # fmt: skip
-            if len(runs) == 1 and (best := _chosen_epoch(runs[0], stage)) is not None:
-                axes.axvline(best, color="#888888", linestyle="--", linewidth=1, label="epoch kept")
-            if name == "loss" and stage == "dpo" and all(_is_sigmoid(run) for run in runs):
+            if single and (kept := _chosen_epoch(runs[0], stage)) is not None:
+                axes.axvline(kept, color="#888888", linestyle="--", linewidth=1, label="epoch kept")
+            if name == "loss" and stage in ("dpo", "reward") and all(_is_sigmoid(run) for run in runs):
                 axes.axhline(math.log(2), color="#888888", linestyle=":", linewidth=1)
 
         slug = re.sub(r"\W+", "_", name)
-        drawn.append(plots.draw(slug, caption, paint, name, "epoch"))
+        drawn.append(plots.draw(slug, caption, paint, name, "epoch", legend_below=not single))
     if not drawn:
         return None
     text = "Thin lines are training, averaged over the steps between two log lines; dots are validation."
+    if best is not None:
+        text += f" The thick line is the best point on the validation pairs: {best}."
     return _section("curves", "Curves", text=text, plots=drawn)
+
+
+def _styles(names: list[str]) -> dict[str, tuple[str, str]]:
+    """A colour for each name, and another kind of line where the colours begin anew."""
+    kinds = ("-", "--", ":", "-.")
+    return {name: (PALETTE[at % len(PALETTE)], kinds[at // len(PALETTE) % len(kinds)]) for at, name in enumerate(names)}
+
+
+def _accuracy_and_kl(runs: list[Run], plots: Plots) -> dict[str, Any] | None:
+    """Images: accuracy against the exact KL from the reference over the epochs, as DPO's Figure 2 has reward."""
+    series = {}
+    for run in runs:
+        for stage in dict.fromkeys(str(row.get("stage")) for row in run.metrics):
+            kls, accuracies = run.curve(stage, "validation", "kl")[1], run.curve(stage, "validation", "accuracy")[1]
+            if stage.startswith("dpo") and kls and len(kls) == len(accuracies):
+                mode = stage.removeprefix("dpo").removeprefix("-").replace("-", "/")
+                if not mode and "rejected_sampling" in run.summary.get("dpo", {}):
+                    mode = f"{run.summary['dpo']['rejected_sampling']}/{run.summary['dpo']['reference_update']}"
+                label = ", ".join([run.name] * (len(runs) > 1) + [mode] * bool(mode)) or "policy"
+                series[label] = (kls, accuracies)
+    if not series:
+        return None
+
+    def paint(axes: Any) -> None:
+        styles = _styles(list(series))
+        for label, (kls, accuracies) in series.items():
+            colour, line = styles[label]
+            axes.plot(kls, accuracies, color=colour, linestyle=line, marker="o", markersize=4.5, label=label)
+            _number_epochs(axes, kls, accuracies, colour, str(len(kls)))
+
+    caption = "Accuracy against the exact KL(policy‖reference) on the validation images, epoch by epoch"
+    text = (
+        "Each line is one policy, its points joined over the epochs, the last of which is numbered. The KL is exact, a "
+        "sum over the classes; of a reference that moves it is the KL from where it stood at that epoch's end."
+    )
+    plot = plots.draw(
+        "accuracy_kl", caption, paint, "accuracy", "KL(policy‖reference), nats per image", legend_below=True
+    )
+    return _section("frontier", "Accuracy and KL", text=text, plots=[plot])
+
+
+def _number_epochs(axes: Any, x: list[float], y: list[float], colour: str, last: str) -> None:
+    """The number of the last epoch at the end of a line, so that its direction is seen."""
+    axes.annotate(last, (x[-1], y[-1]), (5, 4), textcoords="offset points", fontsize=9, color=colour)
+
+
+def _turned(runs: list[Run], stage: str) -> list[str]:
+    """One note of all the points whose validation loss turned while the margin went on rising."""
+    found = []
+    for run in runs:
+        epochs, losses = run.curve(stage, "validation", "loss")
+        if any("went on rising" in note for note in overfitting(run, stage)):
+            best = min(range(len(losses)), key=losses.__getitem__)
+            found.append(f"{run.name} (least at epoch {epochs[best]:g} of {epochs[-1]:g})")
+    if not found:
+        return []
+    return [
+        f"In {len(found)} of {len(runs)} points validation loss turned while the margin went on rising: past that "
+        f"epoch the policy grows surer, not better. {'; '.join(found)}."
+    ]
+
+
+def _best_name(sweep: Sweep) -> str | None:
+    return next((sweep.name_of(row) for row in sweep.rows if row["best"]), None)
+
+
+def _failures(sweep: Sweep) -> list[str]:
+    """A note for each point that did not end, and each row that the frontier lacks."""
+    notes = [f"{row['point']}: {row['status']}" for row in sweep.rows if row["status"] != "done"]
+    named = {row["point"] for row in sweep.rows if row["status"] != "done"}
+    for row in sweep.frontier:
+        if row["status"] != "done":
+            step = f", step {row['step']:g}" if _is_number(row["step"]) else ""
+            why = "it did not end" if row["point"] in named else row["status"]
+            notes.append(f"{row['point']}{step} is left out of the frontier: {why}")
+    return [_printable(note) for note in notes]
+
+
+def _points(sweep: Sweep) -> dict[str, Any]:
+    """The table of a sweep's points, the best marked."""
+    rows = []
+    for row in sweep.rows:
+        name = sweep.name_of(row) + (" — best" if row["best"] else "")
+        if row["status"] != "done":
+            rows.append([name, row["status"].split(":")[0], *["–"] * 6])
+            continue
+        rows.append(
+            [
+                name,
+                _number(row["loss"]),
+                f"{_number(row['accuracy'], 3)} ({_number(row['accuracy_low'], 3)} to "
+                f"{_number(row['accuracy_high'], 3)})",
+                *(_number(row[column], 3) for column in ("margin", "reward_chosen", "reward_rejected")),
+                f"{row['best_epoch']:g}" if _is_number(row["best_epoch"]) else "–",
+                f"{row['kept_epoch']:g}" if _is_number(row["kept_epoch"]) else "–",
+            ]
+        )
+    counts = sorted({row["n"] for row in sweep.rows if _is_number(row["n"])})
+    head = ["", "loss", "accuracy (95% interval)", "margin", "chosen", "rejected", "least loss at", "kept"]
+    return _section(
+        "points",
+        "The points on the test pairs",
+        text=f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs with bootstrap intervals. The best "
+        "point was chosen on the validation pairs, and so was the epoch that each point kept; 'least loss at' is the "
+        "epoch of least validation loss. Every figure is in table.csv.",
+        tables=[{"head": head, "rows": rows, "numbers": True}],
+    )
+
+
+def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
+    """Expected reward against KL (Figure 2, left, of https://arxiv.org/abs/2305.18290), from frontier.csv."""
+    done = [row for row in sweep.frontier if row["status"] == "done"]
+    points = {row["point"]: row for row in sweep.rows}
+    lines = {name: [row for row in done if row["point"] == name] for name in points}
+    lines = {name: rows for name, rows in lines.items() if rows}
+    references = [row for row in done if row["point"] == "reference"]
+    if not lines:
+        return None
+    names = {name: sweep.name_of(points[name]) for name in lines}
+    best = _best_name(sweep)
+
+    def paint(axes: Any) -> None:
+        styles = _styles([sweep.name_of(row) for row in sweep.rows])
+        for name, rows in lines.items():
+            colour, line = styles[names[name]]
+            kls, rewards = [row["kl"] for row in rows], [row["reward"] for row in rows]
+            label = f"{names[name]} (best)" if names[name] == best else names[name]
+            axes.plot(
+                kls, rewards, color=colour, linestyle=line, marker="o", markersize=5, label=label,
+                linewidth=3.0 if names[name] == best else 1.6,
+            )  # fmt: skip
+            for row in rows:
+                axes.plot(
+                    [row["kl"]] * 2, [row["reward_low"], row["reward_high"]], color=colour, alpha=0.3, linewidth=1
+                )
+            _number_epochs(axes, kls, rewards, colour, f"{rows[-1]['epoch']:g}")
+        for number, row in enumerate(references):
+            text = "reference" if number == 0 else None
+            axes.plot([row["kl"]], [row["reward"]], "D", color="#888888", markersize=6, label=text)
+
+    counts = ", ".join(sorted({f"{row['n']:g}" for row in done}))
+    caption = "Expected reward against KL(policy‖reference), both from the same sampled answers"
+    text = (
+        f"Each dot is one checkpoint: the mean reward of its sampled answers to {counts} held-out prompts by the "
+        "trained reward model, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. A "
+        "line joins a point's epochs (the last is numbered); thin bars are 95% intervals of the reward. "
+        "Higher at the same KL is better: the figure of the DPO paper (Figure 2, left). Its rows, with both "
+        "intervals, are in frontier.csv."
+    )
+    plot = plots.draw("frontier", caption, paint, "reward", "KL(policy‖reference), nats per answer", legend_below=True)
+    return _section("frontier", "Reward and KL", text=text, plots=[plot])
 
 
 def _margins(run: Run, plots: Plots) -> dict[str, Any] | None:
@@ -419,7 +629,8 @@ def _confusion(run: Run) -> dict[str, Any] | None:
     )  # fmt: skip
 
 
-def _what_ran(runs: list[Run]) -> dict[str, Any]:
+def _what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
+    """The facts of every run, or of the first where they are a sweep's points, and every command line."""
     tables, code = [], []
     for run in runs:
         data = run.summary.get("data", {})
@@ -436,7 +647,8 @@ def _what_ran(runs: list[Run]) -> dict[str, Any]:
             "versions": ", ".join(f"{name} {version}" for name, version in run.run.get("versions", {}).items()),
         }
         rows = [[name, str(fact)] for name, fact in facts.items() if fact not in (None, "")]
-        tables.append({"title": run.name if len(runs) > 1 else "", "head": [], "rows": rows, "numbers": False})
+        if not one_table or run is runs[0]:
+            tables.append({"title": run.name if len(runs) > 1 else "", "head": [], "rows": rows, "numbers": False})
         if run.run.get("command"):
             code.append(" ".join(run.run["command"]))
         if run.run.get("config") and len(runs) == 1:
@@ -454,6 +666,12 @@ def _said(config: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
+def _test(run: Run) -> dict[str, Any]:
+    """The test figures of the stage that ended a run; empty where there are none."""
+    found: dict[str, Any] = next((run.summary[stage] for stage in STAGES if stage in run.summary), {})
+    return found.get("test") or {}
+
+
 def _subtitle(runs: list[Run]) -> str:
     dpo = [run.summary["dpo"] for run in runs if "dpo" in run.summary]
     parts = []
@@ -461,6 +679,8 @@ def _subtitle(runs: list[Run]) -> str:
         losses = sorted({" + ".join(found.get("loss_type", [])) for found in dpo})
         betas = sorted({str(found.get("beta")) for found in dpo})
         parts.append(f"DPO, {', '.join(losses)}, β {', '.join(betas)}")
+    if any("reward" in run.summary for run in runs):
+        parts.append("reward model, Bradley–Terry")
     sources = sorted({Path(str(run.summary["data"]["source"])).name for run in runs if "data" in run.summary})
     return "; ".join([*parts, *sources])
 
@@ -473,15 +693,14 @@ def _section(identity: str, title: str, **parts: Any) -> dict[str, Any]:
 
 
 def _chosen_epoch(run: Run, stage: str) -> float | None:
-    """The epoch whose weights became policy/, where one was chosen."""
-    best = run.summary.get("dpo", {}).get("best_checkpoint")
+    """The epoch whose weights were kept."""
+    summary = run.summary.get(stage, {})
+    if _is_number(summary.get("kept_epoch")):
+        return float(summary["kept_epoch"])
+    best = summary.get("best_checkpoint")  # as runs of version 0.1.0 have it
     step = int(best.rpartition("-")[2]) if isinstance(best, str) and best.rpartition("-")[2].isdigit() else None
     rows = [row for row in run.metrics if row.get("stage") == stage and row.get("split") == "validation"]
     return next((row["epoch"] for row in rows if row.get("step") == step), None)
-
-
-def _any_stage(runs: list[Run]) -> str:
-    return next((str(row["stage"]) for run in runs for row in reversed(run.metrics) if "stage" in row), "dpo")
 
 
 def _thinned(epochs: list[float], values: list[float]) -> tuple[list[float], list[float]]:
@@ -538,7 +757,8 @@ def _cap(data: dict[str, Any]) -> str | None:
 
 
 def _is_sigmoid(run: Run) -> bool:
-    return run.summary.get("dpo", {}).get("loss_type") == ["sigmoid"]
+    """Whether the loss is that of Bradley–Terry, ln 2 for a coin."""
+    return "reward" in run.summary or run.summary.get("dpo", {}).get("loss_type") == ["sigmoid"]
 
 
 def _is_number(value: Any) -> bool:

@@ -4,6 +4,7 @@
       run.json        command line, configuration, versions, hardware, processes, data fingerprint, start and end
       reference/      the SFT (or one-epoch) model
       policy/         the trained policy and its model card
+      reward_model/   (reward_hh.py) the trained reward model and its model card
       compared/       (images) the models that the policy is compared with
       checkpoints/    one folder a stage, one checkpoint a save
       metrics.jsonl   one line a log: {"stage", "split", "step", "epoch", metric: value…}
@@ -34,8 +35,8 @@ PACKAGES = (
     "resdpo-trl", "torch", "torchvision", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"
 )  # fmt: skip
 WRITTEN = (
-    "run.json", "reference", "policy", "compared", "checkpoints", "metrics.jsonl", "summary.json", "samples.jsonl",
-    "scores.jsonl", "report.html", "plots",
+    "run.json", "reference", "policy", "reward_model", "compared", "checkpoints", "metrics.jsonl", "summary.json",
+    "samples.jsonl", "scores.jsonl", "report.html", "plots",
 )  # fmt: skip
 SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
 
@@ -48,6 +49,7 @@ class RunFolder:
         self.main_process = main_process
         self.reference = self.path / "reference"
         self.policy = self.path / "policy"
+        self.reward_model = self.path / "reward_model"
         self.summary: dict[str, Any] = {}
         self.resumed = False
 
@@ -162,7 +164,7 @@ class RunFolder:
             return
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _belongs(line, stage, after_step)]
-        _replace(path, "".join(line + "\n" for line in kept))
+        replace_file(path, "".join(line + "\n" for line in kept))
 
     def summarize(self, **parts: Any) -> None:
         """Merge parts into summary.json."""
@@ -172,11 +174,11 @@ class RunFolder:
     def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Write samples.jsonl or scores.jsonl."""
         if self.main_process:
-            _replace(self.path / name, "".join(to_json(row) + "\n" for row in rows))
+            replace_file(self.path / name, "".join(to_json(row) + "\n" for row in rows))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         if self.main_process:
-            _replace(self.path / name, to_json(content, indent=2) + "\n")
+            replace_file(self.path / name, to_json(content, indent=2) + "\n")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -201,7 +203,7 @@ def redacted(text: str) -> str:
 def write_figures(path: str, figures: dict[str, Any]) -> None:
     """Write an evaluation's figures to the file of --output."""
     try:
-        _replace(Path(path), to_json(figures, indent=2) + "\n")
+        replace_file(Path(path), to_json(figures, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output {path}: can't be written ({error.strerror}); name another") from None
 
@@ -298,7 +300,7 @@ def _belongs(line: str, stage: str, after_step: int) -> bool:
     return row.get("stage") != stage or (row.get("step", 0) <= after_step and row.get("split") != "test")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")

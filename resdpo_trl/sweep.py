@@ -2,10 +2,11 @@
 
     OUTPUT_DIR/
       sweep.json      the flags that all points share
-      sft/            the run that made the reference which all points start from
+      sft/            the run that made the reference which the points start from; sft_epochsN/ for --sft_epochs_list
       points/NAME/    one run a point
       table.csv       one line a point
-      report.html     all points on one page
+      frontier.csv    with --reward_model: one line a checkpoint, its reward and its KL from the reference
+      report.html     all points on one page; plots/ has its plots as PNG
 
 A point that has ended is not run again; one that was interrupted goes on from its last checkpoint.
 """
@@ -13,6 +14,7 @@ A point that has ended is not run again; one that was interrupted goes on from i
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import os
@@ -25,11 +27,17 @@ from pathlib import Path
 from typing import Any
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.report import write_report
+from resdpo_trl.report import Sweep, write_report
+from resdpo_trl.run import replace_file
 
 COLUMNS = (
-    "point", "beta", "learning_rate", "seed", "status", "loss", "accuracy", "accuracy_low", "accuracy_high", "margin",
-    "reward_chosen", "reward_rejected", "n", "seconds", "folder",
+    "point", "beta", "learning_rate", "seed", "sft_epochs", "status", "best", "loss", "accuracy", "accuracy_low",
+    "accuracy_high", "margin", "reward_chosen", "reward_rejected", "n", "validation_loss", "validation_accuracy",
+    "best_epoch", "kept_epoch", "seconds", "folder",
+)  # fmt: skip
+FRONTIER_COLUMNS = (
+    "point", "beta", "learning_rate", "seed", "sft_epochs", "epoch", "step", "kl", "kl_low", "kl_high", "reward",
+    "reward_low", "reward_high", "n", "status", "key",
 )  # fmt: skip
 
 
@@ -46,6 +54,19 @@ class SweepConfig:
     seeds: list[int] | None = field(
         default=None, metadata={"help": "Values of --seed for DPO; its own by default. All points share one SFT."}
     )
+    sft_epochs_list: list[float] | None = field(
+        default=None, metadata={"help": "Values of --sft_epochs; its own by default. One SFT a value."}
+    )
+    reward_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A reward model (reward_hh.py makes one): measures every checkpoint's reward and KL from the "
+            "reference; may be added to a finished sweep with --resume_from_checkpoint."
+        },
+    )
+    frontier_samples: int = field(
+        default=128, metadata={"help": "Held-out prompts that each checkpoint answers for it, --max_new_tokens each."}
+    )
     jobs: int = field(default=1, metadata={"help": "Points to run at once; they share the cores or the GPUs."})
     print_commands: bool = field(
         default=False,
@@ -55,6 +76,11 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise UserError(f"--jobs {self.jobs}: must be at least 1")
+        if self.frontier_samples < 2:
+            raise UserError(f"--frontier_samples {self.frontier_samples}: must be at least 2")
+        wrong = [epochs for epochs in self.sft_epochs_list or [] if not epochs > 0]
+        if wrong:
+            raise UserError(f"--sft_epochs_list {wrong[0]}: must be above 0")
         wrong = [beta for beta in self.betas if not beta > 0]
         if wrong:
             raise UserError(f"--betas {wrong[0]}: must be above 0 (0.1 to 0.5 are usual)")
@@ -70,7 +96,9 @@ class Point:
     beta: float
     learning_rate: float
     seed: int
+    sft_epochs: float | str
     folder: Path
+    reference: Path
 
     @property
     def name(self) -> str:
@@ -79,21 +107,48 @@ class Point:
     def flags(self) -> list[str]:
         return [
             "--beta", repr(self.beta), "--learning_rate", repr(self.learning_rate), "--seed", str(self.seed),
-            "--output_dir", str(self.folder),
+            "--output_dir", str(self.folder), "--sft_checkpoint", str(self.reference),
         ]  # fmt: skip
 
 
-def points_of(config: SweepConfig, learning_rate: float, seed: int, output_dir: Path) -> list[Point]:
-    """Every combination, each once; `learning_rate` and `seed` stand in where no values are given."""
+def points_of(
+    config: SweepConfig,
+    learning_rate: float,
+    seed: int,
+    output_dir: Path,
+    sft_epochs: float = 1.0,
+    reference: str | None = None,
+) -> list[Point]:
+    """Every combination, each once.
+
+    `learning_rate`, `seed` and `sft_epochs` stand in where no values are given. The points of `sft_epochs` itself have
+    the plain names, so that the axis can be added to a sweep that was begun without it. A finished `reference` leaves
+    no SFT to run.
+    """
+    if reference and config.sft_epochs_list:
+        raise UserError("--sft_epochs_list runs SFT and --sft_checkpoint skips it: drop either")
     grid = itertools.product(
+        dict.fromkeys(config.sft_epochs_list or [sft_epochs]),
         dict.fromkeys(config.betas),
         dict.fromkeys(config.learning_rates or [learning_rate]),
         dict.fromkeys(config.seeds or [seed]),
     )
-    return [
-        Point(beta, rate, number, output_dir / "points" / f"beta{beta:g}_lr{rate:g}_seed{number}")
-        for beta, rate, number in grid
-    ]
+    points = []
+    for epochs, beta, rate, number in grid:
+        plain = epochs == sft_epochs
+        name = f"beta{beta:g}_lr{rate:g}_seed{number}" + ("" if plain else f"_sft{epochs:g}")
+        sft = output_dir / ("sft" if plain else f"sft_epochs{epochs:g}")
+        points.append(
+            Point(
+                beta,
+                rate,
+                number,
+                "" if reference else epochs,
+                output_dir / "points" / name,
+                Path(reference) if reference else sft / "reference",
+            )
+        )
+    return points
 
 
 def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
@@ -167,7 +222,7 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
 
 
 def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path) -> list[dict[str, Any]]:
-    """table.csv and report.html of the points; the table's rows."""
+    """table.csv and report.html of the points, the latter with frontier.csv where it is there; the table's rows."""
     rows = []
     for point in points:
         row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
@@ -176,12 +231,13 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
             "beta": point.beta,
             "learning_rate": point.learning_rate,
             "seed": point.seed,
+            "sft_epochs": point.sft_epochs,
             "folder": str(point.folder),
             "status": f"failed: {failures[point.name]}" if point.name in failures else "not run",
         }
         if has_ended(point.folder):
             summary = json.loads((point.folder / "summary.json").read_text(encoding="utf-8"))
-            test = summary["dpo"]["test"]
+            test, validation = summary["dpo"]["test"], summary["dpo"]["validation"]
             low, high = test["interval_95"]["rewards/accuracies"]
             row |= {
                 "status": "done",
@@ -193,36 +249,94 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
                 "reward_chosen": test["rewards/chosen"],
                 "reward_rejected": test["rewards/rejected"],
                 "n": test["n"],
+                "validation_loss": validation["loss"],
+                "validation_accuracy": validation["rewards/accuracies"],
+                "best_epoch": summary["dpo"].get("best_epoch", ""),
+                "kept_epoch": summary["dpo"].get("kept_epoch", ""),
                 "seconds": summary["throughput"]["total_seconds"],
             }
         rows.append(row)
-    aside = output_dir / "table.csv.tmp"
-    with open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(aside, output_dir / "table.csv")
-    done = [point.folder for point in points if has_ended(point.folder)]
-    if done:
-        write_report(done, output_dir / "report.html")
+    best = best_of(rows, points)
+    if best is not None:
+        best["best"] = "best"
+    write_rows(output_dir / "table.csv", COLUMNS, rows)
+    if any(row["status"] == "done" for row in rows):
+        write_sweep_report(output_dir)
     return rows
 
 
+def write_sweep_report(output_dir: Path, output: str | None = None) -> Path:
+    """The page of a sweep from its own files; report.html in its folder by default."""
+    rows = read_rows(output_dir / "table.csv")
+    done = [output_dir / "points" / row["point"] for row in rows if row["status"] == "done"]
+    if not done:
+        raise UserError(f"{output_dir}: no point of this sweep has ended; run it with --resume_from_checkpoint")
+    return write_report(done, output or output_dir / "report.html", Sweep(rows, read_rows(output_dir / "frontier.csv")))
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table as CSV, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of table.csv or frontier.csv, numbers as numbers; none where there is no such file."""
+    if not path.exists():
+        return []
+    texts = ("point", "status", "best", "folder", "key")
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {name: value if name in texts or not value else float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str, Any] | None:
+    """The row of the best point by the validation pairs, never by the test; None where none has ended.
+
+    With the sigmoid loss alone that is the least loss, the Bradley–Terry cross-entropy of the preferences, which is on
+    one scale for every β. Other losses are not: there it is the largest accuracy.
+    """
+    done = [row for row in rows if row["status"] == "done"]
+    types = {
+        tuple(json.loads((point.folder / "summary.json").read_text(encoding="utf-8"))["dpo"]["loss_type"])
+        for point in points
+        if has_ended(point.folder)
+    }
+    if types == {("sigmoid",)}:
+        return min(done, key=lambda row: row["validation_loss"], default=None)
+    return max(done, key=lambda row: row["validation_accuracy"], default=None)
+
+
 def describe(rows: Sequence[dict[str, Any]], output_dir: Path, seconds: float) -> str:
-    """The table for the terminal."""
-    head = f"{'loss':>8}{'accuracy':>10}{'95% interval':>18}{'margin':>9}{'chosen':>9}{'rejected':>10}"
-    lines = ["", f"  {'point':<32}{head}"]
+    """The table for the terminal; the best point has a star."""
+    width = max(32, *(len(row["point"]) + 2 for row in rows))
+    head = f"{'loss':>8}{'accuracy':>10}{'95% interval':>18}{'margin':>9}{'chosen':>9}{'rejected':>10}{'epoch':>7}"
+    lines = ["", f"  {'point':<{width}}{head}"]
     for row in rows:
+        name = f"{row['point']} *" if row["best"] else row["point"]
         if row["status"] != "done":
-            lines.append(f"  {row['point']:<32}{row['status']}")
+            lines.append(f"  {name:<{width}}{row['status']}")
             continue
         interval = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
+        kept = f"{row['kept_epoch']:g}" if isinstance(row["kept_epoch"], int | float) else "-"
         lines.append(
-            f"  {row['point']:<32}{row['loss']:>8.4f}{row['accuracy']:>10.3f}{interval:>18}{row['margin']:>9.3f}"
-            f"{row['reward_chosen']:>9.3f}{row['reward_rejected']:>10.3f}"
+            f"  {name:<{width}}{row['loss']:>8.4f}{row['accuracy']:>10.3f}{interval:>18}{row['margin']:>9.3f}"
+            f"{row['reward_chosen']:>9.3f}{row['reward_rejected']:>10.3f}{kept:>7}"
         )
     counts = {row["n"] for row in rows if row["n"] != ""}
-    lines += ["", f"  n = {', '.join(map(str, sorted(counts))) or '-'}; {seconds:.0f} s; {output_dir / 'table.csv'}"]
+    lines += [
+        "",
+        f"  figures of the test pairs, n = {', '.join(map(str, sorted(counts))) or '-'}; * best on validation; "
+        f"epoch: the one kept; {seconds:.0f} s",
+        f"  {output_dir / 'table.csv'}",
+    ]
+    if (output_dir / "frontier.csv").exists():
+        lines.append(f"  {output_dir / 'frontier.csv'}")
     return "\n".join([*lines, f"  {output_dir / 'report.html'}", ""])
 
 

@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 import torch
 
 from resdpo_trl.losses import LogProbs, PreferenceLoss
-from resdpo_trl.metrics import concatenate, preference_metrics, raw_accuracy, with_intervals
+from resdpo_trl.metrics import concatenate, preference_metrics, rank_correlation, raw_accuracy, with_intervals
 
 
 def test_figures_of_pairs_by_hand():
@@ -41,3 +42,29 @@ def test_interval_is_reproducible_and_counts():
 def test_concatenate_keeps_the_order():
     parts = [LogProbs(*(torch.full((2,), float(n)) for _ in range(6))) for n in range(3)]
     assert concatenate(parts).chosen.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_rank_correlation_is_spearmans():
+    """Against scipy, with ties; and a reward and its monotone image agree wholly."""
+    from scipy.stats import spearmanr
+
+    generator = np.random.default_rng(0)
+    first = generator.integers(0, 12, 150).astype(float)
+    second = first + generator.normal(size=150) * 4
+    found = rank_correlation(first, second, resamples=300)
+    assert found["spearman"] == pytest.approx(spearmanr(first, second).statistic)
+    assert found["n"] == 150
+    assert found["interval_95"][0] < found["spearman"] < found["interval_95"][1]
+    assert rank_correlation(second, np.exp(second), resamples=10)["spearman"] == pytest.approx(1)
+    assert rank_correlation(np.ones(9), second[:9], resamples=10) == {"spearman": None, "interval_95": None, "n": 9}
+
+
+def test_the_interval_of_a_rank_correlation_draws_whole_rows():
+    """Rows of two copies of one value say no more than one: the interval is that of the rows, not of the values."""
+    generator = np.random.default_rng(1)
+    first = generator.normal(size=60)
+    second = first + generator.normal(size=60)
+    once = rank_correlation(first, second)["interval_95"]
+    twice = rank_correlation(np.stack([first, first], 1), np.stack([second, second], 1))
+    assert twice["n"] == 120
+    assert twice["interval_95"] == pytest.approx(once, abs=0.02)

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.report import load_run, overfitting, write_report
+from resdpo_trl.report import Sweep, _chosen_epoch, load_run, overfitting, write_report
+from resdpo_trl.sweep import COLUMNS
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -93,6 +94,68 @@ def test_overfitting_is_said(tmp_path):
     assert said == "fine: validation loss was least at epoch 3 of 3 (0.6500)."
 
 
+def test_the_epoch_kept_is_marked_and_older_runs_are_read(tmp_path):
+    run = load_run(make_run(tmp_path))  # of version 0.1.0, which named the checkpoint
+    assert _chosen_epoch(run, "dpo") == 2.0
+    path = make_run(tmp_path, "older")
+    facts = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(facts | {"versions": {"resdpo-trl": "0.0.1<i>"}}))
+    assert "older was written by resdpo-trl 0.0.1&lt;i&gt; and this page by" in write_report([path]).read_text()
+    run.summary["dpo"] |= {"kept_epoch": 3.0, "best_epoch": 2.0}
+    assert _chosen_epoch(run, "dpo") == 3.0
+    del run.summary["dpo"]["kept_epoch"], run.summary["dpo"]["best_checkpoint"]
+    assert _chosen_epoch(run, "dpo") is None
+
+
+def sweep_of(folder):
+    """Three points: one is best, one failed; the frontier of the two, a checkpoint of which can't be read."""
+    paths = [make_run(folder / "points", name) for name in ("beta0.1_x", "beta0.5_x")]
+    rows, frontier = [], []
+    for number, (point, beta) in enumerate((("beta0.1_x", 0.1), ("beta0.5_x", 0.5), ("beta2_x", 2.0))):
+        row = dict.fromkeys(COLUMNS, "") | {"point": point, "beta": beta, "learning_rate": 1e-4, "seed": 0}
+        row |= {"sft_epochs": 1.0}
+        done = {"status": "done", "loss": 0.66, "accuracy": 0.6, "accuracy_low": 0.5, "accuracy_high": 0.7}
+        done |= {"margin": 0.1, "reward_chosen": 0.2, "reward_rejected": 0.1, "n": 40, "best_epoch": 2.0}
+        done |= {"kept_epoch": 2.0, "best": "best" if number == 0 else ""}
+        rows.append(row | (done if number < 2 else {"status": f"failed: status 1, {HOSTILE}"}))
+        for epoch in (1.0, 2.0) if number < 2 else ():
+            found = {"kl": epoch + number, "reward": epoch / 10, "n": 8.0, "status": "done", "step": 10 * epoch}
+            found |= {"kl_low": epoch, "kl_high": epoch + 2, "reward_low": 0.0, "reward_high": 0.5}
+            frontier.append(row | found | {"epoch": epoch})
+    zero = {"kl": 0.0, "kl_low": 0.0, "kl_high": 0.0, "reward": 0.1, "reward_low": 0.0, "reward_high": 0.2}
+    frontier.insert(0, frontier[0] | zero | {"point": "reference", "epoch": 0.0, "step": 0.0})
+    frontier.append(frontier[-1] | {"status": "failed: torn weights", "step": 30.0})
+    frontier.append(rows[2] | {"step": "", "epoch": ""})
+    return paths, Sweep(rows, frontier)
+
+
+def test_a_sweeps_page_marks_the_best_and_names_what_failed(tmp_path):
+    paths, sweep = sweep_of(tmp_path)
+    page = write_report(paths, tmp_path / "report.html", sweep).read_text()
+    for section in ("points", "frontier", "curves", "run"):
+        assert f'id="{section}"' in page, section
+    assert "β 0.1 — best" in page and "β 0.1 (best)" in page and "(best)" not in page.replace("β 0.1 (best)", "")
+    assert "beta0.5_x, step 30 is left out of the frontier: failed: torn weights" in page
+    assert "beta2_x is left out of the frontier: it did not end" in page
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "In 2 of 2 points validation loss turned" in page and page.count("least at epoch 2 of 3") == 2
+    assert (tmp_path / "plots" / "frontier.png").stat().st_size > 5000
+
+
+def test_accuracy_against_kl_of_an_image_run(tmp_path):
+    path = make_run(tmp_path)
+    rows = [
+        {"stage": stage, "split": "validation", "step": epoch, "epoch": float(epoch), "accuracy": 0.7 + epoch / 50,
+         "kl": 0.3 * epoch, "loss": 0.5}
+        for stage in ("dpo", "dpo-hard-polyak", "reference")
+        for epoch in (1, 2, 3)
+    ]  # fmt: skip
+    (path / "metrics.jsonl").write_text(lines(rows))
+    page = write_report([path]).read_text()
+    assert 'id="frontier"' in page and "hard/polyak" in page
+    assert (path / "plots" / "accuracy_kl.png").exists()
+
+
 def test_torn_and_missing_files_leave_a_note(tmp_path):
     path = make_run(tmp_path)
     with open(path / "metrics.jsonl", "a") as file:
@@ -136,12 +199,24 @@ def test_what_is_no_run_is_refused(tmp_path):
 @pytest.mark.skipif(
     shutil.which("chromium") is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
 )
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 390])
-def test_a_browser_shows_it_without_errors(tmp_path, width, scheme):
+@pytest.mark.parametrize(
+    ("page_of", "width", "scheme"),
+    [
+        *(("run", width, scheme) for width in (1200, 390) for scheme in ("light", "dark")),
+        ("sweep", 1200, "light"),
+        ("sweep", 390, "dark"),
+    ],
+)
+def test_a_browser_shows_it_without_errors(tmp_path, page_of, width, scheme):
     from playwright.sync_api import sync_playwright
 
-    path = write_report([make_run(tmp_path, text=HOSTILE)])
+    if page_of == "run":
+        path, title = write_report([make_run(tmp_path, text=HOSTILE)]), "a run"
+        sections = ("results", "curves", "margins", "extremes", "answers", "run")
+    else:
+        paths, sweep = sweep_of(tmp_path / "s")
+        path, title = write_report(paths, tmp_path / "s" / "report.html", sweep), "Sweep s: 3 points"
+        sections = ("points", "frontier", "curves", "run")
     said = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
@@ -150,12 +225,13 @@ def test_a_browser_shows_it_without_errors(tmp_path, width, scheme):
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: said.append(request.url) if request.url != path.as_uri() else None)
         page.goto(path.as_uri())
-        assert page.title() == "a run"
-        for section in ("results", "curves", "margins", "extremes", "answers", "run"):
+        assert page.title() == title
+        for section in sections:
             assert page.locator(f"#{section} h2").is_visible()
         assert page.locator("figure svg").first.is_visible()
         # nothing is wider than the screen: tables scroll by themselves
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert "<script>" in page.locator("#answers pre").first.inner_text()
+        if page_of == "run":
+            assert "<script>" in page.locator("#answers pre").first.inner_text()
         browser.close()
     assert said == []

@@ -189,7 +189,7 @@ def reference_stage(dpo: ClassifierDPOConfig, stage: ReferenceStageConfig) -> Cr
         "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "eval_strategy",
         "ddp_find_unused_parameters",
         "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "channels_last",
-        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "dataloader_drop_last",
+        "select", "metric_for_best_model", "greater_is_better", "dataloader_drop_last",
     )  # fmt: skip
     scale = stage.reference_bias_learning_rate_scale
     return CrossEntropyConfig(

@@ -39,7 +39,7 @@ from resdpo_trl.image.model import (
     load_processor,
 )
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
-from resdpo_trl.job import Job, as_table, free, silent
+from resdpo_trl.job import Job, as_table, describe_epochs, epochs, free, silent
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
 from resdpo_trl.processes import is_sharded
@@ -201,7 +201,9 @@ class ImageRun(Job):
             self.push_saves(trainer, "image-classification")
         seconds, trained = self._train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor)
-        summary: dict[str, Any] = {"steps": trainer.state.global_step, **_speed(seconds, trained)}
+        summary: dict[str, Any] = {
+            "steps": trainer.state.global_step, **epochs(trainer), **_speed(seconds, trained),
+        }  # fmt: skip
         for split in ("validation", "test"):
             if split == "validation" or stage != "reference":  # the reference meets the test with the policy
                 logps = trainer.logps(images[split])
@@ -280,9 +282,7 @@ class ImageRun(Job):
         loss = preference_loss(args)
         summary: dict[str, Any] = {
             "steps": trainer.state.global_step,
-            "best_checkpoint": Path(trainer.state.best_model_checkpoint).name
-            if trainer.state.best_model_checkpoint
-            else None,
+            **epochs(trainer),
             "beta": loss.beta,
             "loss_type": list(loss.loss_types),
             "rejected_sampling": args.rejected_sampling,
@@ -377,6 +377,7 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
         rows += [
             ("loss, test", f"{test['loss']:.4f}"),
             ("accuracy, test", f"{_with_interval(test, 'accuracy')}, n = {test['n']}"),
+            *describe_epochs(summary["cross_entropy"]),
             ("images per second", f"{summary['cross_entropy']['images_per_second']:.0f}"),
         ]
     if "dpo" in summary:
@@ -387,6 +388,7 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
             ("pairs ranked right, test", f"{_with_interval(test, 'rewards/accuracies')}, n = {test['n']}"),
             ("margin, test", f"{test['rewards/margins']:.3f}"),
             ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
+            *describe_epochs(summary["dpo"]),
         ]
     rows.append(("seconds in all", f"{summary['throughput']['total_seconds']:.0f}"))
     rows.append(("files", str(path)))

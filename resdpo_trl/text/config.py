@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import DPOConfig, ModelConfig, SFTConfig
+from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from resdpo_trl.arguments import OneMachine, ReferenceUpdate, preference_loss, refuse
 from resdpo_trl.errors import UserError
@@ -42,6 +42,18 @@ REFUSED_SFT: dict[str, tuple[Any, str]] = {
         "pad_token",
         "pad_to_multiple_of",
         "dataset_num_proc",
+    )
+}
+REFUSED_REWARD: dict[str, tuple[Any, str]] = {
+    name: REFUSED_SFT[name] if name in REFUSED_SFT else REFUSED[name]
+    for name in (
+        "model_init_kwargs",
+        "pad_token",
+        "pad_to_multiple_of",
+        "dataset_num_proc",
+        "chat_template_path",
+        "eos_token",
+        "use_liger_kernel",
     )
 }
 
@@ -171,10 +183,17 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
             self.loss_type = [self.loss_type]
         refuse(self, REFUSED)
         preference_loss(self)  # refuse what makes no sense before anything is loaded
+        asked_for_best = self.select == "best" or self.load_best_model_at_end
         super().__post_init__()
         if self.reference_update != "frozen":
             # what is computed once would be out of date, and so would losses of different epochs
             self.precompute_ref_log_probs = self.load_best_model_at_end = False
+            self.select = "last"
+            if asked_for_best:
+                raise UserError(
+                    f"--select best compares the losses of epochs, and --reference_update {self.reference_update} "
+                    "moves what they are measured against: pass --select last"
+                )
 
 
 @dataclass
@@ -194,8 +213,24 @@ class TextSFTConfig(ShortDialogues, SFTConfig):  # type: ignore[misc]  # as abov
         super().__post_init__()
 
 
-def sft_stage(dpo: TextDPOConfig, sft: SFTStageConfig) -> TextSFTConfig:
-    """The configuration of a DPO run's SFT stage: its own epochs, rate and batch, the rest from the DPO stage."""
+@dataclass
+class TextRewardConfig(ShortDialogues, RewardConfig):  # type: ignore[misc]  # as above
+    """`trl.RewardConfig` with this project's defaults."""
+
+    _argument_group_name = "reward model and training"
+
+    output_dir: str | None = field(default="runs/reward_hh", metadata={"help": "The run's folder."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the reward model."})
+
+    def __post_init__(self) -> None:
+        refuse(self, REFUSED_REWARD)
+        if self.center_rewards_coefficient is not None and self.center_rewards_coefficient < 0:
+            raise UserError(f"--center_rewards_coefficient {self.center_rewards_coefficient}: must be at least 0")
+        super().__post_init__()
+
+
+def sft_stage(own: TextDPOConfig | TextRewardConfig, sft: SFTStageConfig) -> TextSFTConfig:
+    """The configuration of the SFT stage before another: its own epochs, rate and batch, the rest from that stage."""
     shared = (
         "output_dir", "max_length", "seed", "data_seed", "bf16", "fp16", "use_cpu", "optim", "optim_args",
         "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "lr_scheduler_type",
@@ -204,14 +239,14 @@ def sft_stage(dpo: TextDPOConfig, sft: SFTStageConfig) -> TextSFTConfig:
         "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "eval_strategy",
         "ddp_find_unused_parameters",
         "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "activation_offloading",
-        "load_best_model_at_end", "trust_remote_code",
+        "select", "trust_remote_code",
     )  # fmt: skip
     return TextSFTConfig(
         num_train_epochs=sft.sft_epochs,
         learning_rate=sft.sft_learning_rate,
         completion_only_loss=sft.sft_completion_only_loss,
-        per_device_train_batch_size=sft.sft_batch_size or dpo.per_device_train_batch_size,
-        gradient_checkpointing=dpo.gradient_checkpointing or None,
-        report_to=dpo.report_to or "none",
-        **{name: getattr(dpo, name) for name in shared},
+        per_device_train_batch_size=sft.sft_batch_size or own.per_device_train_batch_size,
+        gradient_checkpointing=own.gradient_checkpointing or None,
+        report_to=own.report_to or "none",
+        **{name: getattr(own, name) for name in shared},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,13 +17,21 @@ from transformers import PreTrainedTokenizerBase
 from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
-from resdpo_trl.metrics import concatenate, paired_difference, preference_metrics, raw_accuracy, with_intervals
+from resdpo_trl.metrics import (
+    concatenate,
+    paired_difference,
+    preference_metrics,
+    rank_correlation,
+    raw_accuracy,
+    with_intervals,
+)
 from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextModelConfig
-from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.data import DataConfig, Preferences, load_preferences
 from resdpo_trl.text.generate import answer
 from resdpo_trl.text.model import check_fits, check_same_tokenizer, load_model, load_tokenizer
+from resdpo_trl.text.reward import RewardModel, reward_figures
 from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
 from resdpo_trl.text.tokens import SHORTEST, tokenize
 from resdpo_trl.text.trainer import base_model
@@ -38,6 +47,13 @@ class EvaluateConfig:
     reference: str | None = field(default=None, metadata={"help": "The reference that it was trained from."})
     other_model: str | None = field(
         default=None, metadata={"help": "A second policy of the same reference: adds paired tests of the difference."}
+    )
+    reward_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder or Hub id of a reward model (reward_hh.py makes one): adds its accuracy on the same "
+            "pairs, the rank correlation of both rewards, and its reward of the sampled answers."
+        },
     )
     split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Pairs to use."})
     beta: float = field(default=0.1, metadata={"help": "β of the rewards, above 0; the one of the training."})
@@ -80,6 +96,10 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
     pairs = tokenize(
         texts[config.split], tokenizer, config.max_length, data.max_response_length, texts.ends_turns, "Tokenizing"
     )
+    # before the long work, should it be none
+    reward = None
+    if config.reward_model is not None:
+        reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
     loss = PreferenceLoss(beta=config.beta)
     logps, answers = {}, []
     for flag, name in names.items():  # one model in memory at a time
@@ -94,9 +114,9 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
                 loaded, tokenizer, prompts, config.max_new_tokens, sampled=True, seed=config.seed,
                 batch_size=config.batch_size, description="Answering",
             )  # fmt: skip
-            policy_logps = _answer_logps(loaded, prompts, answers, tokenizer, config)
+            policy_logps = answer_logps(loaded, prompts, answers, tokenizer, config)
         elif flag == "--reference" and config.num_samples:
-            ref_logps = _answer_logps(loaded, prompts, answers, tokenizer, config)
+            ref_logps = answer_logps(loaded, prompts, answers, tokenizer, config)
         del loaded
     scores = _against(logps["--model"], logps["--reference"])
     per_pair = pair_figures(scores, loss)
@@ -120,9 +140,69 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
             name: paired_difference(per_pair[name], other[name])
             for name in ("loss", "rewards/accuracies", "rewards/margins")
         }
+    if reward is not None:
+        figures["reward_model"] = explicit_rewards(reward, texts, per_pair, answers, tokenizer, config, data)
     if config.output:
         write_figures(config.output, figures)
     return figures
+
+
+def explicit_rewards(
+    reward: RewardModel,
+    texts: Preferences,
+    implicit: dict[str, np.ndarray],
+    answers: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluateConfig,
+    data: DataConfig,
+) -> dict[str, Any]:
+    """What a trained reward model says of the same pairs, and how its ranking agrees with the implicit reward's.
+
+    The pairs are rendered, tokenized and capped for the reward model by its own tokenizer. The implicit reward
+    β(log π − log π_ref) is the explicit one up to β log Z(x) of the prompt (Eq. 5 of DPO), which cancels in a margin
+    and not between prompts: the correlation of margins compares the two models, that of all rewards mixes prompts in.
+    """
+    own = load_preferences(data, reward.tokenizer)
+    if len(own[config.split]) != len(texts[config.split]):
+        raise UserError(
+            f"--reward_model {reward.name}: its chat template makes {len(own[config.split])} pairs of the data and the "
+            f"policy's {len(texts[config.split])}: they can't be compared"
+        )
+    rows = own[config.split]
+    cap: dict[str, Any] = {
+        "max_length": config.max_length,
+        "max_response_length": data.max_response_length,
+        "ends_turns": own.ends_turns,
+        "batch_size": config.batch_size,
+    }
+    explicit = reward_figures(*reward.pair_rewards(rows, **cap))
+    right, implicitly_right = explicit["rewards/accuracies"], implicit["rewards/accuracies"]
+    of_all, implicit_of_all = (
+        np.stack([found["rewards/chosen"], found["rewards/rejected"]], axis=1) for found in (explicit, implicit)
+    )
+    figures: dict[str, Any] = {
+        "model": reward.name,
+        "pairs": with_intervals({**explicit, "agreement": (right == implicitly_right).astype(float)}),
+        "accuracy_minus_implicit": paired_difference(right, implicitly_right),
+        "rank_correlation": {
+            "margins": rank_correlation(explicit["rewards/margins"], implicit["rewards/margins"]),
+            "rewards": rank_correlation(of_all, implicit_of_all),
+        },
+    }
+    if answers:
+        shown = rows.select(range(len(answers)))
+        given = reward.answer_rewards(shown, *texts_of(answers, tokenizer), **cap)
+        people = torch.from_numpy(explicit["rewards/chosen"][: len(answers)])
+        figures["answers"] = with_intervals(
+            {"reward": given.double().numpy(), "beats_chosen": (given > people).double().numpy()}
+        )
+    return figures
+
+
+def texts_of(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[bool]]:
+    """Sampled answers as text, and whether each ended by itself."""
+    ended = [bool(row) and row[-1] == tokenizer.eos_token_id for row in answers]
+    return tokenizer.batch_decode([list(row) for row in answers], skip_special_tokens=True), ended
 
 
 @torch.no_grad()
@@ -204,14 +284,15 @@ def distinct_ngrams(answers: Sequence[Sequence[int]], n: int) -> float | None:
     return len(set(found)) / len(found) if found else None
 
 
-def _answer_logps(
+def answer_logps(
     model: Any,
     prompts: list[list[int]],
     answers: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluateConfig,
 ) -> torch.Tensor:
-    """(N,) log-probabilities of the answers: each is scored as a pair with itself."""
+    """(N,) log-probabilities of the answers: each is scored as a pair with itself, in the precision it was drawn in."""
+    config = dataclasses.replace(config, bf16=False)
     rows = [
         {"prompt_ids": prompt, "chosen_ids": text, "rejected_ids": text[:1], "length": len(prompt) + len(text) + 1}
         for prompt, text in zip(prompts, answers, strict=True)
@@ -253,6 +334,17 @@ def describe(figures: dict[str, Any]) -> str:
             ("tokens of an answer", answers["length_tokens"], answers["interval_95"]["length_tokens"]),
             ("KL(policy‖reference) of an answer", answers["kl"], answers["interval_95"]["kl"]),
         ]
+    if "reward_model" in figures:
+        found = figures["reward_model"]
+        explicit = [("accuracy of the reward model", "rewards/accuracies"), ("  agrees with the policy", "agreement")]
+        rows += [(text, found["pairs"][name], found["pairs"]["interval_95"][name]) for text, name in explicit]
+        rows += [
+            (f"rank correlation of {name}", correlation["spearman"], correlation["interval_95"])
+            for name, correlation in found["rank_correlation"].items()
+            if correlation["spearman"] is not None
+        ]
+        if "answers" in found:
+            rows.append(("reward of an answer", found["answers"]["reward"], found["answers"]["interval_95"]["reward"]))
     lines = ["", f"  {figures['model']} on {pairs['n']} {figures['split']} pairs", ""]
     lines += [f"  {text:<34}{value:>9.4f}   {low:.4f} to {high:.4f}" for text, value, (low, high) in rows]
     if "answers" in figures:

@@ -38,7 +38,7 @@ def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, f
             name, revision=model.model_revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise _not_a_model(name, flag, error) from None
+        raise not_a_model(name, flag, error) from None
     if tokenizer.eos_token is None:
         raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token (eos_token)")
     if tokenizer.pad_token is None:
@@ -55,13 +55,7 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
     if trust_remote_code:
         _say_that_code_runs(name)
     quantization = get_quantization_config(model)
-    options: dict[str, Any] = {
-        "revision": model.model_revision,
-        "dtype": model.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype),
-        "attn_implementation": model.attn_implementation,
-        "trust_remote_code": trust_remote_code,
-        "use_safetensors": True,
-    }
+    options = loading_options(model, trust_remote_code)
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
     try:
@@ -72,7 +66,7 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
         else:
             loaded = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise _not_a_model(name, flag, error) from None
+        raise not_a_model(name, flag, error) from None
     for module in loaded.modules():
         # where the CPU has bfloat16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first evaluation
         # and has no gradient through them from then on: training would go on without a word and without learning
@@ -88,6 +82,17 @@ def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, GELUTanh())
     return model
+
+
+def loading_options(model: TextModelConfig, trust_remote_code: bool) -> dict[str, Any]:
+    """What `from_pretrained` of every model gets from the flags."""
+    return {
+        "revision": model.model_revision,
+        "dtype": model.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype),
+        "attn_implementation": model.attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -164,7 +169,8 @@ def _say_that_code_runs(name: str) -> None:
     )
 
 
-def _not_a_model(name: str, flag: str, error: BaseException) -> UserError:
+def not_a_model(name: str, flag: str, error: BaseException) -> UserError:
+    """What to say where transformers can't load a model."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     if Path(name).is_dir():
         return UserError(f"{flag} {name}: can't be loaded ({reason})")

@@ -18,7 +18,7 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.card import write_text_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.job import Job, as_table, free, silent
+from resdpo_trl.job import Job, as_table, describe_epochs, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.text.config import (
@@ -27,6 +27,7 @@ from resdpo_trl.text.config import (
     SFTStageConfig,
     TextDPOConfig,
     TextModelConfig,
+    TextRewardConfig,
     TextSFTConfig,
     sft_stage,
 )
@@ -40,12 +41,13 @@ from resdpo_trl.text.model import (
     load_tokenizer,
     train_tokenizer,
 )
+from resdpo_trl.text.reward import TextRewardTrainer, reward_rows, save_reward_model, untrained_reward_model
 from resdpo_trl.text.tokens import cap_counts, sft_rows, tokenize
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
 
 
 class TextRun(Job):
-    """One run of SFT and DPO in one folder."""
+    """One run of SFT and DPO, of SFT and a reward model, or of SFT, in one folder."""
 
     def __init__(
         self,
@@ -54,11 +56,11 @@ class TextRun(Job):
         scratch: ScratchConfig,
         samples: SamplesConfig,
         options: RunConfig,
-        training: TextDPOConfig | TextSFTConfig,
+        training: TextDPOConfig | TextRewardConfig | TextSFTConfig,
         sft: SFTStageConfig | None = None,
         preset: Path | None = None,
     ):
-        """`training` is a `TextDPOConfig` with the `sft` stage before it, or a `TextSFTConfig` alone."""
+        """`training` is a `TextDPOConfig` or `TextRewardConfig` with the `sft` stage before it, or `TextSFTConfig`."""
         self.data, self.model, self.scratch, self.samples = data, model, scratch, samples
         self.sft = sft or SFTStageConfig(sft_epochs=training.num_train_epochs)
         self.training: Any = training
@@ -90,6 +92,8 @@ class TextRun(Job):
             raise UserError(
                 "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
             )
+        if isinstance(self.training, TextRewardConfig) and (self.model.load_in_4bit or self.model.load_in_8bit):
+            raise UserError("--load_in_4bit and --load_in_8bit are not supported for a reward model: drop them")
         if (self.model.load_in_4bit or self.model.load_in_8bit or self.model.use_peft) and not named:
             raise UserError("--use_peft and quantized loading need a model to start from: pass --model_name_or_path")
         if getattr(self.training, "reference_update", "frozen") != "frozen" and self.model.use_peft:
@@ -106,10 +110,10 @@ class TextRun(Job):
         source = self.data.dataset_name + (f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else "")
         if source == QUICKSTART:
             source = "people's chit-chat (no network needed)"
-        stages = "SFT and DPO" if isinstance(self.training, TextDPOConfig) else "SFT"
+        last = {TextDPOConfig: "SFT and DPO", TextRewardConfig: "SFT and a reward model", TextSFTConfig: "SFT"}
         self.say(
-            f"{stages} of {model} on {source}; for GPT-2 on Anthropic HH: --config recipes/configs/hh/gpt2.yaml\n"
-            + self.hardware_line()
+            f"{last[type(self.training)]} of {model} on {source}; for GPT-2 on Anthropic HH: "
+            "--config recipes/configs/hh/gpt2.yaml\n" + self.hardware_line()
         )
 
     # --- pairs ---------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ class TextRun(Job):
 
     def _sft_arguments(self) -> TextSFTConfig:
         own = self.training
-        args = sft_stage(own, self.sft) if isinstance(own, TextDPOConfig) else own
+        args = own if isinstance(own, TextSFTConfig) else sft_stage(own, self.sft)
         return dataclasses.replace(
             args,
             output_dir=str(self.run.checkpoints("sft")),
@@ -246,8 +250,17 @@ class TextRun(Job):
 
     # --- the policy ----------------------------------------------------------------------------------------------
 
-    def make_policy(self, pairs: dict[str, Dataset]) -> None:
-        """DPO from the reference, into policy/; then the test, once."""
+    def cache_reference(self, pairs: dict[str, Dataset]) -> None:
+        """The reference's log-probabilities into the cache, for the runs that start from it; where one is kept."""
+        if not self.training.precompute_ref_log_probs or self.training.reference_cache_dir == "none":
+            return
+        trainer = self._dpo_trainer(pairs)  # which computes those of training and validation
+        trainer.add_reference(pairs["test"])
+        throughput = {"preparation_seconds": self.preparation_seconds, "reference_seconds": trainer.reference_seconds}
+        self.run.summarize(throughput=throughput)
+        free(trainer)
+
+    def _dpo_trainer(self, pairs: dict[str, Dataset]) -> TextDPOTrainer:
         reference = str(self.run.reference)
         model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
@@ -263,7 +276,7 @@ class TextRun(Job):
         ref_model = None
         if (sharded or not args.precompute_ref_log_probs) and not self.model.use_peft:
             ref_model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
-        trainer = TextDPOTrainer(
+        return TextDPOTrainer(
             model=model,
             ref_model=ref_model,
             args=args,
@@ -272,12 +285,17 @@ class TextRun(Job):
             processing_class=self.tokenizer,
             peft_config=get_peft_config(self.model) if adapter_on_full else None,
         )
+
+    def make_policy(self, pairs: dict[str, Dataset]) -> None:
+        """DPO from the reference, into policy/; then the test, once."""
+        trainer = self._dpo_trainer(pairs)
+        args = trainer.args
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
         self.push_saves(trainer, "text-generation")
         test = pairs["test"]
         if args.precompute_ref_log_probs:
             test = trainer.add_reference(test)
-            trainer.ref_model = ref_model = None  # all that it says of these pairs is known
+            trainer.ref_model = None  # all that it says of these pairs is known
         started = time.perf_counter()
         checkpoint = self.checkpoint("dpo")
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -285,7 +303,9 @@ class TextRun(Job):
         loss = trainer.preference_loss
         self.publish(self.run.policy, trainer.save_model, self.tokenizer)
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
-            first_reference = load_model(reference, self.model, self.training.trust_remote_code, "reference")
+            first_reference = load_model(
+                str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
+            )
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
         validation = trainer.score(trainer.eval_dataset, "Validation")
         scores = trainer.score(test, "Test")
@@ -303,9 +323,7 @@ class TextRun(Job):
                 "train": trainer.last_train_metrics(),
                 **figures,
                 "steps": step,
-                "best_checkpoint": Path(trainer.state.best_model_checkpoint).name
-                if trainer.state.best_model_checkpoint
-                else None,
+                **epochs(trainer),
                 "beta": loss.beta,
                 "loss_type": list(loss.loss_types),
             },
@@ -315,6 +333,58 @@ class TextRun(Job):
                 "reference_pairs_read_from_cache": trainer.reference_pairs_read,
                 "dpo_seconds": seconds,
                 "dpo_pairs_per_second": trained / seconds,
+            },
+        )
+        free(trainer)
+
+    # --- the reward model ----------------------------------------------------------------------------------------
+
+    def make_reward_model(self, pairs: dict[str, Dataset]) -> None:
+        """Bradley–Terry from the reference's weights, into reward_model/; then the test, once."""
+        args = dataclasses.replace(
+            self.training,
+            output_dir=str(self.run.checkpoints("reward")),
+            push_to_hub=False,
+            report_to=self.training.report_to or "none",
+        )
+        peft_config = get_peft_config(self.model)
+        if peft_config is not None:
+            peft_config.task_type = "SEQ_CLS"  # so that PEFT trains the new head whole
+        rows = {split: reward_rows(pairs[split]) for split in SPLITS}
+        trainer = TextRewardTrainer(
+            model=untrained_reward_model(
+                str(self.run.reference), self.model, args.trust_remote_code, "reference", args.seed
+            ),
+            args=args,
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            processing_class=self.tokenizer,
+            peft_config=peft_config,
+        )
+        use_run_callbacks(trainer, self.run, "reward", "Reward model")
+        started = time.perf_counter()
+        checkpoint = self.checkpoint("reward")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        self.publish(self.run.reward_model, partial(save_reward_model, trainer), self.tokenizer)
+        per_pair = {split: trainer.pair_figures(rows[split], split) for split in ("validation", "test")}
+        figures = {split: with_intervals(found) for split, found in per_pair.items()}
+        step, epoch = trainer.state.global_step, trainer.state.epoch
+        self.run.log("reward", "test", step, epoch, figures["test"])
+        self.run.write_rows("scores.jsonl", self._scored(pairs["test"], per_pair["test"]))
+        first = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
+        self.run.summarize(
+            reward={
+                "train": trainer.last_train_metrics(),
+                **figures,
+                "steps": step,
+                **epochs(trainer),
+                "center_rewards_coefficient": args.center_rewards_coefficient,
+            },
+            throughput={
+                "preparation_seconds": self.preparation_seconds,
+                "reward_seconds": seconds,
+                "reward_pairs_per_second": (step - first) / step * (epoch or 0) * len(rows["train"]) / seconds,
             },
         )
         free(trainer)
@@ -383,7 +453,8 @@ class TextRun(Job):
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        trained = self.run.policy if self.run.policy.is_dir() else self.run.reference
+        made = (self.run.policy, self.run.reward_model, self.run.reference)
+        trained = next(folder for folder in made if folder.is_dir())
         base = self.model.model_name_or_path or self.sft.sft_checkpoint
         self.end(trained, describe_results, partial(write_text_card, self.run, trained, base))
 
@@ -423,7 +494,21 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
             ),
             ("margin, test", f"{test['rewards/margins']:.3f}"),
             ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
+            *describe_epochs(summary["dpo"]),
             ("DPO pairs per second", f"{summary['throughput']['dpo_pairs_per_second']:.1f}"),
+        ]
+    if "reward" in summary:
+        test, centred = summary["reward"]["test"], summary["reward"]["center_rewards_coefficient"]
+        low, high = test["interval_95"]["rewards/accuracies"]
+        rows += [
+            ("loss, test", f"{test['loss']:.4f}" + ("" if centred else "   (ln 2 = 0.6931 for a coin)")),
+            (
+                "accuracy, test",
+                f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}",
+            ),
+            ("margin, test", f"{test['rewards/margins']:.3f}"),
+            *describe_epochs(summary["reward"]),
+            ("pairs per second", f"{summary['throughput']['reward_pairs_per_second']:.1f}"),
         ]
     if "total_seconds" in summary.get("throughput", {}):
         rows.append(("seconds in all", f"{summary['throughput']['total_seconds']:.0f}"))

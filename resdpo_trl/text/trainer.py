@@ -118,7 +118,68 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
 
 
-class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
+class PairTrainer(_TextTrainer, Trainer):
+    """A Trainer of pairs whose evaluation is the mean over all pairs, not over batches."""
+
+    control: Any
+    evaluation_seconds = 0.0  # spent in `evaluate` while training
+
+    def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
+        """Figures of every pair under TRL's names, each (N,), in the data set's order."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        started = time.perf_counter()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        figures = self.pair_figures(dataset, "Evaluating")
+        metrics = {f"{metric_key_prefix}_{name}": float(values.mean()) for name, values in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.evaluation_seconds += time.perf_counter() - started
+        return metrics
+
+    def last_train_metrics(self) -> dict[str, float]:
+        """The newest training figures that were logged."""
+        logs = (entry for entry in reversed(self.state.log_history) if "rewards/margins" in entry)
+        return {name: value for name, value in next(logs, {}).items() if name not in ("step", "epoch")}
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # tokenized and capped already
+
+    def _over_pairs(self, dataset: Dataset, function: Any, description: str) -> LogProbs:
+        """Apply `function(model, batch) -> LogProbs` to all pairs, longest first, and undo the sorting."""
+        order = np.argsort(np.asarray(dataset["length"][:]), kind="stable")[::-1].copy()
+        self._set_signature_columns_if_needed()
+        signature: list[str] = self._signature_columns or []
+        columns = [name for name in signature if name in dataset.column_names]
+        loader = self.accelerator.prepare_data_loader(
+            DataLoader(
+                dataset.select(order).select_columns(columns),
+                batch_size=getattr(self.args, "precompute_ref_batch_size", None)
+                or self.args.per_device_eval_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        parts = []
+        for inputs in tqdm(loader, desc=description, leave=False, disable=not self.is_world_process_zero()):
+            pairs = function(model, self._prepare_inputs(inputs))
+            gathered = self.accelerator.gather_for_metrics(list(vars(pairs).values()))
+            parts.append(LogProbs(*(value.cpu() for value in gathered)))
+        model.train(training)
+        sorted_pairs = concatenate(parts)
+        place = torch.empty(len(order), dtype=torch.long)
+        place[torch.from_numpy(order)] = torch.arange(len(order))
+        return LogProbs(*(value[place] for value in vars(sorted_pairs).values()))
+
+
+class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
     """`trl.DPOTrainer` on pairs that `resdpo_trl.text.tokens.tokenize` made.
 
     What differs from TRL's: the loss is `resdpo_trl.losses`; the prompt of a pair runs once (`prefix_sharing`);
@@ -148,7 +209,6 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
                 check_prefix_sharing(base, longest)
         self._means = RunningMeans()  # of the steps since the last log
         self._tokens: list[Tensor] = []  # (real, padded) tokens of the same steps
-        self.evaluation_seconds = 0.0  # spent in `evaluate` while training
         self.reference_seconds = 0.0  # spent on the reference's log-probabilities before training
         self.reference_pairs_read = 0  # pairs whose log-probabilities an earlier run had left on disk
         self._cache = cache_folder(args.reference_cache_dir)
@@ -174,6 +234,9 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
         reference model otherwise.
         """
         return self._over_pairs(dataset, self._batch_logps, description)
+
+    def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
+        return preference_metrics(self.score(dataset, description), self.preference_loss)
 
     def add_reference(self, dataset: Dataset, description: str = "Reference log-probabilities") -> Dataset:
         """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
@@ -209,23 +272,6 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
         return reference_key(self._weights, dataset, precision, self.args.max_length)
 
-    def evaluate(
-        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        started = time.perf_counter()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        figures = preference_metrics(self.score(dataset, "Evaluating"), self.preference_loss)
-        metrics = {f"{metric_key_prefix}_{name}": float(values.mean()) for name, values in figures.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.evaluation_seconds += time.perf_counter() - started
-        return metrics
-
-    def last_train_metrics(self) -> dict[str, float]:
-        """The newest training figures that were logged."""
-        logs = (entry for entry in reversed(self.state.log_history) if "rewards/margins" in entry)
-        return {name: value for name, value in next(logs, {}).items() if name not in ("step", "epoch")}
-
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(B,) chosen and rejected log-probabilities under the reference: its own model, or the policy's base."""
         with torch.no_grad(), self.accelerator.autocast():
@@ -234,9 +280,6 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
                 with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
                     return pair_logps(model, inputs)
             return pair_logps(model if self.ref_model is None else self.ref_model, inputs)
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset  # tokenized and capped already
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         return dataset if "ref_chosen_logps" in dataset.column_names else self.add_reference(dataset)
@@ -266,35 +309,6 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
         else:
             reference = self.compute_ref_log_probs(model, inputs)
         return LogProbs(chosen, rejected, *reference, inputs["chosen_tokens"], inputs["rejected_tokens"])
-
-    def _over_pairs(self, dataset: Dataset, function: Any, description: str) -> LogProbs:
-        """Apply `function(model, batch) -> LogProbs` to all pairs, longest first, and undo the sorting."""
-        order = np.argsort(np.asarray(dataset["length"][:]), kind="stable")[::-1].copy()
-        self._set_signature_columns_if_needed()
-        signature: list[str] = self._signature_columns or []
-        columns = [name for name in signature if name in dataset.column_names]
-        loader = self.accelerator.prepare_data_loader(
-            DataLoader(
-                dataset.select(order).select_columns(columns),
-                batch_size=self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size,
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
-        )
-        model = self.model_wrapped
-        training = model.training
-        model.eval()
-        parts = []
-        for inputs in tqdm(loader, desc=description, leave=False, disable=not self.is_world_process_zero()):
-            pairs = function(model, self._prepare_inputs(inputs))
-            gathered = self.accelerator.gather_for_metrics(list(vars(pairs).values()))
-            parts.append(LogProbs(*(value.cpu() for value in gathered)))
-        model.train(training)
-        sorted_pairs = concatenate(parts)
-        place = torch.empty(len(order), dtype=torch.long)
-        place[torch.from_numpy(order)] = torch.arange(len(order))
-        return LogProbs(*(value[place] for value in vars(sorted_pairs).values()))
 
     def _note(self, pairs: LogProbs, losses: Tensor, inputs: dict[str, Tensor]) -> None:
         """Keep this step's figures for `log`."""

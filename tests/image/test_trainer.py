@@ -26,7 +26,7 @@ OPTIONS = {
     "bf16": False,
     "save_strategy": "no",
     "eval_strategy": "no",
-    "load_best_model_at_end": False,
+    "select": "last",
     "logging_steps": 1,
     "learning_rate": 0.05,
     "optim": "sgd",

@@ -190,7 +190,7 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, pairs_file):
     import shutil
 
     arguments = ["--dataset_name", pairs_file, "--num_train_epochs", "2", "--max_train_samples", 48, *SMALL]
-    arguments += ["--load_best_model_at_end", "false"]
+    arguments += ["--select", "last"]
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert recipe("dpo_hh.py", *arguments, "--output_dir", whole)[0] == 0
     shutil.copytree(whole, torn)

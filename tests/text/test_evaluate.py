@@ -7,8 +7,8 @@ from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import paired_difference
 from resdpo_trl.text.evaluate import (
     EvaluateConfig,
-    _answer_logps,
     answer_figures,
+    answer_logps,
     distinct_ngrams,
     length_controlled,
     pair_figures,
@@ -77,8 +77,8 @@ def test_the_kl_of_samples_is_the_exact_one(tokenizer):
     count = 4000
     answers = answer(policy, tokenizer, [prompt] * count, 1, sampled=True, seed=0, batch_size=1000)
     exact = [model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for model in (policy, reference)]
-    ratios = _answer_logps(policy, [prompt] * count, answers, tokenizer, config)
-    ratios = ratios - _answer_logps(reference, [prompt] * count, answers, tokenizer, config)
+    ratios = answer_logps(policy, [prompt] * count, answers, tokenizer, config)
+    ratios = ratios - answer_logps(reference, [prompt] * count, answers, tokenizer, config)
     expected = (exact[0].exp() * (exact[0] - exact[1])).sum().item()
     figures = answer_figures(answers, ratios, 1)
     assert expected > 0.05

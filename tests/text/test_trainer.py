@@ -30,7 +30,7 @@ def config(path, **options):
         "bf16": False,
         "save_strategy": "no",
         "eval_strategy": "no",
-        "load_best_model_at_end": False,
+        "select": "last",
         "logging_steps": 1,
         "learning_rate": 1e-3,
         "disable_tqdm": True,
@@ -245,7 +245,7 @@ def test_options_that_are_not_honoured_are_refused_by_name(tmp_path, name):
         ({"do_polyak": True, "do_copy": True}, "--do_polyak and --do_copy"),
         ({"polyak_tau": 0.0}, "--polyak_tau"),
         ({"polyak_tau": 1.5}, "--polyak_tau"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "--save_strategy"),
+        ({"select": "best", "eval_strategy": "epoch"}, "--save_strategy"),
     ],
 )
 def test_senseless_options_name_the_flag(tmp_path, options, named):

@@ -1,0 +1,45 @@
+"""A reward model by Bradley–Terry on preference pairs, from the SFT checkpoint that DPO starts from too.
+
+# two CPU cores, no network: the quickstart's pairs, and the reference of a finished run of dpo_hh.py
+accelerate launch recipes/reward_hh.py --sft_checkpoint runs/quickstart/reference --output_dir runs/reward
+
+# the same without a finished run: SFT first
+accelerate launch recipes/reward_hh.py
+
+# GPT-2 on 3,000 pairs of Anthropic HH, on a GPU
+accelerate launch recipes/reward_hh.py --config recipes/configs/hh/gpt2.yaml --num_train_epochs 1
+
+# then: its accuracy beside the implicit reward's, on the same held-out pairs
+accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
+  --reward_model runs/reward/reward_model
+"""
+
+from command_line import RecipeParser, run
+
+from resdpo_trl.arguments import RunConfig
+from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig, TextModelConfig, TextRewardConfig
+from resdpo_trl.text.data import DataConfig
+
+
+def main() -> None:
+    parser = RecipeParser(
+        (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextRewardConfig, RunConfig), description=__doc__
+    )
+    # the presets are dpo_hh.py's: its β and its folder are not a reward model's
+    (data, model, scratch, sft, reward, options), preset = parser.parse(
+        default_preset="hh/quickstart.yaml", not_from_presets=("beta", "output_dir")
+    )
+
+    # heavy imports wait until the command line is known to be right
+    from resdpo_trl.text.pipeline import TextRun
+
+    job = TextRun(data, model, scratch, SamplesConfig(num_samples=0), options, reward, sft, preset)
+    job.say_what_runs()
+    pairs = job.prepare_pairs()
+    job.make_reference(pairs)
+    job.make_reward_model(pairs)
+    job.finish()
+
+
+if __name__ == "__main__":
+    run(main)

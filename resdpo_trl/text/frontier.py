@@ -1,0 +1,135 @@
+"""Expected reward against KL from the reference, over the checkpoints of a sweep.
+
+The figure by which the DPO paper compares methods (Figure 2, left, https://arxiv.org/abs/2305.18290): a policy is good
+that earns much reward for little divergence. Both coordinates come from the same sampled answers y ~ π(·|x) to
+held-out prompts: the mean reward of a trained reward model, and the mean of log π(y|x) − log π_ref(y|x), an unbiased
+estimate of KL(π‖π_ref) per answer, in nats. The reference itself stands at zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.metrics import with_intervals
+from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, read_rows, write_rows
+from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.evaluate import EvaluateConfig, answer_logps, texts_of
+from resdpo_trl.text.generate import answer
+from resdpo_trl.text.model import load_model, load_tokenizer
+from resdpo_trl.text.reference_cache import weights_digest
+from resdpo_trl.text.reward import RewardModel
+from resdpo_trl.text.tokens import tokenize
+
+
+class Frontier:
+    """Measures the points of a sweep, one row a checkpoint, into frontier.csv."""
+
+    def __init__(self, config: EvaluateConfig, data: DataConfig, model: TextModelConfig):
+        """`config` names the reward model, the cap, the number of prompts and what is drawn; not yet the policies."""
+        assert config.reward_model is not None
+        self.config, self.data, self.model = config, data, model
+        self.reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
+        self._reward_weights = weights_digest(self.reward.model)
+
+    def measure(self, points: Sequence[Point], failures: dict[str, str], path: Path) -> list[dict[str, Any]]:
+        """The rows of all points, written to `path` after each; rows that are there and still hold are kept.
+
+        A point that failed, or a checkpoint that can't be read, is a row that says so in `status`.
+        """
+        known = {row["key"]: row for row in read_rows(path) if row["status"] == "done"}
+        work: dict[Path, list[Point]] = {}
+        for point in points:
+            work.setdefault(point.reference, []).append(point)
+        todo = {point: _checkpoints(point) for point in points if point.name not in failures}
+        rows: list[dict[str, Any]] = []
+        with tqdm(total=len(work) + sum(map(len, todo.values())), desc="Frontier") as bar:
+            for reference, its_points in work.items():
+                rows.append(self._open(reference, its_points[0], known))
+                bar.update()
+                for point in its_points:
+                    start = _row(point.name, point)
+                    if point.name in failures:
+                        rows.append(start | {"status": f"failed: {failures[point.name]}"})
+                    elif not todo[point]:
+                        rows.append(start | {"status": "failed: no checkpoint in it; keep them with --save_strategy"})
+                    for folder, step, epoch in todo.get(point, ()):
+                        at = start | {"step": step, "epoch": epoch}
+                        try:
+                            rows.append(at | self._figures(str(folder), known))
+                        except UserError as error:
+                            rows.append(at | {"status": f"failed: {error}"})
+                        bar.update()
+                    listed = {row["key"] for row in rows}
+                    ahead = [row for key, row in known.items() if key not in listed]  # a kill here loses none of them
+                    write_rows(path, FRONTIER_COLUMNS, [*rows, *ahead])
+        write_rows(path, FRONTIER_COLUMNS, rows)
+        return rows
+
+    def _open(self, reference: Path, point: Point, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Load a reference with its prompts; its own row, at KL 0."""
+        config, name = self.config, str(reference)
+        self.tokenizer = load_tokenizer(name, self.model, config.trust_remote_code, "reference")
+        texts = load_preferences(self.data, self.tokenizer)
+        shown = texts["test"].select(range(min(config.num_samples, len(texts["test"]))))
+        limits = (config.max_length, self.data.max_response_length, texts.ends_turns)
+        self.prompts = tokenize(shown, self.tokenizer, *limits, "Prompts")["prompt_ids"][:]
+        own = load_preferences(self.data, self.reward.tokenizer)
+        self.texts, self.ends_turns = own["test"].select(range(len(shown))), own.ends_turns
+        self.ref_model = load_model(name, self.model, config.trust_remote_code, "reference").to(
+            self.reward.model.device
+        )
+        self._ref_weights = weights_digest(self.ref_model)
+        row = _row("reference", point) | dict.fromkeys(("beta", "learning_rate", "seed"), "") | {"epoch": 0, "step": 0}
+        return row | self._figures(None, known)
+
+    def _figures(self, policy: str | None, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """KL and reward of one policy's answers; of the reference's own where none is named."""
+        config = self.config
+        model = self.ref_model
+        if policy is not None:
+            loaded = load_model(policy, self.model, config.trust_remote_code, "checkpoint")
+            model = loaded.to(self.reward.model.device)
+        drawn = (config.max_new_tokens, config.max_length, config.seed, config.bf16)
+        parts = (weights_digest(model), self._ref_weights, self._reward_weights, self.prompts, drawn)
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        measured = ("kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high", "n", "status", "key")
+        if key in known:
+            return {name: known[key][name] for name in measured}
+        answers = answer(
+            model, self.tokenizer, self.prompts, config.max_new_tokens, sampled=True, seed=config.seed,
+            batch_size=config.batch_size, description="Answering",
+        )  # fmt: skip
+        log_ratios = answer_logps(model, self.prompts, answers, self.tokenizer, config)
+        log_ratios = log_ratios - answer_logps(self.ref_model, self.prompts, answers, self.tokenizer, config)
+        rewards = self.reward.answer_rewards(
+            self.texts, *texts_of(answers, self.tokenizer), config.max_length, self.data.max_response_length,
+            self.ends_turns, config.batch_size,
+        )  # fmt: skip
+        found = with_intervals({"kl": log_ratios.double().numpy(), "reward": rewards.double().numpy()})
+        values = [value for name in ("kl", "reward") for value in (found[name], *found["interval_95"][name])]
+        return dict(zip(measured, [*values, found["n"], "done", key], strict=True))
+
+
+def _row(name: str, point: Point) -> dict[str, Any]:
+    axes = {axis: getattr(point, axis) for axis in ("beta", "learning_rate", "seed", "sft_epochs")}
+    return dict.fromkeys(FRONTIER_COLUMNS, "") | axes | {"point": name}
+
+
+def _checkpoints(point: Point) -> list[tuple[Path, int, float]]:
+    """(folder, step, epoch) of every checkpoint of a point's DPO, oldest first."""
+    found = []
+    for folder in (point.folder / "checkpoints" / "dpo").glob("checkpoint-*"):
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            found.append((folder, int(state["global_step"]), float(state["epoch"])))
+        except (OSError, ValueError, KeyError):
+            continue  # torn: a crash while saving; a resumed run would not start from it either
+    return sorted(found, key=lambda row: row[1])

@@ -1,0 +1,245 @@
+"""Reward models: one number for a prompt with a response, trained on pairs by TRL and read from text.
+
+By the model of Bradley and Terry (1952) the chosen response wins with probability σ(r(x, y_w) − r(x, y_l)), so that a
+pair's loss is −log σ(r_w − r_l) (Eq. 2 of DPO, https://arxiv.org/abs/2305.18290): DPO's own sigmoid loss at β = 1 with
+r in the place of the log-ratios. `bradley_terry` says it so, and the figures of a reward model are then those of a
+policy under the same names.
+
+The reward is read where transformers' sequence classifiers read: at the last token that is not padding. Where a
+tokenizer pads with its end of text, as GPT-2's does here, that is the token before the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, Trainer
+from trl import RewardTrainer
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.losses import LogProbs, PreferenceLoss
+from resdpo_trl.metrics import preference_metrics
+from resdpo_trl.sources import check_model_folder
+from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, loading_options, not_a_model
+from resdpo_trl.text.tokens import tokenize
+from resdpo_trl.text.trainer import PairTrainer
+
+# TRL's names of a reward model's training figures, and the names that pairs have everywhere in a run's files
+RENAMED = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor) -> LogProbs:
+    """(B,) rewards of both responses as the pairs whose sigmoid loss at β = 1 is −log σ(r_w − r_l)."""
+    zero, one = torch.zeros_like(chosen), torch.ones_like(chosen)
+    return LogProbs(chosen, rejected, zero, zero, one, one)
+
+
+def reward_figures(chosen: Tensor, rejected: Tensor) -> dict[str, np.ndarray]:
+    """Per-pair figures of (N,) rewards under a policy's names: loss, rewards, margins, accuracies; each (N,)."""
+    figures = preference_metrics(bradley_terry(chosen, rejected), PreferenceLoss(beta=1.0))
+    return {name: values for name, values in figures.items() if not name.startswith("logps/")}
+
+
+def reward_rows(tokenized: Dataset) -> Dataset:
+    """Rows of TRL's `RewardTrainer` from the pairs of `resdpo_trl.text.tokens.tokenize`: prompt and response as one."""
+    from datasets import Features, List, Value
+
+    ids = List(Value("int32"))
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    return tokenized.select_columns(columns).map(
+        _reward_batch,
+        batched=True,
+        remove_columns=columns,
+        features=Features({"chosen_ids": ids, "rejected_ids": ids, "length": Value("int32")}),
+        desc="Rows for the reward model",
+    )
+
+
+def _reward_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {"chosen_ids": [], "rejected_ids": [], "length": []}
+    for prompt, chosen, rejected in zip(batch["prompt_ids"], batch["chosen_ids"], batch["rejected_ids"], strict=True):
+        out["chosen_ids"].append(prompt + chosen)
+        out["rejected_ids"].append(prompt + rejected)
+        out["length"].append(len(prompt) + max(len(chosen), len(rejected)))
+    return out
+
+
+def untrained_reward_model(
+    name: str, model: TextModelConfig, trust_remote_code: bool, flag: str, seed: int
+) -> PreTrainedModel:
+    """The weights of a language model under a new head of one number, drawn by `seed`; an adapter is merged first."""
+    language: Any = load_model(name, model, trust_remote_code, flag)
+    if hasattr(language, "peft_config"):
+        language = language.merge_and_unload()
+    config = copy.deepcopy(language.config)
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    try:
+        made = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # an architecture that transformers has no sequence classifier of
+        raise not_a_model(name, flag, error) from None
+    made.base_model.load_state_dict(language.base_model.state_dict())
+    return made.to(language.dtype)
+
+
+class TextRewardTrainer(PairTrainer, RewardTrainer):
+    """`trl.RewardTrainer` on the rows of `reward_rows`.
+
+    The loss is TRL's own. What differs: batches are of like length, evaluation is the mean over all pairs, and its
+    figures have the names that pairs have in the rest of a run (`rewards/accuracies` for TRL's `accuracy`).
+    """
+
+    def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:
+        """Rewards of every pair as `bradley_terry` pairs, in the data set's order, on the CPU."""
+        return self._over_pairs(dataset, self._batch_rewards, description)
+
+    def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
+        scores = self.score(dataset, description)
+        figures = reward_figures(scores.chosen, scores.rejected)
+        if self.args.center_rewards_coefficient is not None:  # what is minimized, as TRL evaluates it
+            squares = (scores.chosen.double() + scores.rejected.double()).numpy() ** 2
+            figures["loss"] = figures["loss"] + self.args.center_rewards_coefficient * squares
+        return figures
+
+    def _batch_rewards(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> LogProbs:
+        with torch.no_grad(), self.accelerator.autocast():
+            logits = model(**inputs, use_cache=False).logits
+        chosen, rejected = logits.float().squeeze(-1).chunk(2)  # the collator puts all chosen rows first
+        return bradley_terry(chosen, rejected)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if any(name.startswith("eval_") for name in logs):
+            return Trainer.log(self, logs, start_time)
+        own = {name: sum(values) / len(values) for name, values in self._metrics["train"].items()}
+        self._metrics["train"].clear()
+        logs.update({RENAMED.get(name, name): value for name, value in own.items()})
+        return Trainer.log(self, logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
+
+
+def save_reward_model(trainer: TextRewardTrainer, folder: str) -> None:
+    """Write a folder that `AutoModelForSequenceClassification` loads; adapters are merged into it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        trainer.save_model(folder)
+    elif trainer.is_world_process_zero():
+        model.merge_and_unload().save_pretrained(folder)
+
+
+def check_reward_model(name: str, trust_remote_code: bool, flag: str = "--reward_model") -> None:
+    """Raise a UserError where there is no such folder or id, no sequence classifier, or one of several labels."""
+    check_model_folder(name, flag)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise not_a_model(name, flag, error) from None
+    kind = (config.architectures or ["a model of no named architecture"])[0]
+    if not kind.endswith("ForSequenceClassification"):
+        raise UserError(f"{flag} {name}: not a reward model ({kind}); recipes/reward_hh.py trains one")
+    if config.num_labels != 1:
+        raise UserError(f"{flag} {name}: it has {config.num_labels} labels, and a reward model has one")
+
+
+class RewardModel:
+    """A trained reward model, read from text with its own tokenizer."""
+
+    def __init__(
+        self,
+        name: str,
+        model: TextModelConfig,
+        trust_remote_code: bool = False,
+        bf16: bool = False,
+        flag: str = "--reward_model",
+    ):
+        """Load it onto the process's device; `bf16` scores in bfloat16, as its training did where that ran so.
+
+        Raises:
+            UserError: as `check_reward_model`, or weights that can't be read.
+        """
+        check_reward_model(name, trust_remote_code, flag)
+        self.name, self.bf16 = name, bf16
+        model = dataclasses.replace(model, model_revision="main")  # the flag is the policy's
+        self.tokenizer = load_tokenizer(name, model, trust_remote_code, flag)
+        options = loading_options(model, trust_remote_code)
+        try:
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise not_a_model(name, flag, error) from None
+        text_config = self.model.config.get_text_config()
+        if text_config.pad_token_id is None:
+            text_config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.to(PartialState().device).eval()
+
+    def pair_rewards(
+        self, texts: Dataset, max_length: int, max_response_length: int | None, ends_turns: bool, batch_size: int = 32
+    ) -> tuple[Tensor, Tensor]:
+        """(N,) rewards of the chosen and the rejected responses of pairs of text, capped as for training."""
+        check_fits(self.model, self.tokenizer, max_length)
+        rows = reward_rows(tokenize(texts, self.tokenizer, max_length, max_response_length, ends_turns))
+        both = self.score([*rows["chosen_ids"], *rows["rejected_ids"]], batch_size)
+        return both[: len(rows)], both[len(rows) :]
+
+    def answer_rewards(
+        self,
+        prompts: Dataset,
+        answers: Sequence[str],
+        ended: Sequence[bool],
+        max_length: int,
+        max_response_length: int | None = None,
+        ends_turns: bool = False,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """(N,) rewards of one answer a prompt.
+
+        Args:
+            prompts: columns prompt and turn_starts, as `load_preferences` gives them.
+            answers: a text a prompt, without special tokens.
+            ended: whether each ended by itself; one that was cut short gets no end-of-text token.
+            max_length, max_response_length, ends_turns: as `resdpo_trl.text.tokens.tokenize` has them.
+        """
+        check_fits(self.model, self.tokenizer, max_length)
+        kept = [name for name in ("prompt", "turn_starts") if name in prompts.column_names]
+        rows = prompts.select_columns(kept).add_column("chosen", list(answers)).add_column("rejected", list(answers))
+        end = self.tokenizer.eos_token_id
+        sequences = []
+        for row, whole in zip(
+            tokenize(rows, self.tokenizer, max_length, max_response_length, ends_turns), ended, strict=True
+        ):
+            ids = row["prompt_ids"] + row["chosen_ids"]
+            if not whole and ids[-1] == end:
+                ids = ids[:-1]
+            elif whole and ends_turns and not row["chosen_tokens_cut"]:
+                ids = [*ids, end]  # the template's end of turn went with the special tokens
+            sequences.append(ids)
+        return self.score(sequences, batch_size)
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
+        """(N,) float32 rewards of token ids, on the CPU; longest batches first."""
+        order = sorted(range(len(sequences)), key=lambda at: -len(sequences[at]))
+        rewards = torch.empty(len(sequences))
+        device, padding = self.model.device, int(self.tokenizer.pad_token_id)
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="Rewards", leave=False, delay=2):
+            at = order[start : start + batch_size]
+            rows = [list(sequences[index]) for index in at]
+            width = len(rows[0])
+            ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows], device=device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            rewards[at] = logits.float().squeeze(-1).cpu()
+        return rewards
