@@ -1,6 +1,6 @@
 """What the recipes share at the command line: fields as flags over a preset, clear refusals, exit statuses.
 
-0 done   2 something the user can mend   1 anything else   130 Ctrl-C
+0 done   2 something the user can mend   1 anything else   130 Ctrl-C   143 SIGTERM
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+GO_ON = "what was written stays: a run goes on with the same command and --resume_from_checkpoint"
 PRESETS = Path(__file__).resolve().parent / "configs"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no worker is forked from a process that tokenizes
@@ -22,7 +24,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from trl import TrlParser  # noqa: E402  (the environment first)
 
-from resdpo_trl.errors import UserError  # noqa: E402
+from resdpo_trl.errors import NothingToDo, UserError  # noqa: E402
+from resdpo_trl.files import disk_trouble  # noqa: E402
+from resdpo_trl.signals import Interrupted, stop_at_once  # noqa: E402
 
 
 class RecipeParser(TrlParser):
@@ -127,16 +131,33 @@ def _take_config(flags: list[str]) -> tuple[list[str], Path | None]:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a recipe's `main` and exit with the documented status."""
+    signal.signal(signal.SIGTERM, stop_at_once)
     try:
         main()
+    except NothingToDo as reason:
+        _say(str(reason))
     except UserError as error:
-        message = " ".join(str(error).split())
-        if os.environ.get("RANK", "0") == "0":  # every process stops; one says why
-            print(f"error: {_printable(message)}", file=sys.stderr)
+        _say(f"error: {error}")
         sys.exit(2)
+    except Interrupted as stopped:
+        _say(str(stopped) or GO_ON)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
+        _say(GO_ON)
         sys.exit(130)
+    except OSError as error:
+        reason = disk_trouble(error)
+        if reason is None:
+            raise
+        _say(f"error: {error.filename or 'a file'} can't be written or read ({reason}); {GO_ON}")
+        sys.exit(2)
     sys.exit(0)
+
+
+def _say(message: str) -> None:
+    """One line on stderr; every process stops, one says why."""
+    if os.environ.get("RANK", "0") == "0":
+        print(_printable(" ".join(message.split())), file=sys.stderr)
 
 
 def _printable(text: str) -> str:

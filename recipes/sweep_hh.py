@@ -72,10 +72,7 @@ def main() -> None:
         from resdpo_trl.text.pipeline import TextRun
 
         dpo.output_dir = str(output_dir / "sft")
-        if (output_dir / "sft" / "run.json").exists():
-            dpo.resume_from_checkpoint = "last"
-        elif dpo.resume_from_checkpoint is not None:
-            dpo.resume_from_checkpoint = None
+        dpo.resume_from_checkpoint = "last" if (output_dir / "sft").exists() else None
         job = TextRun(data, model, scratch, samples, options, dpo, sft, preset)
         job.say_what_runs()
         pairs = job.prepare_pairs()

@@ -61,3 +61,4 @@ def use_run_callbacks(trainer: Any, run: RunFolder, stage: str, description: str
     if not trainer.args.disable_tqdm:
         trainer.add_callback(BarCallback(description))
     trainer.add_callback(MetricsCallback(run, stage))
+    trainer.metrics_file = run.path / "metrics.jsonl"

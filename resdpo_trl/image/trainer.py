@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms.v2 import functional
-from transformers import Trainer, TrainerCallback, ViTImageProcessor
+from transformers import TrainerCallback, ViTImageProcessor
 
 from resdpo_trl.arguments import preference_loss
 from resdpo_trl.image.augment import Augmentation, AugmentConfig, hash_seed
@@ -26,6 +26,7 @@ from resdpo_trl.image.rejected import RejectedClasses
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import RunningMeans, classifier_metrics, classifier_pairs
 from resdpo_trl.reference import MovingReference
+from resdpo_trl.resume import Resumable
 
 
 class EpochSampler(Sampler[int]):
@@ -45,7 +46,7 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(Resumable):
     """Cross-entropy on images in memory.
 
     Args:
@@ -56,8 +57,6 @@ class ClassifierTrainer(Trainer):
         processor: its mean and standard deviation normalize the images.
         augment: augmentation of the training images.
     """
-
-    args: Any
 
     def __init__(
         self,
@@ -166,6 +165,13 @@ class ClassifierTrainer(Trainer):
         if not any(name.startswith("eval_") for name in logs):
             logs.update(self._means.take(self.accelerator.reduce))
         super().log(logs, start_time)
+
+    def log_state(self) -> dict[str, Any]:
+        return super().log_state() | {"means": self._means.state()}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        super().load_log_state(state)
+        self._means.load_state(state["means"], self.accelerator.device)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Weights of convolutions and linear layers decay; biases and norms do not."""

@@ -166,7 +166,7 @@ class TextRun(Job):
     def make_reference(self, pairs: dict[str, Dataset]) -> None:
         """SFT on the preferred responses, into reference/; or the model as given."""
         set_seed(self.training.seed)
-        if self.run.reference.is_dir():  # a resumed run that was past this
+        if self.past("sft", self.run.reference, self.run.summary.get("sft")):
             return
         if self.sft.sft_checkpoint or self.sft.sft_epochs == 0:
             name = self.sft.sft_checkpoint or self.model.model_name_or_path
@@ -203,7 +203,7 @@ class TextRun(Job):
         self.publish(self.run.reference, trainer.save_model, self.tokenizer)
         self.run.summarize(
             sft={
-                "train": {"loss": trainer.state.log_history[-1].get("train_loss")},
+                "train": {"loss": trainer.mean_training_loss},
                 "validation": {"loss_before": before, "loss_after": after, "n": len(rows["validation"])},
                 "steps": trainer.state.global_step,
                 "seconds": seconds,
@@ -241,6 +241,9 @@ class TextRun(Job):
 
     def make_policy(self, pairs: dict[str, Dataset]) -> None:
         """DPO from the reference, into policy/; then the test, once."""
+        if self.past("dpo", self.run.policy, self.run.summary.get("dpo")):
+            return
+        set_seed(self.training.seed)  # an adapter is drawn before the trainer sets it
         reference = str(self.run.reference)
         model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()

@@ -18,9 +18,11 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from resdpo_trl.arguments import preference_loss
+from resdpo_trl.callbacks import TIMINGS
 from resdpo_trl.losses import LogProbs
 from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
 from resdpo_trl.reference import MovingReference
+from resdpo_trl.resume import Resumable
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig
 from resdpo_trl.text.reference_cache import (
@@ -59,10 +61,9 @@ class LengthSampler(LengthGroupedSampler):
         return iter([row for batch in [*first, *shuffled, short] for row in batch])
 
 
-class _TextTrainer:
+class _TextTrainer(Resumable):
     """A Trainer whose `group_by_length` reads the data set's `length` column, and who knows tied weights."""
 
-    args: Any
     model: Any
     train_dataset: Any
 
@@ -70,12 +71,12 @@ class _TextTrainer:
         # a checkpoint holds a tied weight once; transformers warns as if it had been lost
         tied = getattr(base_model(self.model), "all_tied_weights_keys", {})
         if load_result.unexpected_keys or not set(load_result.missing_keys) <= set(tied):
-            super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+            super()._issue_warnings_after_load(load_result)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)  # type: ignore[misc]
+            return super()._get_train_sampler(dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthSampler(batch, dataset["length"][:], seed)
@@ -86,9 +87,6 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenized and capped already
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
 
 
 class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
@@ -195,7 +193,11 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
     def last_train_metrics(self) -> dict[str, float]:
         """The newest training figures that were logged."""
         logs = (entry for entry in reversed(self.state.log_history) if "rewards/margins" in entry)
-        return {name: value for name, value in next(logs, {}).items() if name not in ("step", "epoch")}
+        return {
+            name: value
+            for name, value in next(logs, {}).items()
+            if name not in ("step", "epoch") and not name.endswith(TIMINGS)
+        }
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(B,) chosen and rejected log-probabilities under the reference: its own model, or the policy's base."""
@@ -285,6 +287,15 @@ class TextDPOTrainer(_TextTrainer, MovingReference, DPOTrainer):
         # (R, T) real tokens: with sharing a real key is one that the last query or the row's rejected part sees
         real = (mask.any(dim=2) if mask.ndim == 4 else mask).sum()
         self._tokens.append(torch.stack([real, torch.tensor(inputs["input_ids"].numel(), device=real.device) - real]))
+
+    def log_state(self) -> dict[str, Any]:
+        tokens = [each.tolist() for each in self._tokens]
+        return super().log_state() | {"means": self._means.state(), "step_tokens": tokens}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        super().load_log_state(state)
+        self._means.load_state(state["means"], self.accelerator.device)
+        self._tokens = [torch.tensor(each, device=self.accelerator.device) for each in state["step_tokens"]]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._tokens and not any(name.startswith("eval_") for name in logs):
