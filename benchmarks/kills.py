@@ -1,6 +1,7 @@
 """Kills runs at random moments, resumes them, and counts those that end as if they had never been killed.
 
 python benchmarks/kills.py --kills 100
+python benchmarks/kills.py --kills 40 --signal TERM
 
 A moment is a random time or a random file operation within the run; a resumed run is killed again half of the time. A
 run has survived when its weights are the same bit for bit, its metrics, scores and answers line for line, and its
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="kills to try, over all kinds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--keep", type=Path, help="folder that keeps the runs that did not survive")
     given = parser.parse_args()
@@ -41,7 +44,8 @@ def main() -> None:
         row = {"kind": kind, "kills": 0, "survived": 0, "at_a_file_operation": 0, "runs": 0}
         while row["kills"] < wanted:
             run = folder / "killed"
-            found = survive(server, kind, data, whole, run, given.seed * 100_000 + number * 1000 + row["runs"], usual)
+            seed = given.seed * 100_000 + number * 1000 + row["runs"]
+            found = survive(server, kind, data, whole, run, seed, usual, signal.Signals["SIG" + given.signal])
             row["runs"] += 1
             row["kills"] += found["kills"]
             row["survived"] += 0 if found["wrong"] else found["kills"]
@@ -55,7 +59,7 @@ def main() -> None:
                     shutil.copy(run.with_suffix(".log"), target)
             shutil.rmtree(run, ignore_errors=True)
             run.with_suffix(".log").unlink(missing_ok=True)
-        row |= {"operations_of_a_run": usual["operations"], "seconds_of_a_run": round(usual["seconds"], 2)}
+        row |= {"operations_of_a_run": len(usual["operations"]), "seconds_of_a_run": round(usual["seconds"], 2)}
         print(json.dumps(row), flush=True)
         total = {name: total[name] + row[name] for name in total}
         shutil.rmtree(whole)

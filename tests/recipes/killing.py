@@ -8,6 +8,7 @@ moments between two renames are short, and hardly any random time meets them).
 import json
 import os
 import random
+import resource
 import runpy
 import signal
 import subprocess
@@ -71,12 +72,12 @@ class Server:
         )  # fmt: skip
 
     def run(self, recipe: str, arguments: list, log: Path, **how) -> dict:
-        """Run a recipe in a fork: {"status", "seconds", "operations"}.
+        """Run a recipe in a fork: {"status", "seconds", "operations": what it did to the files of its folder}.
 
         Keyword Args:
             kill_after: seconds until SIGKILL (`signal`: or another one).
-            kill_at: the number of the file operation in the run's folder at which the process kills itself.
-            setup: Python that the fork executes first.
+            kill_at: the number of the file operation before which the process sends it to itself.
+            longest_file: bytes that no file may pass, as on a disk that fills up.
         """
         request = {"recipe": recipe, "arguments": [str(word) for word in arguments], "log": str(log), **how}
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -88,10 +89,13 @@ class Server:
         self.process.wait()
 
 
-def survive(server: Server, kind: str, data: dict, whole: Path, folder: Path, seed: int, usual: dict) -> dict:
+def survive(
+    server: Server, kind: str, data: dict, whole: Path, folder: Path, seed: int, usual: dict, signum: int = 9
+) -> dict:
     """Kill a run once or twice and let it end: {"kills", "moments", "wrong"}; `wrong` lists what differs from `whole`.
 
-    `usual` is the server's answer about `whole`: its seconds and file operations.
+    `usual` is the server's answer about `whole`: its seconds and file operations. `signum` is SIGKILL, or a signal
+    after which the run says itself that it stopped.
     """
     generator = random.Random(seed)
     recipe, arguments = KINDS[kind]
@@ -103,10 +107,10 @@ def survive(server: Server, kind: str, data: dict, whole: Path, folder: Path, se
             if generator.random() < 0.5:
                 how = {"kill_after": generator.uniform(0, usual["seconds"])}
             else:
-                how = {"kill_at": generator.randrange(usual["operations"])}
+                how = {"kill_at": generator.randrange(len(usual["operations"]))}
         resume = ["--resume_from_checkpoint"] if attempt else []
-        answer = server.run(recipe, [*arguments, *resume], log, **how)
-        if answer["status"] == -signal.SIGKILL:
+        answer = server.run(recipe, [*arguments, *resume], log, signal=signum, **how)
+        if answer["status"] == (-signum if signum == signal.SIGKILL else 128 + signum):
             moments.append(how)
         elif answer["status"] == 0:
             break
@@ -170,10 +174,8 @@ def serve() -> None:
         if request.get("kill_after") is not None:
             time.sleep(request["kill_after"])
             os.kill(child, request.get("signal", signal.SIGKILL))  # it is there until it is waited for
-        operations = 0
-        with os.fdopen(counted, "rb") as file:
-            while block := file.read(65536):
-                operations += len(block)
+        with os.fdopen(counted) as file:
+            operations = file.read().splitlines()
         _, status = os.waitpid(child, 0)
         answer = {
             "status": os.waitstatus_to_exitcode(status),
@@ -183,8 +185,8 @@ def serve() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _recipe(request: dict, count: int) -> None:
-    """Run a recipe in this process, a fork, and leave by `os._exit`; each file operation is a byte in `count`."""
+def _recipe(request: dict, operations: int) -> None:
+    """Run a recipe in this process, a fork, and leave by `os._exit`; each file operation is a line in `operations`."""
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -195,18 +197,20 @@ def _recipe(request: dict, count: int) -> None:
 
     def watch(event: str, arguments: tuple) -> None:
         nonlocal done
-        if event in OPERATIONS and arguments and str(arguments[0]).startswith(folder):
+        if event in OPERATIONS and str(arguments[0]).startswith(folder):
             if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
                 return
             if done == request.get("kill_at"):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), request.get("signal", signal.SIGKILL))
             done += 1
-            os.write(count, b".")
+            os.write(operations, f"{event} {os.path.relpath(arguments[0], folder)}\n".encode())
 
     sys.addaudithook(watch)
     status = 1
     try:
-        exec(request.get("setup", ""))  # noqa: S102  (a test's own lines)
+        if "longest_file" in request:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails with EFBIG
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["longest_file"],) * 2)
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
