@@ -6,7 +6,6 @@ process that is killed at any moment leaves the old content or the new one, neve
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 
 ASIDE, OLD = ".tmp", ".old"  # endings of what is being written, and of what is being replaced
 MANIFEST = "checkpoint.json"  # the last file of a checkpoint: the sizes of the others
+_claims: dict[tuple[int, int], int] = {}  # (device, inode) of the folders that this process has locked -> descriptor
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 
 
@@ -162,11 +162,14 @@ def disk_trouble(error: BaseException) -> str | None:
 def lock(folder: Path) -> bool:
     """Claim a folder for this process until it ends; False where another one has it.
 
-    The kernel lets go of the claim when the process dies, however it dies.
+    The kernel lets go of the claim when the process dies, however it dies. A process may claim a folder twice.
     """
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
+        return True
+    identity = (folder.stat().st_dev, folder.stat().st_ino)
+    if identity in _claims:
         return True
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -177,8 +180,7 @@ def lock(folder: Path) -> bool:
     except OSError:
         os.close(descriptor)  # a file system without locks: nothing is claimed
         return True
-    # a forked worker would hold the claim after this process has died
-    os.register_at_fork(after_in_child=lambda: _close(descriptor))
+    _claims[identity] = descriptor
     return True
 
 
@@ -200,9 +202,14 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def _close(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(descriptor)
+def _let_go() -> None:
+    """In a forked worker, which would hold the claims after this process has died."""
+    while _claims:
+        os.close(_claims.popitem()[1])
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _has_its_length(path: Path) -> bool:

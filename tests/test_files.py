@@ -124,3 +124,4 @@ def test_one_process_writes_a_run(tmp_path):
     holder.wait()
     assert not is_locked(tmp_path)
     assert lock(tmp_path)
+    assert lock(tmp_path)
