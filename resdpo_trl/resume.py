@@ -142,7 +142,6 @@ class Resumable(Trainer):
                     output_dir=str(folder),
                     save_total_limit=self.args.save_total_limit,
                     best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
                 )
         self.accelerator.wait_for_everyone()
 
