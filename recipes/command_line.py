@@ -132,6 +132,8 @@ def _take_config(flags: list[str]) -> tuple[list[str], Path | None]:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a recipe's `main` and exit with the documented status."""
     signal.signal(signal.SIGTERM, stop_at_once)
+    if hasattr(os, "register_at_fork"):  # workers are ended by SIGTERM
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         main()
     except NothingToDo as reason:
@@ -145,11 +147,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         _say(GO_ON)
         sys.exit(130)
-    except OSError as error:
+    except Exception as error:
         reason = disk_trouble(error)
         if reason is None:
             raise
-        _say(f"error: {error.filename or 'a file'} can't be written or read ({reason}); {GO_ON}")
+        _say(f"error: {getattr(error, 'filename', None) or 'a file'} can't be written or read ({reason}); {GO_ON}")
         sys.exit(2)
     sys.exit(0)
 

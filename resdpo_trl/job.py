@@ -63,14 +63,18 @@ class Job:
         if reason is not None:
             raise UserError(f"--resume_from_checkpoint {asked}: {reason}")
 
+    def _asked(self, stage: str) -> Path | None:
+        """The checkpoint of a stage that --resume_from_checkpoint names, if it names one."""
+        asked = self.training.resume_from_checkpoint
+        return Path(asked) if asked != "last" and Path(asked).resolve().parent.name == stage else None
+
     def past(self, stage: str, folder: Path, figures: Any) -> bool:
         """Whether a resumed run has a stage's model and its figures already."""
         if not (self.resume and folder.is_dir() and figures):
             return False
-        if Path(self.training.resume_from_checkpoint).resolve().parent.name == stage:
+        if (asked := self._asked(stage)) is not None:
             raise UserError(
-                f"--resume_from_checkpoint {self.training.resume_from_checkpoint}: the stage {stage} has ended; leave "
-                "the path out to go on after it"
+                f"--resume_from_checkpoint {asked}: the stage {stage} has ended; leave the path out to go on after it"
             )
         return True
 
@@ -82,8 +86,7 @@ class Job:
         """
         if not self.resume:
             return None
-        asked = Path(self.training.resume_from_checkpoint)
-        found = asked if asked.resolve().parent.name == stage else self.run.last_checkpoint(stage)
+        found = self._asked(stage) or self.run.last_checkpoint(stage)
         PartialState().wait_for_everyone()  # every process has looked before the main one writes
         step, logged = -1, set()
         if found is not None:

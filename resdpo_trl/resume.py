@@ -64,16 +64,16 @@ class Resumable(Trainer):
             Interrupted: after SIGTERM or Ctrl-C, and a checkpoint.
             UserError: the loss or the weights are not finite, or a checkpoint can't be written.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_whole(Path(self.args.output_dir)) or "") or None
-        self._resumed_from = resume_from_checkpoint or None
-        if self._resumed_from:
+        if resume_from_checkpoint is True and (found := last_whole(Path(self.args.output_dir))):
+            resume_from_checkpoint = str(found)
+        if isinstance(resume_from_checkpoint, str):
+            self._resumed_from = resume_from_checkpoint
             state = json.loads((Path(self._resumed_from) / "trainer_state.json").read_text(encoding="utf-8"))
-            self._best_recorded = state["best_model_checkpoint"]
+            self._best_recorded = state.get("best_model_checkpoint")
         if self.args.world_size > 1 and self._cpu_group is None:
             self._cpu_group = torch.distributed.new_group(backend="gloo")
         with AfterTheStep() as self._signals:
-            result = super().train(self._resumed_from, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
         if signum := self._signal():  # it came after the last step
             raise Interrupted(signum)
         return result
@@ -123,6 +123,7 @@ class Resumable(Trainer):
             finally:
                 self._aside = None
             unfinished = aside / target.name
+            unfinished.mkdir(parents=True, exist_ok=True)  # another process than the main one may come first
             self.save_more(unfinished)
             (unfinished / f"log_state_{self.args.process_index}.json").write_text(json.dumps(self.log_state()))
             if self.state.best_model_checkpoint != best:  # this one; what was saved for a signal alone is not kept so
