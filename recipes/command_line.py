@@ -132,6 +132,7 @@ def _take_config(flags: list[str]) -> tuple[list[str], Path | None]:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a recipe's `main` and exit with the documented status."""
     signal.signal(signal.SIGTERM, stop_at_once)
+    _end_with_the_launcher()
     if hasattr(os, "register_at_fork"):  # workers are ended by SIGTERM
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
@@ -154,6 +155,14 @@ def run(main: Callable[[], None]) -> NoReturn:
         _say(f"error: {getattr(error, 'filename', None) or 'a file'} can't be written or read ({reason}); {GO_ON}")
         sys.exit(2)
     sys.exit(0)
+
+
+def _end_with_the_launcher() -> None:
+    """Get SIGTERM when `accelerate launch` dies: it passes none on, and would leave this process running (Linux)."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _say(message: str) -> None:
