@@ -254,11 +254,12 @@ class _Watch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         # on several processes accelerate's set_epoch does not reach the sampler of a loader that skips batches
-        sampler = getattr(train_dataloader, "batch_sampler", None)
+        sampler: Any = getattr(train_dataloader, "batch_sampler", None)
         while hasattr(sampler, "batch_sampler"):
             sampler = sampler.batch_sampler
-        if hasattr(getattr(sampler, "sampler", None), "set_epoch"):
-            sampler.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+        rows: Any = getattr(sampler, "sampler", None)
+        if hasattr(rows, "set_epoch"):
+            rows.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
