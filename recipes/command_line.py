@@ -1,6 +1,6 @@
 """What the recipes share at the command line: fields as flags over a preset, clear refusals, exit statuses.
 
-0 done   2 something the user can mend   1 anything else   130 Ctrl-C
+0 done   2 something the user can mend   1 anything else   130 Ctrl-C   143 SIGTERM
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GO_ON = "what was written stays: a run goes on with the same command and --resume_from_checkpoint"
 PRESETS = Path(__file__).resolve().parent / "configs"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no worker is forked from a process that tokenizes
@@ -24,7 +26,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from trl import TrlParser  # noqa: E402  (the environment first)
 
-from resdpo_trl.errors import UserError  # noqa: E402
+from resdpo_trl.errors import NothingToDo, UserError  # noqa: E402
+from resdpo_trl.files import disk_trouble  # noqa: E402
+from resdpo_trl.signals import Interrupted, stop_at_once  # noqa: E402
 
 
 class RecipeParser(TrlParser):
@@ -149,21 +153,47 @@ def on_one_process() -> None:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a recipe's `main` and exit with the documented status."""
     os.umask(os.umask(0o077) | 0o002)  # other users of the machine never write into a run
+    signal.signal(signal.SIGTERM, stop_at_once)
+    _end_with_the_launcher()
+    if hasattr(os, "register_at_fork"):  # workers are ended by SIGTERM
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         main()
+    except NothingToDo as reason:
+        _say(str(reason))
     except UserError as error:
-        message = " ".join(str(error).split())
-        if os.environ.get("RANK", "0") == "0":  # every process stops; one says why
-            print(f"error: {_printable(message)}", file=sys.stderr)
+        _say(f"error: {error}")
         sys.exit(2)
+    except Interrupted as stopped:
+        _say(str(stopped) or GO_ON)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
+        _say(GO_ON)
         sys.exit(130)
-    except Exception:
-        from resdpo_trl.run import redacted
+    except Exception as error:
+        reason = disk_trouble(error)
+        if reason is None:
+            from resdpo_trl.run import redacted
 
-        print(redacted(traceback.format_exc()), file=sys.stderr)  # a message may quote a request with its token
-        sys.exit(1)
+            print(redacted(traceback.format_exc()), file=sys.stderr)  # a message may quote a request with its token
+            sys.exit(1)
+        _say(f"error: {getattr(error, 'filename', None) or 'a file'} can't be written or read ({reason}); {GO_ON}")
+        sys.exit(2)
     sys.exit(0)
+
+
+def _end_with_the_launcher() -> None:
+    """Get SIGTERM when `accelerate launch` dies: it passes none on, and would leave this process running (Linux)."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _say(message: str) -> None:
+    """One line on stderr; every process stops, one says why."""
+    if os.environ.get("RANK", "0") == "0":
+        print(_printable(" ".join(message.split())), file=sys.stderr)
 
 
 def _printable(text: str) -> str:

@@ -90,7 +90,7 @@ def main() -> None:
             continue
         from resdpo_trl.text.pipeline import TextRun
 
-        resume = "last" if (folder / "run.json").exists() else None
+        resume = "last" if folder.exists() else None
         own_dpo = dataclasses.replace(dpo, output_dir=str(folder), resume_from_checkpoint=resume)
         own_sft = dataclasses.replace(sft, sft_epochs=point.sft_epochs)
         job = TextRun(data, model, scratch, samples, options, own_dpo, own_sft, preset)

@@ -56,6 +56,9 @@ class OneMachine:
         default=False, metadata={"help": "Must stay false: the trainers choose their columns."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two training lines of metrics.jsonl."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite from the log; it waits for every step."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     select: str | None = field(

@@ -91,3 +91,4 @@ def use_run_callbacks(trainer: Any, run: RunFolder, stage: str, description: str
         trainer.add_callback(BarCallback(description))
     trainer.add_callback(MetricsCallback(run, stage))
     trainer.add_callback(ParallelismCallback(trainer, run))
+    trainer.metrics_file = run.path / "metrics.jsonl"

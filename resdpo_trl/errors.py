@@ -1,4 +1,4 @@
-"""The one kind of error that a user can mend."""
+"""The one kind of error that a user can mend, and what is no error at all."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The recipes print it to stderr without a traceback and exit with status 2.
     """
+
+
+class NothingToDo(Exception):
+    """What was asked for is there already. The recipes print the message and exit with status 0."""

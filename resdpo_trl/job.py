@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from accelerate import PartialState
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import PushCallback
 from resdpo_trl.card import draft
-from resdpo_trl.errors import UserError
+from resdpo_trl.errors import NothingToDo, UserError
+from resdpo_trl.files import ASIDE, replace_folder, torn
 from resdpo_trl.hub import Hub
 from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
 from resdpo_trl.report import write_report
@@ -38,9 +39,14 @@ class Job:
         token, training.hub_token = training.hub_token, None
         self.hub = self._hub(token) if training.push_to_hub else None
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
+        if self.run.earlier.get("complete"):
+            raise NothingToDo(f"the run in {self.run.path} ended at {self.run.earlier['ended']}: nothing to resume")
+        self._check_asked()
         PartialState().wait_for_everyone()
         self.run.start({"preset": str(preset) if preset else None, **config}, training.seed)
         self.say = print if self.run.main_process else silent
+        if self.resume and not self.run.earlier:
+            self.say(f"{self.run.path} holds no run: nothing to resume, so this is its beginning")
 
     def _hub(self, token: str | None) -> Hub:
         args = self.training
@@ -64,37 +70,75 @@ class Job:
         line = f"{device}{threads}, {processes} process(es), {precision}; files go to {self.run.path}"
         return f"warning: {less}\n{line}" if less else line
 
+    def _check_asked(self) -> None:
+        """Raise a UserError where --resume_from_checkpoint names something that is no whole checkpoint of this run."""
+        asked = self.training.resume_from_checkpoint
+        if asked in (None, "last"):
+            return
+        found = Path(asked)
+        if found.resolve().parent.parent != (self.run.path / "checkpoints").resolve():
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: not a checkpoint of {self.run.path}; leave the path out, or name "
+                f"a folder in {self.run.path / 'checkpoints'}"
+            )
+        reason = torn(found) if found.is_dir() else "there is no such folder"
+        if reason is not None:
+            raise UserError(f"--resume_from_checkpoint {asked}: {reason}")
+
+    def _asked(self, stage: str) -> Path | None:
+        """The checkpoint of a stage that --resume_from_checkpoint names, if it names one."""
+        asked = self.training.resume_from_checkpoint
+        return Path(asked) if asked != "last" and Path(asked).resolve().parent.name == stage else None
+
+    def past(self, stage: str, folder: Path, figures: Any) -> bool:
+        """Whether a resumed run has a stage's model and its figures already."""
+        if not (self.resume and folder.is_dir() and figures):
+            return False
+        if (asked := self._asked(stage)) is not None:
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: the stage {stage} has ended; leave the path out to go on after it"
+            )
+        return True
+
     def checkpoint(self, stage: str) -> str | None:
-        """The checkpoint that a resumed stage starts from; the metrics written after it are dropped."""
+        """The checkpoint that a resumed stage starts from, or None.
+
+        The metrics written after it are dropped, and checkpoints past it are renamed: torn ones, and those past the
+        one that --resume_from_checkpoint names.
+        """
         if not self.resume:
             return None
-        asked = self.training.resume_from_checkpoint
-        if asked not in (None, "last") and Path(asked or "").resolve().parent.name == stage:
-            found: Path | None = Path(asked or "")
-            if not (Path(asked or "") / "trainer_state.json").is_file():
-                raise UserError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json)")
-        else:
-            found = self.run.last_checkpoint(stage)
-        step = int(found.name.removeprefix("checkpoint-")) if found else -1
-        self.run.forget_metrics(stage, step)
+        found = self._asked(stage) or self.run.last_checkpoint(stage)
+        PartialState().wait_for_everyone()  # every process has looked before the main one writes
+        step, logged = -1, set()
+        if found is not None:
+            state = json.loads((found / "trainer_state.json").read_text(encoding="utf-8"))
+            step = state["global_step"]
+            logged = {
+                "validation" if any(name.startswith("eval_") for name in row) else "train"
+                for row in state["log_history"]
+                if row["step"] == step
+            }
+        self.run.set_aside(stage, step)
+        self.run.forget_metrics(stage, step, logged)
+        PartialState().wait_for_everyone()
         return str(found) if found else None
 
     def publish(self, folder: Path, save: Callable[[str], Any], processor: Any) -> None:
         """Save a model and its tokenizer or image processor whole or not at all: aside, then renamed."""
-        aside = folder.with_name(folder.name + ".tmp")
+        aside = folder.with_name(folder.name + ASIDE)
         if self.run.main_process and aside.exists():
             shutil.rmtree(aside)
         PartialState().wait_for_everyone()
-        save(str(aside))
-        PartialState().wait_for_everyone()
-        if self.run.main_process:
-            processor.save_pretrained(str(aside))
-            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
-            if (aside / "ref").is_dir():
-                shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps beside the policy's
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(aside, folder)
+        with self.run.writing(str(folder.relative_to(self.run.path))):
+            save(str(aside))
+            PartialState().wait_for_everyone()
+            if self.run.main_process:
+                processor.save_pretrained(str(aside))
+                (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
+                if (aside / "ref").is_dir():
+                    shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps beside the policy's
+                replace_folder(aside, folder)
         PartialState().wait_for_everyone()
 
     def end(self, trained: Path, table: Callable[[dict[str, Any], Path], str], write_card: Callable[[], None]) -> None:
@@ -105,6 +149,7 @@ class Job:
         if self.run.main_process:
             write_report([self.run.path])
             write_card()
+        self.run.record(complete=True)  # from here on there is nothing to resume
         self.say(table(self.run.summary, self.run.path))
         if self.hub is not None and self.run.main_process:
             self.hub.push_model(trained)

@@ -210,6 +210,14 @@ class RunningMeans:
         self._sums.clear()
         return {name: value / total[-1] for name, value in zip(self._names, total, strict=False)}
 
+    def state(self) -> dict[str, Any]:
+        """The sums since the last `take`, as JSON."""
+        return {"names": self._names, "sums": [row.tolist() for row in self._sums]}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        self._names = state["names"]
+        self._sums = [torch.tensor(row, dtype=torch.float32, device=device) for row in state["sums"]]
+
 
 def concatenate(parts: list[LogProbs]) -> LogProbs:
     """One `LogProbs` of all the batches' pairs, in order, on the CPU."""

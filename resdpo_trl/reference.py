@@ -11,15 +11,15 @@ move one copy each, all alike.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from resdpo_trl.processes import share_buffers
+from resdpo_trl.resume import Resumable
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -36,10 +36,9 @@ def move_reference(reference: torch.nn.Module, policy: torch.nn.Module, tau: flo
             own.lerp_(other, tau)
 
 
-class MovingReference(Trainer):
+class MovingReference(Resumable):
     """A Trainer with a `ref_model` that moves as `args.reference_update` says and travels with the checkpoints."""
 
-    args: Any
     ref_model: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -52,16 +51,11 @@ class MovingReference(Trainer):
     def moves_reference(self) -> bool:
         return self.args.reference_update != "frozen"
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def save_more(self, checkpoint: Path) -> None:
+        super().save_more(checkpoint)
         if self.moves_reference and self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
             state = self.accelerator.unwrap_model(self.ref_model).state_dict()
-            aside = folder / f"{REFERENCE_FILE}.tmp"
-            save_file(_untied(state), aside)
-            os.replace(aside, folder / REFERENCE_FILE)
-        # past TRL's, which also drafts a model card: the run writes its own
-        Trainer._save_checkpoint(self, model, trial)
+            save_file(_untied(state), checkpoint / REFERENCE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -18,19 +18,26 @@ Only the main process writes. JSON is strict: a value that is not finite is writ
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Container, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from resdpo_trl.errors import UserError
+from safetensors import SafetensorError
 
+from resdpo_trl.errors import UserError
+from resdpo_trl.files import checkpoints_of, disk_trouble, last_whole, lock, step_of, tidy, torn, write_whole
+
+logger = logging.getLogger(__name__)
 PACKAGES = (
     "resdpo-trl", "torch", "torchvision", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"
 )  # fmt: skip
@@ -38,6 +45,13 @@ WRITTEN = (
     "run.json", "reference", "policy", "reward_model", "compared", "checkpoints", "metrics.jsonl", "summary.json",
     "samples.jsonl", "scores.jsonl", "report.html", "plots",
 )  # fmt: skip
+# what a resumed run may do otherwise than it began: where it reports, what it keeps, how it loads
+FREE = (
+    "preset", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "run_name", "project", "report_to",
+    "disable_tqdm", "log_level", "log_level_replica", "save_total_limit", "ddp_timeout", "use_cpu", "push_to_hub",
+    "reference_cache_dir", "enable_jit_checkpoint", "_n_gpu",
+)  # fmt: skip
+FREE_KINDS = ("hub_", "dataloader_", "logging_dir", "trackio_")
 SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
 
 
@@ -51,7 +65,7 @@ class RunFolder:
         self.policy = self.path / "policy"
         self.reward_model = self.path / "reward_model"
         self.summary: dict[str, Any] = {}
-        self.resumed = False
+        self.earlier: dict[str, Any] = {}  # run.json of the run that is resumed
 
     def open(self, overwrite: bool = False, resume: bool = False) -> None:
         """Make the folder ready to write, or say why not.
@@ -70,33 +84,69 @@ class RunFolder:
                 f"--output_dir {self.path} already holds a run ({held[0]}): continue it with "
                 "--resume_from_checkpoint, replace it with --overwrite_output_dir, or name another folder"
             )
+        if resume and (self.path / "summary.json").exists():
+            self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        if resume and (self.path / "run.json").exists():
+            self.earlier = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         _barrier()  # every process has looked before the main one writes
         if not self.main_process:
             return
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not lock(self.path):
+                raise UserError(f"--output_dir {self.path}: another process is writing this run; wait until it ends")
+            tidy(self.path, WRITTEN)
+            for folder in (self.path / "compared", *(self.path / "checkpoints").glob("*/")):
+                if folder.is_dir():
+                    tidy(folder)
             if overwrite:
                 for name in held:
                     target = self.path / name
-                    shutil.rmtree(target) if target.is_dir() else target.unlink()
-            self.path.mkdir(parents=True, exist_ok=True)
+                    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
             (self.path / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} can't be written ({error.strerror}): name another") from None
-        self.resumed = resume
-        if resume and (self.path / "summary.json").exists():
-            self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Say which file could not be written, and what is safe, where a disk is full or a folder read-only."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = disk_trouble(error)
+            if reason is None:
+                raise
+            found = [last_whole(folder) for folder in (self.path / "checkpoints").glob("*/")]
+            newest = max(filter(None, found), key=lambda path: path.stat().st_mtime, default=None)
+            raise UserError(
+                f"{self.path / what} can't be written ({reason}): make room or the folder writable, then pass "
+                f"--resume_from_checkpoint; "
+                + (f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet")
+            ) from error
 
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
 
     def last_checkpoint(self, stage: str) -> Path | None:
-        """The newest checkpoint of a stage, or None."""
-        found = [
-            folder
-            for folder in self.checkpoints(stage).glob("checkpoint-*")
-            if (folder / "trainer_state.json").is_file() and folder.name.removeprefix("checkpoint-").isdigit()
-        ]
-        return max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+        """The newest whole checkpoint of a stage, or None; newer ones that are not whole are said and passed over."""
+        for folder in checkpoints_of(self.checkpoints(stage)):
+            reason = torn(folder)
+            if reason is None:
+                return folder
+            logger.warning(f"{folder} is passed over: {reason}")
+        return None
+
+    def set_aside(self, stage: str, after_step: int) -> None:
+        """Rename the checkpoints of a stage past the one that a resumed training starts from, torn ones among them."""
+        folder = self.checkpoints(stage)
+        if not self.main_process or not folder.is_dir():
+            return
+        shutil.rmtree(folder / "unfinished", ignore_errors=True)
+        for checkpoint in checkpoints_of(folder):
+            if step_of(checkpoint) > after_step:
+                aside = checkpoint.with_name(f"passed-over-{checkpoint.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(checkpoint, aside)
 
     def start(self, config: dict[str, Any], seed: int, **facts: Any) -> None:
         """Write run.json: everything needed to tell what ran, without secrets."""
@@ -113,14 +163,32 @@ class RunFolder:
             **parallelism(),
             **facts,
         }
-        if self.main_process and self.resumed and (self.path / "run.json").exists():
-            earlier = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            self._run["resumed"] = [*earlier.get("resumed", []), self._run["started"]]
-            self._run["started"] = earlier.get("started")
+        if self.earlier:
+            self._check_config(self.earlier.get("config", {}), json.loads(to_json(self._run["config"])))
+            self._run["resumed"] = [*self.earlier.get("resumed", []), self._run["started"]]
+            self._run["started"] = self.earlier.get("started")
         self._write("run.json", self._run)
 
+    def _check_config(self, earlier: dict[str, Any], now: dict[str, Any], part: str = "") -> None:
+        """Raise a UserError where a resumed run is asked for something else than what it began as."""
+        for name in earlier.keys() & now.keys():
+            if isinstance(earlier[name], dict) and isinstance(now[name], dict):
+                self._check_config(earlier[name], now[name], name)
+            elif earlier[name] != now[name] and name not in FREE and not name.startswith(FREE_KINDS):
+                raise UserError(
+                    f"--{name} was {earlier[name]} when the run in {self.path} began and is {now[name]} now"
+                    + (f" ({part})" if part else "")
+                    + ": pass what it was, or start anew with --overwrite_output_dir or another --output_dir"
+                )
+
     def record(self, **facts: Any) -> None:
-        """Add facts to run.json."""
+        """Add facts to run.json; on resume the data must be those that the run began with."""
+        earlier = self.earlier.get("data_fingerprint")
+        if earlier is not None and facts.get("data_fingerprint", earlier) != earlier:
+            raise UserError(
+                f"the data have changed since the run in {self.path} began: bring them back, or start anew with "
+                "--overwrite_output_dir or another --output_dir"
+            )
         self._run.update(facts)
         self._write("run.json", self._run)
 
@@ -145,7 +213,7 @@ class RunFolder:
         """Append one line to metrics.jsonl."""
         if self.main_process:
             line = {"stage": stage, "split": split, "step": step, "epoch": epoch, **metrics}
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with self.writing("metrics.jsonl"), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(line) + "\n")
 
     def logged(self, stage: str, split: str, step: int) -> dict[str, Any] | None:
@@ -157,14 +225,17 @@ class RunFolder:
                 return row
         return None
 
-    def forget_metrics(self, stage: str, after_step: int) -> None:
-        """Drop a stage's lines past the step that a resumed training starts from: it will write them again."""
+    def forget_metrics(self, stage: str, after_step: int, at_step: Container[str] = ()) -> None:
+        """Drop a stage's lines past the step that a resumed training starts from: it will write them again.
+
+        `at_step` are the splits whose line of that very step came before the checkpoint.
+        """
         path = self.path / "metrics.jsonl"
         if not self.main_process or not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _belongs(line, stage, after_step)]
-        replace_file(path, "".join(line + "\n" for line in kept))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _belongs(line, stage, after_step, at_step)]
+        write_whole(path, "".join(line + "\n" for line in kept))
 
     def summarize(self, **parts: Any) -> None:
         """Merge parts into summary.json."""
@@ -174,11 +245,13 @@ class RunFolder:
     def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Write samples.jsonl or scores.jsonl."""
         if self.main_process:
-            replace_file(self.path / name, "".join(to_json(row) + "\n" for row in rows))
+            with self.writing(name):
+                write_whole(self.path / name, "".join(to_json(row) + "\n" for row in rows))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         if self.main_process:
-            replace_file(self.path / name, to_json(content, indent=2) + "\n")
+            with self.writing(name):
+                write_whole(self.path / name, to_json(content, indent=2) + "\n")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -203,7 +276,7 @@ def redacted(text: str) -> str:
 def write_figures(path: str, figures: dict[str, Any]) -> None:
     """Write an evaluation's figures to the file of --output."""
     try:
-        replace_file(Path(path), to_json(figures, indent=2) + "\n")
+        write_whole(Path(path), to_json(figures, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output {path}: can't be written ({error.strerror}); name another") from None
 
@@ -291,20 +364,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _belongs(line: str, stage: str, after_step: int) -> bool:
+def _belongs(line: str, stage: str, after_step: int, at_step: Container[str]) -> bool:
     try:
         row = json.loads(line)
     except json.JSONDecodeError:  # a line torn by a crash
         return False
-    # the test comes after training, at its last step
-    return row.get("stage") != stage or (row.get("step", 0) <= after_step and row.get("split") != "test")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    if row.get("stage") != stage:
+        return True
+    if row["split"] == "test":  # it comes after training
+        return False
+    return row["step"] < after_step or (row["step"] == after_step and row["split"] in at_step)
 
 
 def _now() -> str:

@@ -20,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.files import is_locked, write_whole
 from resdpo_trl.report import Sweep, write_report
-from resdpo_trl.run import replace_file
 
 COLUMNS = (
     "point", "beta", "learning_rate", "seed", "sft_epochs", "status", "best", "loss", "accuracy", "accuracy_low",
@@ -168,34 +169,36 @@ def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
             )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"flags": list(shared)}, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps({"flags": list(shared)}, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} can't be written ({error.strerror}): name another") from None
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether a run wrote its last line."""
+    """Whether a run has come to its end, with its report."""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("ended") is not None
+        return bool(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("complete"))
     except (FileNotFoundError, ValueError):
         return False
 
 
 def command_of(recipe: Path, point: Point, shared: Sequence[str]) -> list[str]:
     """The command line of a point; it goes on where it was interrupted."""
-    resume = ["--resume_from_checkpoint"] if (point.folder / "run.json").exists() else []
+    resume = ["--resume_from_checkpoint"] if point.folder.exists() else []
     return [sys.executable, str(recipe), *shared, *point.flags(), *resume]
 
 
 def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], jobs: int) -> dict[str, str]:
     """Run the points that have not ended; name -> what went wrong, of those that failed. The others are run all the
-    same, and what a point prints goes to its log.txt.
+    same, and what a point prints goes to its log.txt. SIGTERM and Ctrl-C are passed on, and no further point is begun.
     """
     from tqdm.auto import tqdm
 
     waiting = [point for point in points if not has_ended(point.folder)]
     gpus = _gpus()
     failures: dict[str, str] = {}
+    running: list[subprocess.Popen[bytes]] = []
+    stopped = threading.Event()
 
     def run(number: int, point: Point) -> tuple[Point, str | None]:
         environment = dict(os.environ)
@@ -203,21 +206,33 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
             environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         elif jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+        command = command_of(recipe, point, shared)
         point.folder.mkdir(parents=True, exist_ok=True)
+        while is_locked(point.folder) and not stopped.wait(1):
+            pass  # a sweep that was killed has left the point running
+        if stopped.is_set() or has_ended(point.folder):
+            return point, None
         with open(point.folder / "log.txt", "ab") as log:
-            command = command_of(recipe, point, shared)
-            done = subprocess.run(command, env=environment, stdout=log, stderr=log)  # noqa: S603  (our own recipe)
-        return point, None if done.returncode == 0 else _why(point.folder / "log.txt", done.returncode)
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # noqa: S603  (our own recipe)
+            running.append(process)
+            status = process.wait()
+        return point, None if status == 0 else _why(point.folder / "log.txt", status)
 
     with (
         ThreadPoolExecutor(max_workers=jobs) as pool,
         tqdm(total=len(points), initial=len(points) - len(waiting), desc="Points") as bar,
     ):
-        for future in [pool.submit(run, number, point) for number, point in enumerate(waiting)]:
-            point, wrong = future.result()
-            if wrong is not None:
-                failures[point.name] = wrong
-            bar.update()
+        try:
+            for future in [pool.submit(run, number, point) for number, point in enumerate(waiting)]:
+                point, wrong = future.result()
+                if wrong is not None:
+                    failures[point.name] = wrong
+                bar.update()
+        except KeyboardInterrupt:
+            stopped.set()
+            for process in running:
+                process.terminate()  # it saves after its step
+            raise
     return failures
 
 
@@ -280,7 +295,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    replace_file(path, text.getvalue())
+    write_whole(path, text.getvalue())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

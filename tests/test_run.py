@@ -54,9 +54,10 @@ def test_lines_past_the_checkpoint_and_torn_ones_are_dropped_on_resume(tmp_path)
     run.log("sft", "train", 50, 1.0, {"loss": 1.0})
     for step in (10, 20, 30):
         run.log("dpo", "train", step, step / 30, {"loss": 0.5})
+    run.log("dpo", "validation", 20, 2 / 3, {"loss": 0.5})  # written after the checkpoint of step 20
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"stage": "dpo", "st')
-    run.forget_metrics("dpo", after_step=20)
+    run.forget_metrics("dpo", after_step=20, at_step={"train"})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [("sft", 50), ("dpo", 10), ("dpo", 20)]
 

@@ -54,9 +54,6 @@ class ImageTraining(OneMachine):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Leave out an epoch's last, smaller batch, whose batch norms are noisy."}
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite from the log; it waits for every step."}
-    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient's norm; 0 for no clipping."})
     metric_for_best_model: str | None = field(
         default="eval_accuracy", metadata={"help": "Figure by which the best epoch is chosen."}

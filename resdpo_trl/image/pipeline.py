@@ -167,12 +167,14 @@ class ImageRun(Job):
 
     def train_cross_entropy(self, images: LabelledImages) -> None:
         """The recipe of cross-entropy alone: into policy/, then the test, once."""
+        if self.past("cross_entropy", self.run.policy, self.run.summary.get("cross_entropy")):
+            return
         self.run.summarize(cross_entropy=self._cross_entropy("cross_entropy", images, self.training, self.run.policy))
 
     def make_reference(self, images: LabelledImages) -> None:
         """The reference, into reference/: one epoch of cross-entropy, or the model as given."""
         assert self.stage is not None
-        if self.run.reference.is_dir():  # a resumed run that was past this
+        if self.past("reference", self.run.reference, self.run.summary.get("reference")):
             return
         if self.stage.reference_model:
             model = load_classifier(self.stage.reference_model, "--reference_model")
@@ -217,6 +219,8 @@ class ImageRun(Job):
 
     def make_policy(self, images: LabelledImages) -> None:
         """DPO from the reference, into policy/; then the test of both, once."""
+        if self.past("dpo", self.run.policy, self.run.summary.get("dpo")):
+            return
         dpo, reference = self._dpo("dpo", images, self.training, self.run.policy)
         self.run.summarize(
             dpo=dpo,

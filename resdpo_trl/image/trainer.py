@@ -27,6 +27,7 @@ from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import RunningMeans, classifier_metrics, classifier_pairs
 from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
+from resdpo_trl.resume import Resumable
 
 
 class EpochSampler(Sampler[int]):
@@ -46,7 +47,7 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
-class ClassifierTrainer(EveryRowOnce):
+class ClassifierTrainer(EveryRowOnce, Resumable):
     """Cross-entropy on images in memory.
 
     Args:
@@ -170,6 +171,13 @@ class ClassifierTrainer(EveryRowOnce):
         if not any(name.startswith("eval_") for name in logs):
             logs.update(self._means.take(self.accelerator.reduce))
         super().log(logs, start_time)
+
+    def log_state(self) -> dict[str, Any]:
+        return super().log_state() | {"means": self._means.state()}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        super().load_log_state(state)
+        self._means.load_state(state["means"], self.accelerator.device)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Weights of convolutions and linear layers decay; biases and norms do not."""

@@ -171,7 +171,7 @@ class TextRun(Job):
     def make_reference(self, pairs: dict[str, Dataset]) -> None:
         """SFT on the preferred responses, into reference/; or the model as given."""
         set_seed(self.training.seed)
-        if self.run.reference.is_dir():  # a resumed run that was past this
+        if self.past("sft", self.run.reference, self.run.summary.get("sft")):
             return
         if self.sft.sft_checkpoint or self.sft.sft_epochs == 0:
             name = self.sft.sft_checkpoint or self.model.model_name_or_path
@@ -210,7 +210,7 @@ class TextRun(Job):
         self.publish(self.run.reference, trainer.save_model, self.tokenizer)
         self.run.summarize(
             sft={
-                "train": {"loss": trainer.state.log_history[-1].get("train_loss")},
+                "train": {"loss": trainer.mean_training_loss},
                 "validation": {
                     "loss_before": before and before["loss"],
                     "loss_after": after,
@@ -288,6 +288,9 @@ class TextRun(Job):
 
     def make_policy(self, pairs: dict[str, Dataset]) -> None:
         """DPO from the reference, into policy/; then the test, once."""
+        if self.past("dpo", self.run.policy, self.run.summary.get("dpo")):
+            return
+        set_seed(self.training.seed)  # an adapter is drawn before the trainer sets it
         trainer = self._dpo_trainer(pairs)
         args = trainer.args
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
@@ -341,6 +344,8 @@ class TextRun(Job):
 
     def make_reward_model(self, pairs: dict[str, Dataset]) -> None:
         """Bradley–Terry from the reference's weights, into reward_model/; then the test, once."""
+        if self.past("reward", self.run.reward_model, self.run.summary.get("reward")):
+            return
         args = dataclasses.replace(
             self.training,
             output_dir=str(self.run.checkpoints("reward")),

@@ -18,10 +18,12 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from resdpo_trl.arguments import preference_loss
+from resdpo_trl.callbacks import TIMINGS
 from resdpo_trl.losses import LogProbs
 from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
 from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
+from resdpo_trl.resume import Resumable
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig
 from resdpo_trl.text.reference_cache import (
@@ -60,7 +62,7 @@ class LengthSampler(LengthGroupedSampler):
         return iter([row for batch in [*first, *shuffled, short] for row in batch])
 
 
-class _TextTrainer(EveryRowOnce):
+class _TextTrainer(EveryRowOnce, Resumable):
     """A Trainer whose `group_by_length` reads the data set's `length` column, and who knows tied weights."""
 
     model: Any
@@ -114,9 +116,6 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenized and capped already
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
-
 
 class PairTrainer(_TextTrainer, Trainer):
     """A Trainer of pairs whose evaluation is the mean over all pairs, not over batches."""
@@ -143,7 +142,11 @@ class PairTrainer(_TextTrainer, Trainer):
     def last_train_metrics(self) -> dict[str, float]:
         """The newest training figures that were logged."""
         logs = (entry for entry in reversed(self.state.log_history) if "rewards/margins" in entry)
-        return {name: value for name, value in next(logs, {}).items() if name not in ("step", "epoch")}
+        return {
+            name: value
+            for name, value in next(logs, {}).items()
+            if name not in ("step", "epoch") and not name.endswith(TIMINGS)
+        }
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenized and capped already
@@ -330,6 +333,15 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         # (R, T) real tokens: with sharing a real key is one that the last query or the row's rejected part sees
         real = (mask.any(dim=2) if mask.ndim == 4 else mask).sum()
         self._tokens.append(torch.stack([real, torch.tensor(len(mask) * mask.shape[-1], device=real.device) - real]))
+
+    def log_state(self) -> dict[str, Any]:
+        tokens = [each.tolist() for each in self._tokens]
+        return super().log_state() | {"means": self._means.state(), "step_tokens": tokens}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        super().load_log_state(state)
+        self._means.load_state(state["means"], self.accelerator.device)
+        self._tokens = [torch.tensor(each, device=self.accelerator.device) for each in state["step_tokens"]]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._tokens and not any(name.startswith("eval_") for name in logs):

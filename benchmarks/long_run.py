@@ -1,0 +1,84 @@
+"""Resident memory over a long run: whole recipes of tiny models, watched from outside.
+
+python benchmarks/long_run.py --steps 1000
+
+Every hundredth step is logged, evaluated and saved. One JSON line a job: mebibytes at step 100 and at the last step,
+the most from then on, and the seconds in between.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "--use_cpu", "--disable_tqdm", "true", "--logging_steps", "100", "--save_strategy", "steps", "--save_steps", "100",
+    "--eval_strategy", "steps", "--eval_steps", "100", "--save_total_limit", "2",
+]  # fmt: skip
+JOBS = {
+    "text DPO": [
+        "dpo_hh.py", "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size",
+        "400", "--sft_epochs", "0.2", "--max_length", "64", "--num_samples", "0", "--max_train_samples", "400",
+        "--per_device_train_batch_size", "8", "--do_polyak",
+    ],
+    "image DPO": ["dpo_cifar.py", "--arch", "fast", "--widths", "24", "24", "--per_device_train_batch_size", "16",
+                  "--do_polyak"],
+}  # fmt: skip
+
+
+def last_step(metrics: Path) -> int:
+    """The last training step of DPO that was logged."""
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    steps = [json.loads(row) for row in rows if row.startswith('{"stage": "dpo", "split": "train"')]
+    return steps[-1]["step"] if steps else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    given = parser.parse_args()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for job, (recipe, *arguments) in JOBS.items():
+        folder = Path(tempfile.mkdtemp(prefix="long-run-"))
+        command = [
+            sys.executable, ROOT / "recipes" / recipe, *arguments, *SMALL, "--max_steps", given.steps,
+            "--output_dir", folder / "run",
+        ]  # fmt: skip
+        with open(folder / "log", "wb") as log:
+            process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
+            seen: dict[int, float] = {}
+            began, most = None, 0.0
+            while process.poll() is None:
+                step = last_step(folder / "run" / "metrics.jsonl")
+                if step >= 100 and "policy" not in os.listdir(folder / "run"):
+                    began = began or time.perf_counter()
+                    ended = time.perf_counter()
+                    resident = psutil.Process(process.pid).memory_info().rss / 2**20
+                    seen.setdefault(step, resident)
+                    most = max(most, resident)
+                time.sleep(0.1)
+        if process.returncode != 0:
+            sys.exit((folder / "log").read_text())
+        assert began is not None
+        row = {
+            "job": job,
+            "steps": given.steps,
+            "mebibytes_at_step_100": round(seen[100], 1),
+            f"mebibytes_at_step_{max(seen)}": round(seen[max(seen)], 1),
+            "most_mebibytes": round(most, 1),
+            "seconds_from_step_100": round(ended - began, 1),
+        }
+        print(json.dumps(row), flush=True)
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
