@@ -11,6 +11,7 @@
       summary.json    the final figures
       samples.jsonl   (text) prompts and every model's answers
       scores.jsonl    one line a test pair or image: rewards and margin; the most wrong and most right ones with content
+      verdicts.jsonl  (comparisons) one line a question that a judge was asked
       report.html     one self-contained page; plots/ has its plots as PNG
 
 Only the main process writes. JSON is strict: a value that is not finite is written as null.
@@ -36,7 +37,7 @@ PACKAGES = (
 )  # fmt: skip
 WRITTEN = (
     "run.json", "reference", "policy", "reward_model", "compared", "checkpoints", "metrics.jsonl", "summary.json",
-    "samples.jsonl", "scores.jsonl", "report.html", "plots",
+    "samples.jsonl", "scores.jsonl", "verdicts.jsonl", "report.html", "plots",
 )  # fmt: skip
 SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
 
@@ -79,7 +80,6 @@ class RunFolder:
                     target = self.path / name
                     shutil.rmtree(target) if target.is_dir() else target.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} can't be written ({error.strerror}): name another") from None
         self.resumed = resume
