@@ -59,10 +59,11 @@ def main() -> None:
                     eval_strategy="no",
                     save_strategy="no",
                     load_best_model_at_end=False,
-                    bf16=False,
+                    bf16=config.bf16,
                     disable_tqdm=True,
                 ),
                 train_dataset=pairs,
+                eval_dataset=None,
                 processing_class=tokenizer,
             )
             seconds["reference pass of training"].append(trainer.reference_seconds)

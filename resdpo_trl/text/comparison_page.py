@@ -65,9 +65,12 @@ def _win_rates(run: Run, plots: Plots) -> dict[str, Any] | None:
         notes += [f"{name} gave no verdict {n} times: {reason}." for reason, n in found["no_verdict_because"].items()]
     text = (
         "Share of prompts won, a tie as half a win, with 95% Wilson intervals; prompts without a verdict are left out. "
-        "A judge of pairs saw every pair in both orders: an answer won only where it won in both, equal answers are "
-        "ties. " + " ".join(notes)
     )
+    if run.summary.get("judges"):
+        text += (
+            "A judge of pairs saw every pair in both orders: an answer won only where it won in both, equal answers "
+            "are ties. " + " ".join(notes)
+        )
     tables, drawn = [], []
     for number, judge in enumerate(dict.fromkeys(row["judge"] for row in rates)):
         mine = [row for row in rates if row["judge"] == judge]
