@@ -102,7 +102,7 @@ def load_run(folder: str | Path) -> Run:
         scores=_read_rows(path / "scores.jsonl", [] if not (path / "scores.jsonl").exists() else notes),
         notes=notes,
     )
-    if not loaded.metrics:
+    if not loaded.metrics and "comparison" not in loaded.summary:
         notes.append(f"{path.name} has no metrics: there are no curves.")
     written = loaded.run.get("versions", {}).get("resdpo-trl", __version__)
     if written != __version__:
@@ -154,6 +154,17 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
         finalize=lambda value: _printable(value) if type(value) is str else value,  # Markup is ours
     )
     single = runs[0] if len(runs) == 1 and sweep is None else None
+    if single and "comparison" in single.summary:
+        from resdpo_trl.text import comparison_page
+
+        return environment.get_template("comparison.html").render(
+            title=single.name,
+            subtitle=comparison_page.subtitle(single),
+            headline=[],
+            notes=single.notes,
+            sections=[section for section in comparison_page.sections(single, plots) if section],
+            version=__version__,
+        )
     there = {str(row.get("stage")) for run in runs for row in run.metrics}
     stage = next((name for name in STAGES if name in there), "sft")
     if sweep is not None:

@@ -11,6 +11,7 @@
       summary.json    the final figures
       samples.jsonl   (text) prompts and every model's answers
       scores.jsonl    one line a test pair or image: rewards and margin; the most wrong and most right ones with content
+      verdicts.jsonl  (comparisons) one line a question that a judge was asked
       report.html     one self-contained page; plots/ has its plots as PNG
 
 Only the main process writes. JSON is strict: a value that is not finite is written as null.
@@ -43,7 +44,7 @@ PACKAGES = (
 )  # fmt: skip
 WRITTEN = (
     "run.json", "reference", "policy", "reward_model", "compared", "checkpoints", "metrics.jsonl", "summary.json",
-    "samples.jsonl", "scores.jsonl", "report.html", "plots",
+    "samples.jsonl", "scores.jsonl", "verdicts.jsonl", "report.html", "plots",
 )  # fmt: skip
 # what a resumed run may do otherwise than it began: where it reports, what it keeps, how it loads
 FREE = (
@@ -103,7 +104,6 @@ class RunFolder:
                 for name in held:
                     target = self.path / name
                     shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-            (self.path / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} can't be written ({error.strerror}): name another") from None
 

@@ -332,9 +332,9 @@ def _parse_batch(
             pair = _render(prompt, chosen, rejected, tokenizer)
         elif kind == "dialogue":
             parts = parse_dialogue(chosen, rejected)
-            pair = (*parts, _turn_starts(parts[0])) if parts else _unparted(chosen, rejected)
+            pair = (*parts, turn_starts(parts[0])) if parts else _unparted(chosen, rejected)
         else:
-            pair = (prompt or "", chosen, rejected, _turn_starts(prompt or ""))
+            pair = (prompt or "", chosen, rejected, turn_starts(prompt or ""))
         if isinstance(pair, tuple):
             text, good, bad, starts = pair
             if kind != "conversation":  # a template's end of turn is not to be stripped
@@ -362,7 +362,7 @@ def _unparted(chosen: str, rejected: str) -> str:
     return "identical" if chosen.strip() == rejected.strip() else "no_marker"
 
 
-def _turn_starts(prompt: str) -> list[int]:
+def turn_starts(prompt: str) -> list[int]:
     """Offsets at which turns start, without the first one's and the closing marker's, which has no turn yet."""
     closing = len(prompt) - len(MARKER) if prompt.endswith(MARKER) else -1
     return [match.start() for match in TURN.finditer(prompt) if match.start() not in (0, closing)]

@@ -27,7 +27,7 @@ from resdpo_trl.metrics import (
 )
 from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.text.batch import PairCollator
-from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.config import CompareConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig, Preferences, load_preferences
 from resdpo_trl.text.generate import answer
 from resdpo_trl.text.model import check_fits, check_same_tokenizer, load_model, load_tokenizer
@@ -207,7 +207,11 @@ def texts_of(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBas
 
 @torch.no_grad()
 def score_pairs(
-    model: Any, pairs: Dataset, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, description: str
+    model: Any,
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluateConfig | CompareConfig,
+    description: str,
 ) -> LogProbs:
     """(N,) log-probabilities of both responses under `model`, in the order of the pairs; longest batches first."""
     base = base_model(model)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 
 def answer(
@@ -18,40 +19,66 @@ def answer(
     seed: int = 0,
     batch_size: int = 32,
     description: str = "Answering",
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> list[list[int]]:
     """Token ids of one answer a prompt; an answer that was not cut short ends with the end-of-text token.
+
+    Prompts of like length share a batch. What is sampled depends on the seed and on the batches.
 
     Args:
         model: a causal language model.
         prompts: token ids of each prompt.
         max_new_tokens: tokens of an answer, at most.
         sampled: draw from the model's own distribution by `seed` where True, take the likeliest token where False.
+        temperature, top_p: what the distribution is sharpened by and cut at where it is sampled.
     """
-    own_distribution = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
+    distribution = {"temperature": temperature, "top_k": 0, "top_p": top_p} if sampled else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampled,
-        **own_distribution,
+        **distribution,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     training = model.training
     model.eval()
-    answers: list[list[int]] = []
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
+    answers: list[list[int]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    steps = tqdm(
+        total=math.ceil(len(prompts) / batch_size) * max_new_tokens, desc=description, unit="step", leave=False
+    )
+    with steps, torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        for start in tqdm(range(0, len(prompts), batch_size), desc=description, leave=False):
-            rows = prompts[start : start + batch_size]
+        for number, start in enumerate(range(0, len(prompts), batch_size), 1):
+            places = order[start : start + batch_size]
+            rows = [prompts[place] for place in places]
             width = max(map(len, rows))
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             out = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_Progress(steps)]),
             )
-            answers += [_until_end(row, tokenizer.eos_token_id) for row in out[:, width:].tolist()]
+            steps.update(number * max_new_tokens - steps.n)  # a batch whose answers have all ended stops early
+            for place, row in zip(places, out[:, width:].tolist(), strict=True):
+                answers[place] = _until_end(row, tokenizer.eos_token_id)
     model.train(training)
     return answers
+
+
+class _Progress(StoppingCriteria):
+    """Moves a progress bar at every step, and stops nothing."""
+
+    def __init__(self, steps: Any):
+        self.steps = steps
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> Any:
+        self.steps.update()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _until_end(tokens: list[int], end: int) -> list[int]:

@@ -146,6 +146,38 @@ def cap_prompt(prompt: list[int], turn_tokens: list[int], budget: int) -> tuple[
     return prompt[excess:], len(turn_tokens)  # the newest turn alone is too long
 
 
+def tokenize_prompts(
+    prompts: list[str],
+    turn_starts: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    budget: int,
+    rendered: list[bool],
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of prompts without responses, each of the newest `budget` tokens at most.
+
+    Args:
+        prompts: texts.
+        turn_starts: where turns of each start, as character offsets.
+        budget: tokens of a prompt, at most.
+        rendered: whether a chat template wrote the text, and with it what a text begins with.
+
+    Returns:
+        The ids, and how many tokens each prompt lost.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs the model's fast tokenizer")
+    encoded = tokenizer(prompts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    beginning = _beginning(tokenizer)
+    found, lost = [], []
+    for row, ids in enumerate(encoded["input_ids"]):
+        start = [] if rendered[row] else beginning
+        tokens = (_token_at(encoded, row, offset) for offset in turn_starts[row])
+        kept, _ = cap_prompt(ids, [token for token in tokens if token is not None], budget - len(start))
+        found.append(start + kept)
+        lost.append(len(ids) - len(kept))
+    return found, lost
+
+
 def _tokenize_batch(
     batch: dict[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase,

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.data import MARKER, DataConfig, _turn_starts, load_preferences
+from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, turn_starts
 from resdpo_trl.text.tokens import cap_counts, cap_prompt, sft_rows, tokenize
 
 
 def texts(rows):
-    return Dataset.from_list([row | {"turn_starts": _turn_starts(row["prompt"]), "group": "g"} for row in rows])
+    return Dataset.from_list([row | {"turn_starts": turn_starts(row["prompt"]), "group": "g"} for row in rows])
 
 
 def dialogue(words, generator):
@@ -63,7 +63,7 @@ def test_what_the_cap_promises(tokenizer, words, chosen, rejected, max_length, s
         assert capped["prompt_tokens_dropped"] == 0
     # whole turns went first: the rest starts at a turn unless the newest turn alone is too long
     if capped["prompt_tokens_dropped"]:
-        starts = [len(tokenizer(row["prompt"][:at])["input_ids"]) for at in _turn_starts(row["prompt"])]
+        starts = [len(tokenizer(row["prompt"][:at])["input_ids"]) for at in turn_starts(row["prompt"])]
         room = max_length - longest
         fitting = [start for start in starts if len(whole["prompt"]) - start <= room]
         expected = min(fitting) if fitting else len(whole["prompt"]) - room

@@ -1,0 +1,116 @@
+"""Prompt files: each kind of row, what is skipped and counted, what is refused with its line."""
+
+import gzip
+import json
+
+import pytest
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.text import prompts
+from resdpo_trl.text.data import chitchat_pairs
+from resdpo_trl.text.prompts import load_prompts, prompt_ids, write_prompt
+
+TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+TEMPLATE = TURN + "{% if add_generation_prompt %}<assistant>{% endif %}"
+MESSAGES = [
+    {"role": "user", "content": "What is rain?"},
+    {"role": "assistant", "content": "Water."},
+    {"role": "user", "content": "Why?"},
+]
+
+
+def write(path, rows):
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+def test_every_kind_of_row(tmp_path):
+    pair = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go"}
+    early = {
+        "chosen": "\n\nHuman: hi\n\nAssistant: a\n\nHuman: b\n\nAssistant: c",
+        "rejected": "\n\nHuman: hi\n\nAssistant: d",
+    }
+    rows = [
+        {"prompt": "plain"},
+        "",
+        {"prompt": MESSAGES},
+        pair,
+        early,
+        {"chosen": early["chosen"]},
+        "  ",
+        {"prompt": "plain"},
+    ]
+    found, counts = load_prompts(write(tmp_path / "p.jsonl.gz", rows), None)
+    opening = "\n\nHuman: hi\n\nAssistant:"
+    assert found == ["plain", MESSAGES, opening, f"{opening} a\n\nHuman: b\n\nAssistant:"]
+    assert counts["rows"] == 6 and counts["empty_lines"] == 2 and counts["repeated"] == 2 and counts["used"] == 4
+    assert load_prompts(write(tmp_path / "p.jsonl", rows), 2)[0] == found[:2]
+
+
+def test_lines_of_text_are_questions(tmp_path, tokenizer):
+    path = tmp_path / "questions.txt"
+    path.write_text("\ufeffWhat is rain?\n\n  Why?  \n", encoding="utf-8")
+    found, counts = load_prompts(str(path), None)
+    assert [write_prompt(prompt, tokenizer)[0] for prompt in found] == [
+        "\n\nHuman: What is rain?\n\nAssistant:", "\n\nHuman: Why?\n\nAssistant:"
+    ]  # fmt: skip
+    assert counts["empty_lines"] == 1
+
+
+def test_messages_go_through_the_chat_template_or_become_a_dialogue(tokenizer, monkeypatch):
+    text, starts, rendered = write_prompt(MESSAGES, tokenizer)
+    assert text == "\n\nHuman: What is rain?\n\nAssistant: Water.\n\nHuman: Why?\n\nAssistant:"
+    assert [text[start:][:9] for start in starts] == ["\n\nAssista", "\n\nHuman: "] and not rendered
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    assert write_prompt(MESSAGES, tokenizer) == ("<user>What is rain?<assistant>Water.<user>Why?<assistant>", [], True)
+
+
+def test_the_oldest_turns_go_first(tokenizer):
+    whole, lost = prompt_ids([MESSAGES], tokenizer, 200)
+    assert lost == [0]
+    assert tokenizer.decode(whole[0]) == write_prompt(MESSAGES, tokenizer)[0]
+    last = "\n\nHuman: Why?\n\nAssistant:"
+    budget = len(tokenizer(last)["input_ids"]) + 2
+    (ids,), (missing,) = prompt_ids([MESSAGES], tokenizer, budget)
+    assert tokenizer.decode(ids) == last and missing == len(whole[0]) - len(ids)
+    (ids,), _ = prompt_ids([MESSAGES], tokenizer, 3)
+    assert ids == whole[0][-3:]
+
+
+def test_the_quickstarts_prompts_are_held_out(monkeypatch):
+    pairs = chitchat_pairs()
+    monkeypatch.setattr(prompts, "chitchat_pairs", lambda: pairs)  # made once
+    found, counts = load_prompts(None, 5)
+    assert len(set(found)) == 5 == counts["used"]
+    assert set(found) <= set(pairs["test"]["prompt"])
+    assert not set(found) & set(pairs["train"]["prompt"])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("p.jsonl", [{"prompt": "a"}, "{torn"], r"p\.jsonl, line 2: not JSON"),
+        ("p.jsonl", [{"prompt": "a"}, "", "[]"], r"p\.jsonl, line 3: not a JSON object"),
+        ("p.jsonl", [{"question": "a"}], r"p\.jsonl, line 1: needs 'prompt'"),
+        ("p.jsonl", [{"prompt": ""}], r"p\.jsonl, line 1: needs 'prompt'"),
+        ("p.jsonl", [{"prompt": [{"role": "tool", "content": "x"}]}], r"p\.jsonl, line 1: needs 'prompt'"),
+        ("p.jsonl", [{"chosen": "no marker"}], r"p\.jsonl, line 1: the dialogue has no"),
+        ("p.txt", ["", " "], r"no prompt in it \(2 empty lines\)"),
+        ("p.csv", ["a"], "neither .txt nor .jsonl"),
+    ],
+)
+def test_bad_files(tmp_path, name, rows, message):
+    with pytest.raises(UserError, match=message):
+        load_prompts(write(tmp_path / name, rows), None)
+
+
+def test_files_that_can_not_be_read(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_prompts(str(tmp_path / "nothing.txt"), None)
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 50)[:-12])
+    with pytest.raises(UserError, match="gzip stream is damaged"):
+        load_prompts(str(tmp_path / "torn.jsonl.gz"), None)
+    (tmp_path / "latin.txt").write_bytes(b"ok\n\xff\xfe\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_prompts(str(tmp_path / "latin.txt"), None)
