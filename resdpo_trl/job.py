@@ -43,7 +43,9 @@ class Job:
             raise NothingToDo(f"the run in {self.run.path} ended at {self.run.earlier['ended']}: nothing to resume")
         self._check_asked()
         PartialState().wait_for_everyone()
-        self.run.start({"preset": str(preset) if preset else None, **config}, training.seed)
+        config = {"preset": str(preset) if preset else None, **config}
+        self.run.check_config(config)
+        self.run.start(config, training.seed)
         self.say = print if self.run.main_process else silent
         if self.resume and not self.run.earlier:
             self.say(f"{self.run.path} holds no run: nothing to resume, so this is its beginning")

@@ -164,16 +164,19 @@ class RunFolder:
             **facts,
         }
         if self.earlier:
-            self._check_config(self.earlier.get("config", {}), json.loads(to_json(self._run["config"])))
             self._run["resumed"] = [*self.earlier.get("resumed", []), self._run["started"]]
             self._run["started"] = self.earlier.get("started")
         self._write("run.json", self._run)
 
-    def _check_config(self, earlier: dict[str, Any], now: dict[str, Any], part: str = "") -> None:
-        """Raise a UserError where a resumed run is asked for something else than what it began as."""
+    def check_config(self, config: dict[str, Any]) -> None:
+        """Raise a UserError where a resumed training is asked for something else than what it began as."""
+        now = json.loads(to_json(_without_secrets(config)))
+        self._check_part(self.earlier.get("config", {}), now)
+
+    def _check_part(self, earlier: dict[str, Any], now: dict[str, Any], part: str = "") -> None:
         for name in earlier.keys() & now.keys():
             if isinstance(earlier[name], dict) and isinstance(now[name], dict):
-                self._check_config(earlier[name], now[name], name)
+                self._check_part(earlier[name], now[name], name)
             elif earlier[name] != now[name] and name not in FREE and not name.startswith(FREE_KINDS):
                 raise UserError(
                     f"--{name} was {earlier[name]} when the run in {self.path} began and is {now[name]} now"
