@@ -1,11 +1,13 @@
 # make quickstart   environment, install, and the main job on data that a package brings: two CPU cores, no network
 # make test         environment, install with the test extra, and the tests
 # make quality      ruff, mypy, and the known vulnerabilities of what is installed (make audit)
+# make docs-check   links of the Markdown files, commands of its shell blocks
+# make release-check   sdist, wheel, and the recipes against the installed wheel in a fresh environment
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test quality audit format bench clean
+.PHONY: setup quickstart test quality audit format bench clean docs-check release-check
 
 setup: $(VENV)/.installed
 
@@ -38,6 +40,13 @@ audit: setup
 	elif ! $(BIN)/python -c 'import urllib.request as r; r.urlopen("https://pypi.org/pypi/pip/24.0/json", timeout=10)' 2>/dev/null; \
 	then echo "audit: skipped, pypi.org gives no vulnerability data (no network, or a mirror)"; \
 	else $(BIN)/pip-audit --local --skip-editable --progress-spinner off $(AUDIT_FLAGS); fi
+
+docs-check: setup
+	$(BIN)/python docs/check.py
+
+release-check: setup
+	$(BIN)/python -m pip install --quiet build twine
+	.ci/release_check $(BIN)/python
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -18,6 +18,10 @@ from typing import Any, NoReturn
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GO_ON = "what was written stays: a run goes on with the same command and --resume_from_checkpoint"
 PRESETS = Path(__file__).resolve().parent / "configs"
+LARGEST_PRESET = 64 * 2**10  # bytes
+DEEPEST_PRESET = 20  # PyYAML's time grows with the square of the depth, or worse
+# what PyYAML's constructors raise for "!!timestamp x", "!!bool x", "!!int ''" and 2001-99-99
+TAG_ERRORS = (AttributeError, KeyError, IndexError, ValueError)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no worker is forked from a process that tokenizes
 
@@ -26,9 +30,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from trl import TrlParser  # noqa: E402  (the environment first)
 
-from resdpo_trl.errors import NothingToDo, UserError  # noqa: E402
+from resdpo_trl.errors import NothingToDo, UserError, printable  # noqa: E402
 from resdpo_trl.files import disk_trouble  # noqa: E402
 from resdpo_trl.signals import Interrupted, stop_at_once  # noqa: E402
+from resdpo_trl.sources import first_line  # noqa: E402
 
 
 class RecipeParser(TrlParser):
@@ -70,7 +75,7 @@ class RecipeParser(TrlParser):
             parsed = self.parse_args_into_dataclasses(defaults + flags, look_for_args_file=False)
         except (ValueError, TypeError, ImportError) as error:
             # a dataclass refused a value or a combination: transformers and TRL say why in their first line
-            raise UserError(str(error).strip().splitlines()[0]) from None
+            raise UserError(first_line(error)) from None
         return list(parsed), preset
 
     def _check(self, flags: list[str], place: str) -> None:
@@ -94,11 +99,20 @@ class RecipeParser(TrlParser):
         import yaml
 
         try:
-            content = yaml.safe_load(preset.read_text(encoding="utf-8"))
+            if preset.stat().st_size > LARGEST_PRESET:
+                raise UserError(f"--config {preset}: larger than {LARGEST_PRESET // 2**10} KiB; name a preset")
+            text, depth = preset.read_text(encoding="utf-8"), 0
+            for event in yaml.parse(text, yaml.SafeLoader):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_PRESET:
+                    raise UserError(
+                        f"--config {preset}: aliases (*name) and deep nesting are not read; write it out plainly"
+                    )
+            content = yaml.safe_load(text)
         except OSError as error:
             known = ", ".join(sorted(str(path.relative_to(PRESETS)) for path in PRESETS.rglob("*.yaml")))
             raise UserError(f"--config {preset}: {error.strerror}; recipes/configs has {known}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, *TAG_ERRORS) as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
             raise UserError(f"--config {preset}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
@@ -108,12 +122,14 @@ class RecipeParser(TrlParser):
         for name, value in content.items():
             if name in without:
                 continue
+            if name == "help":  # a flag, but no field
+                raise UserError(f"--config {preset}: unknown field help")
             if value is None:
                 raise UserError(f"--config {preset}: field {name} has no value; leave the field out")
             if isinstance(value, dict):
                 import json
 
-                value = json.dumps(value)
+                value = json.dumps(value, default=str)
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
         return words
@@ -175,7 +191,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         if reason is None:
             from resdpo_trl.run import redacted
 
-            print(redacted(traceback.format_exc()), file=sys.stderr)  # a message may quote a request with its token
+            # its message may hold a row of the data, or quote a request with its token
+            print("\n".join(map(printable, redacted(traceback.format_exc()).splitlines())), file=sys.stderr)
             sys.exit(1)
         _say(f"error: {getattr(error, 'filename', None) or 'a file'} can't be written or read ({reason}); {GO_ON}")
         sys.exit(2)
@@ -193,9 +210,4 @@ def _end_with_the_launcher() -> None:
 def _say(message: str) -> None:
     """One line on stderr; every process stops, one says why."""
     if os.environ.get("RANK", "0") == "0":
-        print(_printable(" ".join(message.split())), file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    """Text of a file or a flag without control characters, which a terminal would obey."""
-    return "".join(character if character.isprintable() else "�" for character in text)
+        print(printable(" ".join(message.split())), file=sys.stderr)

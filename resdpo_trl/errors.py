@@ -1,4 +1,4 @@
-"""The one kind of error that a user can mend, and what is no error at all."""
+"""The one kind of error that a user can mend, what is no error at all, and the text of others as it may be shown."""
 
 
 class UserError(Exception):
@@ -10,3 +10,9 @@ class UserError(Exception):
 
 class NothingToDo(Exception):
     """What was asked for is there already. The recipes print the message and exit with status 0."""
+
+
+def printable(text: str, kept: str = "") -> str:
+    """Text of a file, a model or a flag without control characters, which a terminal would obey, and without marks that
+    turn its direction; `kept` are left in."""
+    return "".join(character if character.isprintable() or character in kept else "�" for character in text)

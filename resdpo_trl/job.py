@@ -17,7 +17,7 @@ from accelerate import PartialState
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import PushCallback
 from resdpo_trl.card import draft
-from resdpo_trl.errors import NothingToDo, UserError
+from resdpo_trl.errors import NothingToDo, UserError, printable
 from resdpo_trl.files import ASIDE, replace_folder, torn
 from resdpo_trl.hub import Hub
 from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
@@ -46,7 +46,7 @@ class Job:
         config = {"preset": str(preset) if preset else None, **config}
         self.run.check_config(config)
         self.run.start(config, training.seed)
-        self.say = print if self.run.main_process else silent
+        self.say = _say if self.run.main_process else silent
         if self.resume and not self.run.earlier:
             self.say(f"{self.run.path} holds no run: nothing to resume, so this is its beginning")
 
@@ -187,6 +187,10 @@ def describe_epochs(stage: dict[str, Any]) -> list[tuple[str, str]]:
         same = stage["kept_epoch"] == stage["best_epoch"]
         text += ", kept" if same else f"; kept: {stage['kept_epoch']:g}, by --select {stage['select']}"
     return [("epoch", text)]
+
+
+def _say(text: str) -> None:
+    print(printable(text, kept="\n"))
 
 
 def free(trainer: Any) -> None:

@@ -12,7 +12,7 @@ move one copy each, all alike.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,6 +51,15 @@ class MovingReference(Resumable):
     def moves_reference(self) -> bool:
         return self.args.reference_update != "frozen"
 
+    def reference_tau(self, at: Literal["step", "epoch"]) -> float:
+        """How far the reference moves towards the policy after a step, or between two epochs: τ in [0, 1].
+
+        A new update overrides this (docs/extending.md). A text run that is not `frozen` keeps its reference in memory.
+        """
+        if self.args.reference_update == "polyak":
+            return self.args.polyak_tau if at == "step" else 0.0
+        return 1.0 if self.args.reference_update == "copy" and at == "epoch" else 0.0
+
     def save_more(self, checkpoint: Path) -> None:
         super().save_more(checkpoint)
         if self.moves_reference and self.args.should_save:
@@ -73,16 +82,17 @@ class _MoveReference(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.reference_update == "polyak":
-            self._move(args.polyak_tau)
+        self._move(self.trainer.reference_tau("step"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # a run resumed within an epoch begins at a fraction: its reference was copied before
         epoch = state.epoch or 0.0
-        if args.reference_update == "copy" and epoch > 0.5 and abs(epoch - round(epoch)) < 1e-6:
-            self._move(1.0)
+        if epoch > 0.5 and abs(epoch - round(epoch)) < 1e-6:
+            self._move(self.trainer.reference_tau("epoch"))
 
     def _move(self, tau: float) -> None:
+        if tau == 0:
+            return
         unwrap = self.trainer.accelerator.unwrap_model
         policy = unwrap(self.trainer.model)
         share_buffers(policy)

@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from resdpo_trl import __version__
-from resdpo_trl.errors import UserError
+from resdpo_trl.errors import UserError, printable
+from resdpo_trl.run import read_object, read_rows
 
 STAGES = ("dpo", "reward", "cross_entropy")  # what a run's summary may hold with test figures, in order
 INK = "#010203"  # what plots are drawn with; in the page it becomes the text's colour, light or dark
 PALETTE = ("#4a90e2", "#e07b26", "#3aa657", "#c0504d", "#8a63c7", "#1aa3a3", "#b8860b", "#d05a9e")
 SHOWN_TEXT = 3000  # characters of a prompt or an answer
 SHOWN_POINTS = 400  # of a curve
+LARGEST_NUMBER = 1e100  # a plot's; beyond it differences overflow
+# what a damaged file of a run leads to where it is read
+DAMAGE = (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
 
 CURVES = (
     ("loss", "loss"),
@@ -94,7 +98,7 @@ def load_run(folder: str | Path) -> Run:
     notes: list[str] = []
     loaded = Run(
         path=path,
-        name=_printable(path.resolve().name),
+        name=printable(path.resolve().name),
         run=_read_object(path / "run.json", notes),
         summary=_read_object(path / "summary.json", notes),
         metrics=_read_rows(path / "metrics.jsonl", notes),
@@ -104,7 +108,8 @@ def load_run(folder: str | Path) -> Run:
     )
     if not loaded.metrics and "comparison" not in loaded.summary:
         notes.append(f"{path.name} has no metrics: there are no curves.")
-    written = loaded.run.get("versions", {}).get("resdpo-trl", __version__)
+    versions = loaded.run.get("versions")
+    written = versions.get("resdpo-trl", __version__) if isinstance(versions, dict) else __version__
     if written != __version__:
         notes.append(
             f"{path.name} was written by resdpo-trl {written} and this page by {__version__}: what it did not "
@@ -151,7 +156,7 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
         loader=jinja2.PackageLoader("resdpo_trl"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: _printable(value) if type(value) is str else value,  # Markup is ours
+        finalize=lambda value: printable(value, kept="\n\t") if type(value) is str else value,  # Markup is ours
     )
     single = runs[0] if len(runs) == 1 and sweep is None else None
     if single and "comparison" in single.summary:
@@ -167,28 +172,43 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
         )
     there = {str(row.get("stage")) for run in runs for row in run.metrics}
     stage = next((name for name in STAGES if name in there), "sft")
+    notes = [note for run in runs for note in run.notes]
+
+    def part(function: Callable[..., Any], *of: Any) -> Any:
+        """A part of the page; a note where a damaged file does not give it, so that the rest is still seen."""
+        try:
+            return function(*of)
+        except DAMAGE as error:
+            what = function.__name__.strip("_").replace("_", " ")
+            notes.append(
+                f"The part '{what}' is left out, for a file is damaged ({type(error).__name__}: {error!s:.80})."
+            )
+            return None
+
     if sweep is not None:
-        sections = [_points(sweep), _frontier(sweep, plots), _curves(runs, stage, plots, _best_name(sweep))]
+        sections = [part(_points, sweep), part(_frontier, sweep, plots)]
+        sections.append(part(_curves, runs, stage, plots, _best_name(sweep)))
     else:
-        sections = [_results(runs), _comparison(runs), _curves(runs, stage, plots), _accuracy_and_kl(runs, plots)]
+        sections = [part(_results, runs), part(_comparison, runs), part(_curves, runs, stage, plots)]
+        sections.append(part(_accuracy_and_kl, runs, plots))
     if single:
-        sections += [_margins(single, plots), _extremes(single), _pictures(single), _confusion(single)]
-        sections += [_samples(single)]
-    sections.append(_what_ran(runs, one_table=sweep is not None))
+        sections += [part(_margins, single, plots), part(_extremes, single), part(_pictures, single)]
+        sections += [part(_confusion, single), part(_samples, single)]
+    sections.append(part(_what_ran, runs, sweep is not None))
+    headline = part(_headline, single) if single else None
+    if sweep is None:
+        notes += [note for run in runs for note in part(overfitting, run, stage) or []]
+    else:
+        notes += [*(part(_turned, runs, stage) or []), *_failures(sweep)]
     return environment.get_template("report.html").render(
         title=single.name
         if single
-        else f"Sweep {_printable(name)}: {len(sweep.rows)} points"
+        else f"Sweep {printable(name)}: {len(sweep.rows)} points"
         if sweep is not None
         else f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
-        subtitle=_subtitle(runs),
-        headline=_headline(single) if single else [],
-        notes=[note for run in runs for note in run.notes]
-        + (
-            [note for run in runs for note in overfitting(run, stage)]
-            if sweep is None
-            else [*_turned(runs, stage), *_failures(sweep)]
-        ),
+        subtitle=part(_subtitle, runs) or "",
+        headline=headline or [],
+        notes=notes,
         sections=[section for section in sections if section],
         version=__version__,
     )
@@ -446,7 +466,7 @@ def _failures(sweep: Sweep) -> list[str]:
             step = f", step {row['step']:g}" if _is_number(row["step"]) else ""
             why = "it did not end" if row["point"] in named else row["status"]
             notes.append(f"{row['point']}{step} is left out of the frontier: {why}")
-    return [_printable(note) for note in notes]
+    return [printable(note) for note in notes]
 
 
 def _points(sweep: Sweep) -> dict[str, Any]:
@@ -721,29 +741,23 @@ def _thinned(epochs: list[float], values: list[float]) -> tuple[list[float], lis
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         notes.append(f"{path.parent.name} has no {path.name}.")
-        return {}
     except (OSError, ValueError) as error:
         notes.append(f"{path.parent.name}: {path.name} can't be read ({str(error)[:100]}).")
-        return {}
-    return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows, torn = [], 0
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                torn += bool(line.strip())
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
+    for line, row in read_rows(path):
+        if row is not None:
+            rows.append(row)
+        else:
+            torn += bool(line.strip())
     if torn:
         notes.append(f"{path.parent.name}: {torn} torn line(s) of {path.name} are left out.")
     return rows
@@ -773,7 +787,7 @@ def _is_sigmoid(run: Run) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
 
 
 def _number(value: Any, digits: int = 4) -> str:
@@ -788,11 +802,6 @@ def _cut(text: Any) -> str:
     """Text cut at `SHOWN_TEXT`."""
     shown = str(text).strip()
     return shown if len(shown) <= SHOWN_TEXT else shown[:SHOWN_TEXT] + " …"
-
-
-def _printable(text: str) -> str:
-    """Text without control characters and marks that turn its direction."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
 def _short(text: Any) -> str:

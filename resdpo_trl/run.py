@@ -53,6 +53,8 @@ FREE = (
     "reference_cache_dir", "enable_jit_checkpoint", "_n_gpu",
 )  # fmt: skip
 FREE_KINDS = ("hub_", "dataloader_", "logging_dir", "trackio_")
+LONGEST_LINE = 4 * 2**20  # bytes of a row in a .jsonl file that is read
+LARGEST_OBJECT = 64 * 2**20  # bytes of run.json or summary.json
 SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
 
 
@@ -86,9 +88,9 @@ class RunFolder:
                 "--resume_from_checkpoint, replace it with --overwrite_output_dir, or name another folder"
             )
         if resume and (self.path / "summary.json").exists():
-            self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            self.summary = self._read("summary.json")
         if resume and (self.path / "run.json").exists():
-            self.earlier = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            self.earlier = self._read("run.json")
         _barrier()  # every process has looked before the main one writes
         if not self.main_process:
             return
@@ -164,14 +166,14 @@ class RunFolder:
             **facts,
         }
         if self.earlier:
-            self._run["resumed"] = [*self.earlier.get("resumed", []), self._run["started"]]
+            self._run["resumed"] = [*(self.earlier.get("resumed") or []), self._run["started"]]
             self._run["started"] = self.earlier.get("started")
         self._write("run.json", self._run)
 
     def check_config(self, config: dict[str, Any]) -> None:
         """Raise a UserError where a resumed training is asked for something else than what it began as."""
         now = json.loads(to_json(_without_secrets(config)))
-        self._check_part(self.earlier.get("config", {}), now)
+        self._check_part(self.earlier.get("config") or {}, now)
 
     def _check_part(self, earlier: dict[str, Any], now: dict[str, Any], part: str = "") -> None:
         for name in earlier.keys() & now.keys():
@@ -222,9 +224,8 @@ class RunFolder:
     def logged(self, stage: str, split: str, step: int) -> dict[str, Any] | None:
         """The first line of metrics.jsonl for this stage, split and step, or None."""
         path = self.path / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            row = json.loads(line)
-            if (row["stage"], row["split"], row["step"]) == (stage, split, step):
+        for _, row in read_rows(path) if path.exists() else ():
+            if row and (row.get("stage"), row.get("split"), row.get("step")) == (stage, split, step):
                 return row
         return None
 
@@ -236,9 +237,8 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not self.main_process or not path.exists():
             return
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _belongs(line, stage, after_step, at_step)]
-        write_whole(path, "".join(line + "\n" for line in kept))
+        kept = [line for line, row in read_rows(path) if row and _belongs(row, stage, after_step, at_step)]
+        write_whole(path, "".join(line.rstrip("\n") + "\n" for line in kept))
 
     def summarize(self, **parts: Any) -> None:
         """Merge parts into summary.json."""
@@ -251,10 +251,42 @@ class RunFolder:
             with self.writing(name):
                 write_whole(self.path / name, "".join(to_json(row) + "\n" for row in rows))
 
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            return read_object(self.path / name)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.path / name} can't be read ({error}): mend it, or begin anew with --overwrite_output_dir"
+            ) from None
+
     def _write(self, name: str, content: dict[str, Any]) -> None:
         if self.main_process:
             with self.writing(name):
                 write_whole(self.path / name, to_json(content, indent=2) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run; a ValueError where it is damaged, an OSError where it is not there."""
+    if path.stat().st_size > LARGEST_OBJECT:
+        raise ValueError(f"larger than {LARGEST_OBJECT // 2**20} MiB")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """The lines of a .jsonl file of a run, each with its object, or with None where a crash has torn it."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        while line := file.readline(LONGEST_LINE):  # a longer one comes in pieces, which are no objects
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield line, row if isinstance(row, dict) else None
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -318,12 +350,14 @@ def _barrier() -> None:
 
 def _strict(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {_strict(str(key)): _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_strict(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int | bool):
+    if isinstance(value, str):  # the name of a file may hold bytes that are no UTF-8
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if value is None or isinstance(value, int | bool):
         return value
     if hasattr(value, "item"):  # a numpy or torch number
         return _strict(value.item())
@@ -367,16 +401,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _belongs(line: str, stage: str, after_step: int, at_step: Container[str]) -> bool:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:  # a line torn by a crash
-        return False
+def _belongs(row: dict[str, Any], stage: str, after_step: int, at_step: Container[str]) -> bool:
     if row.get("stage") != stage:
         return True
-    if row["split"] == "test":  # it comes after training
+    split, step = row.get("split"), row.get("step")
+    if split == "test" or not isinstance(step, int):  # the test comes after training
         return False
-    return row["step"] < after_step or (row["step"] == after_step and row["split"] in at_step)
+    return step < after_step or (step == after_step and split in at_step)
 
 
 def _now() -> str:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.run import LONGEST_LINE
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
+MOST_UNPACKED = 200  # times a .gz file's size; text gains 3 to 30
 
 
 def check_model_folder(name: str, flag: str) -> None:
@@ -62,10 +67,11 @@ def load_rows(name: str, data_dir: str | None, revision: str | None, quickstart:
         quickstart: the name that needs no network, for the message.
 
     Raises:
-        UserError: nothing there, or it can't be read; for JSON with the first bad line.
+        UserError: nothing there, or it can't be read; for JSON with the first bad line. A line of JSON may have
+            `LONGEST_LINE` bytes, a .gz file may unpack to `MOST_UNPACKED` times its size.
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     flag = f"--dataset_name {name}"
@@ -74,29 +80,71 @@ def load_rows(name: str, data_dir: str | None, revision: str | None, quickstart:
         suffix = next((ending for ending in SUFFIXES if path.name.endswith(ending)), None)
         if suffix is None:
             raise UserError(f"{flag}: {path.name} is not .jsonl, .jsonl.gz or .parquet; convert it to one of these")
+        if SUFFIXES[suffix] == "json":
+            _check_lines(path)
         try:
-            return {"train": load_dataset(SUFFIXES[suffix], data_files=str(path), split="train")}
-        except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
+            with _quiet():
+                return {"train": load_dataset(SUFFIXES[suffix], data_files=str(path), split="train")}
+        except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
             if SUFFIXES[suffix] == "json":
                 _find_bad_line(path)
             raise UserError(f"{flag} can't be read ({first_line(error)}): write it anew") from None
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix):
+        raise UserError(f"{flag}: no such file or folder")
+    for file in sorted(path.rglob("*.json*")) if path.is_dir() else ():
+        _check_lines(file)
     try:
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
             loaded = load_from_disk(str(path))
         else:
-            if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix):
-                raise UserError(f"{flag}: no such file or folder")
-            loaded = load_dataset(name, data_dir=data_dir, revision=revision)
+            with _quiet():
+                loaded = load_dataset(name, data_dir=data_dir, revision=revision)
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, DatasetNotFoundError) as error:
         raise UserError(
             f"{flag}: not a local path, and the Hub does not give it ({first_line(error)}); pass a folder, .jsonl, "
             f".jsonl.gz or .parquet file, or '{quickstart}'"
         ) from None
-    except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
-        for file in sorted(path.rglob("*.json*")):
+    except Exception as error:  # as above
+        for file in sorted(path.rglob("*.json*")) if path.is_dir() else ():
             _find_bad_line(file)
         raise UserError(f"{flag} can't be loaded ({first_line(error)})") from None
     return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log of `datasets`: it says what the error says, with the names of columns as the file has them."""
+    from datasets.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_lines(path: Path) -> None:
+    """Read a file piece by piece, and refuse what would not fit in memory before `datasets` reads or unpacks it."""
+    packed = path.name.endswith(".gz")
+    most = max(LONGEST_LINE, MOST_UNPACKED * path.stat().st_size)
+    number = total = 0
+    try:
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                number, total = number + 1, total + len(line)
+                if len(line) > LONGEST_LINE:
+                    raise UserError(
+                        f"{path}, line {number}: longer than {LONGEST_LINE // 2**20} MiB; write one row a line, and "
+                        "shorten or drop this one"
+                    )
+                if packed and total > most:
+                    raise UserError(
+                        f"{path}, line {number}: unpacks to more than {MOST_UNPACKED} times its size; unpack it "
+                        "yourself if you trust it"
+                    )
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it anew") from None
 
 
 def _find_bad_line(path: Path) -> None:
@@ -112,12 +160,12 @@ def _find_bad_line(path: Path) -> None:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete the line") from None
+                except RecursionError:
+                    raise UserError(f"{path}, line {number}: nested too deeply; mend or delete the line") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, line {number}: not a JSON object; each line is one pair")
     except UnicodeDecodeError:
         raise UserError(f"{path}, after line {number}: not UTF-8; convert the file") from None
-    except (EOFError, gzip.BadGzipFile):
-        raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it anew") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -27,6 +27,10 @@ QUICKSTART = "digits"
 SPLITS = ("train", "validation", "test")
 TORCHVISION_FOLDER = "cifar-10-batches-py"
 DECODED_TOGETHER = 256  # images that one thread decodes at a time
+LARGEST_IMAGE = 64_000_000  # pixels; 192 MB decoded
+MOST_CLASSES = 100_000
+# what Pillow may take a file for: some of its readers run other programs
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 @dataclass
@@ -246,7 +250,12 @@ def _label_names(rows: Dataset, column: str, config: ImageDataConfig) -> list[st
     values = [value for value in rows.unique(column) if value is not None]
     if "string" in kind.dtype:
         return sorted(values)
-    return [str(number) for number in range(max(values, default=-1) + 1)]
+    largest = max(values, default=-1)
+    if largest >= MOST_CLASSES:
+        raise UserError(
+            f"--label_column {column}: label {largest}; class numbers begin at 0 and end below {MOST_CLASSES}"
+        )
+    return [str(number) for number in range(largest + 1)]
 
 
 def _labels(rows: Dataset, column: str, names: list[str], split: str, config: ImageDataConfig) -> Tensor:
@@ -284,6 +293,7 @@ def _decode(rows: Dataset, column: str, size: int | None, split: str, config: Im
         for start, images in zip(starts, tqdm(done, "Decoding", len(starts), leave=False, delay=2), strict=True):
             for row, image in enumerate(images, start):
                 if pixels is None:
+                    _check_memory(len(encoded), image.shape, place)
                     pixels = np.empty((len(encoded), *image.shape), dtype=np.uint8)
                 if image.shape != pixels.shape[1:]:
                     raise UserError(
@@ -296,14 +306,34 @@ def _decode(rows: Dataset, column: str, size: int | None, split: str, config: Im
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
+def _check_memory(count: int, shape: tuple[int, ...], place: str) -> None:
+    """Raise a UserError where `count` decoded images of this shape are more than the memory that is free."""
+    import psutil
+
+    needed, free = count * int(np.prod(shape)), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"{place} 0 is {shape[1]}×{shape[0]} pixels: {count} such images take {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB of memory are free; pass a smaller --image_size"
+        )
+
+
 def _decode_one(image: dict[str, Any] | None, place: str, size: int | None, convert: bool) -> np.ndarray:
     """(H, W, 3) uint8."""
     from PIL import Image
 
     if not image or (image.get("bytes") is None and image.get("path") is None):
         raise UserError(f"{place} has no image; drop the row")
+    if image.get("bytes") is None and not Path(image["path"]).is_file():  # a device or a pipe may never end
+        raise UserError(f"{place}: its path is no file; drop the row")
+    source = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
     try:
-        with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]) as opened:
+        with Image.open(source, formats=FORMATS) as opened:
+            if opened.width * opened.height > LARGEST_IMAGE:
+                raise UserError(
+                    f"{place} is {opened.width}×{opened.height} pixels, more than {LARGEST_IMAGE:,}; shrink it or drop "
+                    "the row"
+                )
             opened.load()
             mode = opened.mode
             picture = opened.convert("RGB") if mode != "RGB" and convert else opened.copy()

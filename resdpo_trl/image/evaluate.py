@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from resdpo_trl.arguments import has_bfloat16
-from resdpo_trl.errors import UserError
+from resdpo_trl.errors import UserError, printable
 from resdpo_trl.image.data import ImageDataConfig, Images, LabelledImages, load_images
 from resdpo_trl.image.model import ImageClassifier, load_classifier, load_processor
 from resdpo_trl.losses import PreferenceLoss
@@ -143,14 +143,14 @@ def describe(figures: dict[str, Any]) -> str:
             f"  rewards            {dpo['rewards/chosen']:.3f} chosen, {dpo['rewards/rejected']:.3f} rejected",
             f"  KL from reference  {dpo['kl']:.4f} nats per image",
         ]
-    names = list(figures["accuracy_by_class"])
-    width = max(len(name) for name in names)
+    names = {name: printable(name) for name in figures["accuracy_by_class"]}
+    width = max(map(len, names.values()))
     cells = max(5, max(len(str(number)) for row in figures["confusion_matrix"] for number in row) + 1)
     lines += ["", "  accuracy by class, and predictions (rows: true class)", ""]
     for name, row in zip(names, figures["confusion_matrix"], strict=True):
         accuracy = figures["accuracy_by_class"][name]
         shown = "    -" if accuracy is None else f"{accuracy:.3f}"
-        lines.append(f"  {name:<{width}}  {shown}  " + "".join(f"{number:>{cells}}" for number in row))
+        lines.append(f"  {names[name]:<{width}}  {shown}  " + "".join(f"{number:>{cells}}" for number in row))
     return "\n".join([*lines, ""])
 
 

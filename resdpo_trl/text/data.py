@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import check_held_out, load_rows
+from resdpo_trl.sources import check_held_out, first_line, load_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +34,7 @@ MARKER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 REASONS = ("identical", "empty", "no_marker")
 COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
+NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for each costs a pass of the template
 SPLITS = ("train", "validation", "test")
 MENU = (
     "needs columns chosen and rejected (HH dialogues or conversations), or prompt, chosen and rejected; "
@@ -141,13 +142,23 @@ def parse_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
     The prompt ends at the last "\\n\\nAssistant:" up to which both are equal; what follows is the response, further
     turns included where the two part before the last one. None where no such marker is shared.
     """
-    end = len(chosen)
-    while (start := chosen.rfind(MARKER, 0, end)) >= 0:
-        boundary = start + len(MARKER)
-        if rejected.startswith(chosen[:boundary]):
-            return chosen[:boundary], chosen[boundary:], rejected[boundary:]
-        end = boundary - 1
-    return None
+    start = chosen.rfind(MARKER, 0, _shared(chosen, rejected))
+    if start < 0:
+        return None
+    boundary = start + len(MARKER)
+    return chosen[:boundary], chosen[boundary:], rejected[boundary:]
+
+
+def _shared(first: str, second: str) -> int:
+    """How many characters two texts have in common from the start, by bisection."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first.startswith(second[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -265,7 +276,8 @@ def _kind(rows: Dataset, name: str) -> str:
     text = {column for column, type_ in types.items() if isinstance(type_, Value) and "string" in type_.dtype}
     if text == set(types):
         return "prompt" if "prompt" in types else "dialogue"
-    if not any(isinstance(type_, Value) for type_ in types.values()):
+    messages = [getattr(type_, "feature", None) for type_ in types.values()]
+    if all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages):
         return "conversation"
     described = ", ".join(f"{column}: {type_}" for column, type_ in types.items())
     raise UserError(
@@ -389,12 +401,18 @@ def _render(
         row = extract_prompt({"chosen": chosen, "rejected": rejected})
     if not row["prompt"] or not row["chosen"] or not row["rejected"]:
         return "empty"
-    text = apply_chat_template(row, tokenizer)
     starts = []
-    for turn in range(1, len(row["prompt"])):
-        before = tokenizer.apply_chat_template(row["prompt"][:turn], tokenize=False)
-        if text["prompt"].startswith(before):  # some templates rewrite what came before: then no turn is dropped
-            starts.append(len(before))
+    try:
+        text = apply_chat_template(row, tokenizer)
+        for turn in range(max(1, len(row["prompt"]) - NEWEST_TURNS), len(row["prompt"])):
+            before = tokenizer.apply_chat_template(row["prompt"][:turn], tokenize=False)
+            if text["prompt"].startswith(before):  # some templates rewrite what came before: then no turn is dropped
+                starts.append(len(before))
+    except Exception as error:  # a template is a program: it may raise anything for a message that it does not expect
+        raise UserError(
+            f"the tokenizer's chat template does not take the row whose chosen messages begin {str(chosen)[:80]} "
+            f"({first_line(error)}): mend or drop it"
+        ) from None
     return text["prompt"], text["chosen"], text["rejected"], starts
 
 

@@ -1,0 +1,290 @@
+"""Hostile and broken input: a small share of benchmarks/fuzz.py, and each thing that the fuzzing found."""
+
+import gzip
+import io
+import json
+import os
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from resdpo_trl import sources
+from resdpo_trl.errors import UserError
+from resdpo_trl.image.data import LARGEST_IMAGE, ImageDataConfig, load_images
+from resdpo_trl.report import write_report
+from resdpo_trl.run import LONGEST_LINE, RunFolder, read_rows, to_json
+from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, parse_dialogue
+from tests.conftest import write_pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = {"pairs": 300, "cap": 300, "config": 25, "images": 60, "metrics": 300, "report": 60}
+
+
+@pytest.fixture(scope="module")
+def fuzz():
+    return runpy.run_path(str(ROOT / "benchmarks" / "fuzz.py"))["fuzz"]
+
+
+@pytest.mark.parametrize("kind", list(ROWS))
+def test_mutated_input_is_read_or_refused(fuzz, kind, recwarn):
+    row = fuzz(kind, ROWS[kind], seed=1)
+    assert row["crashes"] == []
+    assert row["calls"] > 0
+
+
+# --- files that would not fit ----------------------------------------------------------------------------------------
+
+
+def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    import tracemalloc
+
+    path = tmp_path / "p.jsonl"
+    with open(path, "wb") as file:  # 200 MB, of which the disk holds a block
+        file.write(json.dumps(write_pairs(1)[0]).encode() + b'\n{"chosen": "')
+        file.truncate(200_000_000)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: longer than 4 MiB"):
+        load_preferences(DataConfig(dataset_name=str(path)))
+    assert tracemalloc.get_traced_memory()[1] < 10 * LONGEST_LINE
+    tracemalloc.stop()
+
+
+def test_a_gzip_that_unpacks_to_much_more_is_refused(tmp_path):
+    row = (json.dumps(write_pairs(1)[0]) + "\n").encode()
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(row * 50_000))
+    with pytest.raises(UserError, match=r"unpacks to more than 200 times its size"):
+        load_preferences(DataConfig(dataset_name=str(tmp_path)))
+
+
+def test_a_damaged_deflate_stream_is_named(tmp_path):
+    packed = bytearray(gzip.compress("".join(json.dumps(row) + "\n" for row in write_pairs(200)).encode()))
+    packed[200:260] = b"\xff" * 60
+    (tmp_path / "p.jsonl.gz").write_bytes(packed)
+    with pytest.raises(UserError, match="gzip stream is damaged"):
+        load_preferences(DataConfig(dataset_name=str(tmp_path / "p.jsonl.gz")))
+
+
+def test_rows_nested_too_deeply_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(write_pairs(1)[0]) + "\n" + '{"a":' * 100_000 + "\n")
+    with pytest.raises(UserError, match=r"line 2: (nested too deeply|not JSON)"):
+        load_preferences(DataConfig(dataset_name=str(tmp_path / "p.jsonl")))
+
+
+def test_two_dialogues_of_a_hundred_thousand_markers_are_parted_at_once():
+    """Comparing them anew at every marker took time that grows with its square."""
+    import time
+
+    started = time.perf_counter()
+    assert parse_dialogue("a" + MARKER * 300_000, "b" + MARKER * 300_000) is None
+    assert time.perf_counter() - started < 2
+
+
+def png_of_size(width, height):
+    """A small PNG file whose header says any size."""
+    import struct
+    import zlib
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "png")
+    header = b"IHDR" + struct.pack(">II", width, height) + buffer.getvalue()[24:29]
+    return buffer.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + buffer.getvalue()[33:]
+
+
+def parquet(path, images, labels):
+    features = Features({"img": ImageFeature(), "label": Value("int64")})
+    Dataset.from_dict({"img": images, "label": labels}, features=features).to_parquet(str(path))
+    return ImageDataConfig(dataset_name=str(path))
+
+
+@pytest.mark.parametrize("size", [(30_000, 30_000), (9_000, 8_000), (LARGEST_IMAGE + 1, 1)])
+def test_an_image_of_too_many_pixels_is_refused_from_its_header(tmp_path, size):
+    config = parquet(tmp_path / "a.parquet", [{"bytes": png_of_size(*size), "path": None}] * 4, [0] * 4)
+    with pytest.raises(UserError, match=r"train row 0(:| is).*pixels"):
+        load_images(config)
+
+
+def test_images_that_do_not_fit_in_memory_are_refused_with_the_flag(tmp_path, monkeypatch):
+    import psutil
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(buffer, "png")
+    config = parquet(tmp_path / "a.parquet", [{"bytes": buffer.getvalue(), "path": None}] * 30, [0] * 30)
+    free = psutil.virtual_memory()._replace(available=300_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(UserError, match=r"64×64 pixels: 30 such images take .* pass a smaller --image_size"):
+        load_images(config)
+
+
+def test_a_path_in_the_data_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+    config = parquet(tmp_path / "a.parquet", [{"bytes": b"", "path": None}] * 4, [0] * 4)
+    table = pq.read_table(config.dataset_name)
+    kind = table.schema.field("img").type
+    named = pa.array([{"bytes": None, "path": str(tmp_path / "pipe")}] * 4, kind)
+    pq.write_table(table.set_column(0, table.schema.field("img"), named), config.dataset_name)
+    with pytest.raises(UserError, match="train row 0: its path is no file"):
+        load_images(config)
+
+
+def test_a_label_is_no_reason_to_name_a_trillion_classes(tmp_path):
+    config = parquet(tmp_path / "a.parquet", [{"bytes": png_of_size(1, 1), "path": None}] * 4, [0, 1, 2, 2**40])
+    with pytest.raises(UserError, match=r"label 1099511627776; class numbers begin at 0"):
+        load_images(config)
+
+
+# --- what a terminal would obey --------------------------------------------------------------------------------------
+
+ORDERS = "\x1b]0;owned\x07\x1b[31m\x9b2J\u202e\u2066\u200f\r"
+
+
+def test_nothing_of_the_data_reaches_the_terminal_raw(tmp_path, recipe):
+    """An error that quotes a column, a torn value, a file's name; and the traceback of what nobody foresaw."""
+    for rows in (
+        [{"chosen": "x", f"bad{ORDERS}": "y"}],
+        [{"chosen": "x", "rejected": "y", f"a{ORDERS}": 1}, {"chosen": "x", "rejected": "y", f"a{ORDERS}": [{}]}],
+    ):
+        path = tmp_path / f"p{ORDERS[2:8]}\u202e.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        status, out, err = recipe("dpo_hh.py", "--dataset_name", path, "--output_dir", tmp_path / "run")
+        assert status == 2
+        # bars move the cursor by orders of their own
+        assert not any(
+            order in out + err for order in ("\x1b]", "\x1b[31m", "\x07", "\x9b", "\u202e", "\u2066", "\u200f")
+        )
+        assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_an_unforeseen_error_is_printed_without_control_characters(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from command_line import run
+
+    def main():
+        raise RuntimeError(f"the row {ORDERS} has a \ud800")
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "RuntimeError: the row �]0;owned��[31m�2J" in said and "Traceback" in said
+    assert all(character.isprintable() for character in said.replace("\n", ""))
+
+
+def test_names_of_classes_are_printed_without_control_characters():
+    from resdpo_trl.image.evaluate import describe
+
+    figures = {
+        "model": "m", "n": 2, "split": "test", "accuracy": 0.5, "loss": 1.0, "calibration_error": 0.1,
+        "interval_95": {"accuracy": [0.4, 0.6]}, "accuracy_by_class": {f"cat{ORDERS}": 0.5, "dog": None},
+        "confusion_matrix": [[1, 0], [1, 0]],
+    }  # fmt: skip
+    assert all(character.isprintable() for character in describe(figures).replace("\n", ""))
+
+
+@given(st.text())
+@settings(max_examples=300, deadline=None)
+def test_any_text_becomes_strict_json(text):
+    told = to_json({text: [text, float("nan"), {"a": text}]})
+    told.encode("utf-8")
+    assert "NaN" not in told or "NaN" in text
+    assert json.loads(told)[text.encode("utf-8", "replace").decode()][1] is None
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nbeta: [*b, *b]", "aliases"),
+        ("beta: !!timestamp x", "not YAML"),
+        ("beta: !!int ''", "not YAML"),
+        ("beta: 2001-99-99", "not YAML"),
+        ("beta: !!python/object/apply:os.system ['true']", "not YAML"),
+        ("beta: " + "[" * 30_000, "deep nesting"),
+        ("help: true", "unknown field help"),
+        ("x" * 2**16 + ": 1", "larger than 64 KiB"),
+        ("loss_weights: {a: 2001-01-01}", "loss_weights"),
+    ],
+)
+def test_a_preset_that_is_no_plain_mapping_is_refused(tmp_path, recipe, content, message):
+    (tmp_path / "preset.yaml").write_text(content)
+    status, _, err = recipe("dpo_hh.py", "--config", tmp_path / "preset.yaml")
+    assert status == 2
+    assert message in err and len(err.splitlines()) == 1
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=20) | st.sampled_from(["beta", "loss_type", "max_length", "optim", "help", "config", "fsdp"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates(),
+            lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=5), each, max_size=3),
+            max_leaves=6,
+        ),
+        max_size=3,
+    )
+)
+@settings(max_examples=25, deadline=None)
+def test_any_mapping_is_parsed_or_refused(preset_parser, fields):
+    path, parser = preset_parser
+    path.write_text(yaml.safe_dump(fields, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    try:
+        parser.parse(given=["--config", str(path)])
+    except UserError as error:
+        assert str(error)
+
+
+@pytest.fixture(scope="module")
+def preset_parser(tmp_path_factory):
+    import sys
+
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from command_line import RecipeParser
+
+    from resdpo_trl.text.config import TextDPOConfig
+
+    return tmp_path_factory.mktemp("presets") / "preset.yaml", RecipeParser((DataConfig, TextDPOConfig))
+
+
+# --- a run's files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_reads_past_torn_lines_and_names_a_damaged_file(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.open()
+    run.log("dpo", "train", 10, 0.5, {"loss": 0.6})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('[1]\n{"stage": "dpo", "split": "train", "step": "x"}\n' + "[" * 50_000 + "\n" + '{"stage": "dp')
+    assert run.logged("dpo", "train", 10)["loss"] == 0.6
+    run.forget_metrics("dpo", 10, {"train"})
+    assert [row for _, row in read_rows(run.path / "metrics.jsonl")] == [run.logged("dpo", "train", 10)]
+    for damage in ("{", "[]", "[" * 50_000):
+        (run.path / "summary.json").write_text(damage)
+        with pytest.raises(UserError, match=r"summary\.json can't be read .*--overwrite_output_dir"):
+            RunFolder(run.path).open(resume=True)
+
+
+def test_a_damaged_summary_leaves_out_its_part_of_the_page_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"command": ["a"], "ended": "e"}')
+    (tmp_path / "run" / "summary.json").write_text('{"dpo": 5, "data": {"train": 3}}')
+    page = write_report([tmp_path / "run"]).read_text()
+    assert "The part &#39;results&#39; is left out, for a file is damaged" in page
+    assert 'id="run"' in page
+
+
+def test_limits_are_those_of_the_documentation():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert f"{LONGEST_LINE // 2**20} MiB" in page
+    assert f"{sources.MOST_UNPACKED} times" in page
+    assert f"{LARGEST_IMAGE:,} pixels" in page

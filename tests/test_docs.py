@@ -1,0 +1,57 @@
+"""The documentation keeps its word: its Python runs, its links resolve, its commands parse."""
+
+import re
+import runpy
+from pathlib import Path
+
+from resdpo_trl.losses import LOSSES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_examples_of_extending_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("resdpo_trl.losses.LOSSES", LOSSES)
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    assert len(blocks) == 8
+    names: dict = {"__name__": "extending"}
+    try:
+        for block in blocks:
+            lines = text.count("\n", 0, block.start(1))
+            exec(compile("\n" * lines + block[1], str(ROOT / "docs" / "extending.md"), "exec"), names)
+    finally:
+        LOSSES.pop("squared_hinge", None)
+
+
+def check():
+    return runpy.run_path(str(ROOT / "docs" / "check.py"))
+
+
+def test_links_and_commands():
+    assert check()["problems"](ROOT) == []
+
+
+def test_what_is_wrong_is_found(tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "Makefile").write_text("here:\n")
+    (tmp_path / "other.md").write_text("# A title: with `code`\n\n# A title\n")
+    (tmp_path / "README.md").write_text(
+        "[a](missing.md) [b](other.md#no-such) [c](other.md#a-title-with-code) [d](#top)\n\n# Top\n"
+        "```sh\nmake nothing && make here\npython recipes/nowhere.py\n"
+        "accelerate launch --config_file missing.yaml recipes/dpo_hh.py\npython recipes/dpo_hh.py --bta 3\n"
+        "accelerate launch recipes/dpo_hh.py --config hh/gpt2.yaml \\\n  --beta 0.3  # a comment\n"
+        "accelerate launch recipes/dpo_cifar.py --beta -1\npython recipes/report.py\n```\n"
+        "```\n[e](not-a-link.md) make not-a-command\n```\n"
+    )
+    found = [problem.partition(": ")[2] for problem in check()["problems"](tmp_path)]
+    assert found == [
+        "link to missing.md: no such file",
+        "link to other.md#no-such: no such heading",
+        "make nothing: no such target",
+        "python recipes/nowhere.py: no such file",
+        "accelerate launch: missing.yaml: no such file",
+        "dpo_hh.py: unknown flag --bta; did you mean beta?",
+        "dpo_cifar.py: --beta -1.0: must be above 0 (0.1 to 0.5 are usual)",
+        "report.py: the following arguments are required: RUN",
+    ]
