@@ -83,7 +83,7 @@ def test_what_a_reader_is_told(run):
         "3000 training, 300 validation and 512 test pairs", "3 identical", "16 prompts lost their oldest turns",
         "sigmoid, β 0.3, 188 steps", "| pairs ranked right | 0.5780 | 0.5350 to 0.6170 |", "started from gpt2",
         "--beta 0.3", "| learning_rate | 1e-05 |", "| sft_epochs | 1.0 |", "unpleasant things", "red-teaming",
-        "from_pretrained(\"FOLDER_OR_ID\")", "![DPO loss](plots/loss.png)", "torch ", "## Licence", "mit",
+        "from_pretrained(\"FOLDER_OR_ID\")", "![loss](plots/loss.png)", "torch ", "## Licence", "mit",
     ):  # fmt: skip
         assert words in text, words
     assert (run.policy / "plots" / "loss.png").exists() and not (run.policy / "plots" / "unknown.png").exists()

@@ -27,3 +27,9 @@ def recipe(monkeypatch, capsys):
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def not_ended(folder):
+    """Make a run look as if it had been killed before its end."""
+    path = folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.image.conftest import draw, image_folder, write_parquet  # noqa: F401  (a fixture)
-from tests.recipes.conftest import ROOT, rows_of
+from tests.recipes.conftest import ROOT, not_ended, rows_of
 
 SMALL = ["--widths", "24", "24", "--use_cpu", "--per_device_train_batch_size", "16", "--logging_steps", "2"]
 
@@ -153,6 +153,7 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, image_folder):
     assert recipe("dpo_cifar.py", *arguments, "--output_dir", whole)[0] == 0
     shutil.copytree(whole, torn)
     shutil.rmtree(torn / "policy")
+    not_ended(torn)
     last = max((torn / "checkpoints" / "dpo").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
     shutil.rmtree(last)
     status, _, said = recipe("dpo_cifar.py", *arguments, "--output_dir", torn, "--resume_from_checkpoint")

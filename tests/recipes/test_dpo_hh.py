@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import tiny_model, write_pairs
-from tests.recipes.conftest import ROOT, rows_of
+from tests.recipes.conftest import ROOT, not_ended, rows_of
 
 SMALL = [
     "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400",
@@ -170,7 +170,7 @@ def test_the_model_card_tells_what_the_summary_says(finished):
     folder, _ = finished
     card = ModelCard.load(folder / "policy" / "README.md")
     test = json.loads((folder / "summary.json").read_text())["dpo"]["test"]
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert results["rewards/accuracies"] == test["rewards/accuracies"]
     assert f"On {test['n']} held-out pairs" in card.text
     assert "β 0.1" in card.text
@@ -195,6 +195,7 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, pairs_file):
     assert recipe("dpo_hh.py", *arguments, "--output_dir", whole)[0] == 0
     shutil.copytree(whole, torn)
     shutil.rmtree(torn / "policy")
+    not_ended(torn)
     shutil.rmtree(torn / "checkpoints" / "dpo" / "checkpoint-6")
     status, _, said = recipe("dpo_hh.py", *arguments, "--output_dir", torn, "--resume_from_checkpoint")
     assert status == 0, said

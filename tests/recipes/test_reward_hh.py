@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from resdpo_trl.text.model import train_tokenizer
 from tests.conftest import tiny_model, write_pairs
-from tests.recipes.conftest import rows_of
+from tests.recipes.conftest import not_ended, rows_of
 from tests.text.test_reward import tiny_reward_model
 
 SMALL = ["--max_length", "64", "--use_cpu", "--logging_steps", "2", "--max_train_samples", "48"]
@@ -100,6 +100,7 @@ def test_resumed_it_ends_as_the_whole_run(recipe, tmp_path, pairs_file, language
     assert status == 0, wrong
     shutil.copytree(whole, torn)
     shutil.rmtree(torn / "reward_model")
+    not_ended(torn)
     shutil.rmtree(torn / "checkpoints" / "reward" / "checkpoint-6")
     status, _, wrong = recipe("reward_hh.py", *arguments, "--output_dir", torn, "--resume_from_checkpoint")
     assert status == 0, wrong

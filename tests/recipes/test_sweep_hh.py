@@ -143,7 +143,7 @@ def test_the_best_point_is_chosen_on_validation(tmp_path):
     for losses, best in ((["sigmoid"], 1), (["ipo"], 0)):
         for point in points[:2]:
             point.folder.mkdir(parents=True, exist_ok=True)
-            (point.folder / "run.json").write_text('{"ended": "now"}')
+            (point.folder / "run.json").write_text('{"ended": "now", "complete": true}')
             (point.folder / "summary.json").write_text(json.dumps({"dpo": {"loss_type": losses}}))
         assert best_of(rows, points) is rows[best]
     assert best_of(rows[2:], points[2:]) is None
