@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from resdpo_trl.errors import printable
 from resdpo_trl.hub import ID
 from resdpo_trl.report import CURVES, TEST_NAMES
 from resdpo_trl.run import RunFolder
@@ -253,12 +254,12 @@ def _save_card(
         base_model=base_model if base_model and not Path(base_model).exists() else None,
         datasets=[source] if on_the_hub else None,
         tags=["resdpo-trl", *tags],
-        model_name=_printable(name),
+        model_name=printable(name),
         eval_results=[
             EvalResult(
                 task_type=task,
                 dataset_type=source if on_the_hub else re.sub(r"[^\w.-]+", "-", source),
-                dataset_name=_printable(source),
+                dataset_name=printable(source),
                 dataset_config=run.config.get("data", {}).get("dataset_data_dir"),
                 dataset_revision=run.config.get("data", {}).get("dataset_revision"),
                 dataset_split=split,
@@ -372,14 +373,9 @@ def _cut(text: str) -> str:
     return text.strip() if len(text.strip()) <= SHOWN_CHARACTERS else text.strip()[:SHOWN_CHARACTERS] + " …"
 
 
-def _printable(text: str) -> str:
-    """Text without control characters and marks that turn its direction."""
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
-
-
 def _fenced(text: str) -> str:
     """A code block that its own text cannot end: no Markdown, HTML or mention in it comes to life."""
-    text = _printable(text)
+    text = printable(text, kept="\n")
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
@@ -387,5 +383,5 @@ def _fenced(text: str) -> str:
 def _plain(value: Any) -> str:
     """A value as one line of Markdown that reads as it stands."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    text = re.sub(r"([\\`*_\[\]{}|~$#!])", r"\\\1", html.escape(_printable(" ".join(text.split())), quote=False))
+    text = re.sub(r"([\\`*_\[\]{}|~$#!])", r"\\\1", html.escape(printable(" ".join(text.split())), quote=False))
     return text.replace("@", "&#64;")  # nobody is mentioned
