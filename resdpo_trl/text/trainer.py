@@ -141,7 +141,8 @@ class PairTrainer(_TextTrainer, Trainer):
 
     def last_train_metrics(self) -> dict[str, float]:
         """The newest training figures that were logged."""
-        logs = (entry for entry in reversed(self.state.log_history) if "rewards/margins" in entry)
+        # not the line at the end of training, which has a mean loss over all of it
+        logs = (entry for entry in reversed(self.state.log_history) if {"loss", "rewards/margins"} <= entry.keys())
         return {
             name: value
             for name, value in next(logs, {}).items()

@@ -95,6 +95,7 @@ def test_the_summary_has_counts_and_intervals(finished):
     low, high = test["interval_95"]["rewards/accuracies"]
     assert low <= test["rewards/accuracies"] <= high
     assert summary["data"]["cap"]["train"]["pairs_lost"] == 0
+    assert 0 < summary["dpo"]["train"]["loss"] < 1
     assert summary["sft"]["validation"]["loss_after"] < summary["sft"]["validation"]["loss_before"]
     assert summary["throughput"]["dpo_pairs_per_second"] > 0
     for line in ("accuracy, test", "margin, test", "DPO pairs per second", str(folder), "no pair lost"):
