@@ -111,7 +111,10 @@ def run(model: torch.nn.Module, options: argparse.Namespace) -> float:
             processor=image_processor(SIZE, [0.5] * 3, [0.25] * 3),
             augment=AugmentConfig(),
         )
-        use_run_callbacks(trainer, RunFolder(folder), "dpo", "DPO")
+        run = RunFolder(folder)
+        run.open()
+        run.start({}, seed=0)
+        use_run_callbacks(trainer, run, "dpo", "DPO")
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
