@@ -37,7 +37,7 @@ class OneMachine:
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of an evaluation batch."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
     bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 where it is safe, float32 elsewhere; by itself where there is hardware."}
+        default=None, metadata={"help": "Mixed precision with bfloat16; by itself where the hardware has it."}
     )
     gradient_checkpointing: bool | None = field(
         default=None,  # not False: transformers 5.23 warns of the old name wherever it is set
