@@ -97,6 +97,11 @@ class Whitening(nn.Module):
         """Set the weights from (N, 3, H, W) normalized images."""
         patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12).double()
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+        # grey images vary along four of the twelve; a channel that never varies would come out of a batch norm with a
+        # gradient 300 times as large, at each norm anew, so the directions that vary take the others' places
+        varying = torch.nonzero(values >= 1e-6 * values[-1]).flatten()
+        kept = varying[torch.arange(12) % len(varying)]
+        values, vectors = values[kept], vectors[:, kept]
         directions = (vectors / (values + epsilon).sqrt()).T.reshape(12, 3, 2, 2)
         self.weight.copy_(torch.cat([directions, -directions]))
 

@@ -198,3 +198,12 @@ def test_the_package_alone_imports_nothing_heavy():
     code = "import sys, resdpo_trl; print(sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_whitening_of_grey_images_leaves_no_channel_that_never_varies():
+    """Such a channel's batch norm multiplies gradients by 1/√ε: bfloat16 runs on digits ended in infinities."""
+    grey = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)
+    whitening = Whitening()
+    whitening.fit(grey)
+    spread = whitening(grey).std(dim=(0, 2, 3))
+    torch.testing.assert_close(spread, torch.ones(24), rtol=0.05, atol=0.0)
