@@ -17,6 +17,8 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+from resdpo_trl.errors import UserError
+
 ASIDE, OLD = ".tmp", ".old"  # endings of what is being written, and of what is being replaced
 MANIFEST = "checkpoint.json"  # the last file of a checkpoint: the sizes of the others
 _claims: dict[tuple[int, int], int] = {}  # (device, inode) of the folders that this process has locked -> descriptor
@@ -157,6 +159,14 @@ def disk_trouble(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container|iostream", str(error)):
         return "PyTorch could not write a file to its end"
     return None
+
+
+def not_written(target: Path, reason: str, safe: str) -> UserError:
+    """What to say where the disk does not take `target`: the reason of `disk_trouble`, the mend, and what is safe."""
+    return UserError(
+        f"{target} can't be written ({reason}): make room or the folder writable, then pass --resume_from_checkpoint; "
+        f"{safe}"
+    )
 
 
 def lock(folder: Path) -> bool:

@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import disk_trouble, last_whole, read_manifest, replace_folder, write_manifest
+from resdpo_trl.files import disk_trouble, last_whole, not_written, read_manifest, replace_folder, write_manifest
 from resdpo_trl.signals import AfterTheStep, Interrupted
 
 UNFINISHED = "unfinished"  # the folder beside the checkpoints in which the next one is written
@@ -155,10 +155,7 @@ class Resumable(Trainer):
             if reason is None:
                 raise
             shutil.rmtree(aside, ignore_errors=True)  # its room is needed
-            raise UserError(
-                f"{target} can't be written ({reason}): make room or the folder writable, then pass "
-                f"--resume_from_checkpoint; {self._last_good()}"
-            ) from error
+            raise not_written(target, reason, self._last_good()) from error
 
     # --- going on ----------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import checkpoints_of, disk_trouble, last_whole, lock, step_of, tidy, torn, write_whole
+from resdpo_trl.files import (
+    checkpoints_of,
+    disk_trouble,
+    last_whole,
+    lock,
+    not_written,
+    step_of,
+    tidy,
+    torn,
+    write_whole,
+)
 
 logger = logging.getLogger(__name__)
 PACKAGES = (
@@ -120,11 +130,8 @@ class RunFolder:
                 raise
             found = [last_whole(folder) for folder in (self.path / "checkpoints").glob("*/")]
             newest = max(filter(None, found), key=lambda path: path.stat().st_mtime, default=None)
-            raise UserError(
-                f"{self.path / what} can't be written ({reason}): make room or the folder writable, then pass "
-                f"--resume_from_checkpoint; "
-                + (f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet")
-            ) from error
+            safe = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
+            raise not_written(self.path / what, reason, safe) from error
 
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
