@@ -25,7 +25,7 @@ from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, 
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
 from resdpo_trl.text.batch import PairCollator
-from resdpo_trl.text.config import TextDPOConfig
+from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
 from resdpo_trl.text.reference_cache import (
     cache_folder,
     read_reference,
@@ -63,10 +63,39 @@ class LengthSampler(LengthGroupedSampler):
 
 
 class _TextTrainer(EveryRowOnce, Resumable):
-    """A Trainer whose `group_by_length` reads the data set's `length` column, and who knows tied weights."""
+    """A Trainer whose `group_by_length` reads the data set's `length` column, that counts tokens without waiting for
+    them at every step, and knows tied weights.
+    """
 
     model: Any
     train_dataset: Any
+    _total_train_tokens: int  # TRL's
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._tokens: list[Tensor] = []  # (real, padded) tokens of the steps since the last log
+        super().__init__(*args, **kwargs)
+
+    def _note_tokens(self, real: Tensor) -> None:
+        """Count a step's (R, T) tokens; `real` is True where one is not padding."""
+        count = real.sum()
+        self._tokens.append(torch.stack([count, real.numel() - count]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._tokens and not any(name.startswith("eval_") for name in logs):
+            tokens = torch.stack(self._tokens).double().sum(0)
+            real, padding = self.accelerator.reduce(tokens).tolist()
+            self._total_train_tokens += int(real)
+            logs["num_tokens"] = self._total_train_tokens
+            logs["padding"] = padding / (real + padding)
+            self._tokens.clear()
+        super().log(logs, start_time)
+
+    def log_state(self) -> dict[str, Any]:
+        return super().log_state() | {"step_tokens": [each.tolist() for each in self._tokens]}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        super().load_log_state(state)
+        self._tokens = [torch.tensor(each, device=self.accelerator.device) for each in state["step_tokens"]]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # a checkpoint holds a tied weight once; transformers warns as if it had been lost
@@ -86,11 +115,44 @@ class _TextTrainer(EveryRowOnce, Resumable):
 class TextSFTTrainer(_TextTrainer, SFTTrainer):
     """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`.
 
-    What differs from TRL's: evaluation is the mean over all tokens with a label, not over batches.
+    What differs from TRL's: the plain loss goes through the response head, in half the time of TRL's on a CPU, and
+    without the vocabulary-wide metrics of a training step; evaluation, which has them, is the mean over all tokens
+    with a label, not over batches.
     """
 
-    def __init__(self, **options: Any):
-        super().__init__(compute_metrics=_token_means, **options)
+    def __init__(self, model: PreTrainedModel, args: TextSFTConfig, **options: Any):
+        # a loss of another kind is TRL's own
+        self._plain = args.loss_type == "nll" and not args.label_smoothing_factor and not args.use_liger_kernel
+        if self._plain:
+            add_response_head(base_model(model))
+        super().__init__(model=model, args=args, compute_metrics=_token_means, **options)
+        self._plain = self._plain and not self.aux_loss_enabled
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """Negative log-likelihood of the tokens with a label, over their number on all processes."""
+        if not self._plain:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
+        logps = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            predicted_at=row * labels.shape[1] + column,
+            predicted=labels[row, column + 1],
+            use_cache=False,
+        )
+        self._note_tokens(inputs["attention_mask"])
+        if num_items_in_batch is None:
+            return -logps.sum() / max(len(row), 1)
+        # DDP averages the gradients over processes, and `num_items_in_batch` counts the tokens of all
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return -logps.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
 
     def prediction_step(
         self,
@@ -212,7 +274,6 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             for base in bases:
                 check_prefix_sharing(base, longest)
         self._means = RunningMeans()  # of the steps since the last log
-        self._tokens: list[Tensor] = []  # (real, padded) tokens of the same steps
         self.reference_seconds = 0.0  # spent on the reference's log-probabilities before training
         self.reference_pairs_read = 0  # pairs whose log-probabilities an earlier run had left on disk
         self._cache = cache_folder(args.reference_cache_dir)
@@ -331,29 +392,20 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         self._means.add(figures)
         mask = inputs["attention_mask"]
         mask = mask[: len(losses) * len(mask) // len(inputs["chosen_tokens"])]  # one row a pair, or two
-        # (R, T) real tokens: with sharing a real key is one that the last query or the row's rejected part sees
-        real = (mask.any(dim=2) if mask.ndim == 4 else mask).sum()
-        self._tokens.append(torch.stack([real, torch.tensor(len(mask) * mask.shape[-1], device=real.device) - real]))
+        # (R, T): with sharing a real key is one that the last query or the row's rejected part sees
+        self._note_tokens(mask.any(dim=2).squeeze(1) if mask.ndim == 4 else mask)
 
     def log_state(self) -> dict[str, Any]:
-        tokens = [each.tolist() for each in self._tokens]
-        return super().log_state() | {"means": self._means.state(), "step_tokens": tokens}
+        return super().log_state() | {"means": self._means.state()}
 
     def load_log_state(self, state: dict[str, Any]) -> None:
         super().load_log_state(state)
         self._means.load_state(state["means"], self.accelerator.device)
-        self._tokens = [torch.tensor(each, device=self.accelerator.device) for each in state["step_tokens"]]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._tokens and not any(name.startswith("eval_") for name in logs):
+        if not any(name.startswith("eval_") for name in logs):
             logs.update(self._means.take(self.accelerator.reduce))
-            tokens = torch.stack(self._tokens).double().sum(0)
-            real, padding = self.accelerator.reduce(tokens).tolist()
-            self._total_train_tokens += int(real)
-            logs["num_tokens"] = self._total_train_tokens
-            logs["padding"] = padding / (real + padding)
-            self._tokens.clear()
-        Trainer.log(self, logs, start_time)
+        super().log(logs, start_time)
 
 
 def _token_means(rows: EvalPrediction) -> dict[str, float]:

@@ -4,14 +4,16 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
-from resdpo_trl.text.config import REFUSED, TextDPOConfig
-from resdpo_trl.text.trainer import LengthSampler, TextDPOTrainer
+from resdpo_trl.text.config import REFUSED, TextDPOConfig, TextSFTConfig
+from resdpo_trl.text.tokens import sft_rows
+from resdpo_trl.text.trainer import LengthSampler, TextDPOTrainer, TextSFTTrainer
 from tests.conftest import random_pairs, tiny_model
 
 
@@ -277,3 +279,38 @@ def test_the_methods_of_trl_that_are_overridden_still_exist(method):
 def test_bfloat16_is_chosen_where_the_hardware_has_it(tmp_path):
     assert TextDPOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 == has_bfloat16(use_cpu=True)
     assert TextDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False).bf16 is False
+
+
+@pytest.mark.parametrize("completion_only_loss", [True, False])
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3}, {"loss_type": "dft"}])
+def test_sft_follows_trls_trainer(tmp_path, tokenizer, completion_only_loss, options):
+    """The response head's loss is TRL's, step by step; a loss of another kind is left to TRL."""
+    rows = sft_rows(tokenized(), completion_only_loss)
+    shared = {
+        "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False, "save_strategy": "no", "logging_steps": 1,
+        "learning_rate": 1e-3, "disable_tqdm": True, "report_to": "none", "num_train_epochs": 3, "max_length": 128,
+    } | options  # fmt: skip
+    models = [tiny_model("gpt2") for _ in range(2)]
+    for model in models:
+        disable_dropout_in_model(model)  # which the two draw in another order
+    ours = TextSFTTrainer(
+        model=models[0],
+        args=TextSFTConfig(
+            output_dir=str(tmp_path / "ours"), train_sampling_strategy="random", select="last", **shared,
+            eval_strategy="no",
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    theirs = SFTTrainer(
+        model=models[1],
+        args=SFTConfig(output_dir=str(tmp_path / "theirs"), gradient_checkpointing=False, **shared),
+        train_dataset=rows.remove_columns("length"),
+        processing_class=tokenizer,
+    )
+    assert train_losses(ours) == pytest.approx(train_losses(theirs), rel=1e-4)
+    for own, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+    tokens = [[entry["num_tokens"] for entry in job.state.log_history if "loss" in entry] for job in (ours, theirs)]
+    assert tokens[0] == tokens[1]
