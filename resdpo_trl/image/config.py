@@ -64,6 +64,10 @@ class ImageTraining(OneMachine):
     bias_learning_rate_scale: float = field(
         default=1.0, metadata={"help": "Factor on the learning rate of biases and norms, which have no weight decay."}
     )
+    muon_learning_rate: float = field(
+        default=0.0,
+        metadata={"help": "Peak learning rate of Muon for the convolutions' weights; 0 trains them by --optim."},
+    )
     channels_last: bool = field(
         default=True, metadata={"help": "Keep images and weights in channels-last memory order."}
     )
@@ -71,6 +75,8 @@ class ImageTraining(OneMachine):
     def __post_init__(self) -> None:
         if self.bias_learning_rate_scale <= 0:
             raise UserError(f"--bias_learning_rate_scale {self.bias_learning_rate_scale}: must be above 0")
+        if self.muon_learning_rate < 0:
+            raise UserError(f"--muon_learning_rate {self.muon_learning_rate}: must be at least 0")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = "accura" in self.metric_for_best_model
         super().__post_init__()
@@ -109,6 +115,9 @@ class ReferenceStageConfig:
     )
     reference_bias_learning_rate_scale: float | None = field(
         default=None, metadata={"help": "Bias scale of the stage; --bias_learning_rate_scale by default."}
+    )
+    reference_muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Muon's rate in the stage; --muon_learning_rate by default."}
     )
 
     def __post_init__(self) -> None:
@@ -188,7 +197,7 @@ def reference_stage(dpo: ClassifierDPOConfig, stage: ReferenceStageConfig) -> Cr
         "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "channels_last",
         "select", "metric_for_best_model", "greater_is_better", "dataloader_drop_last",
     )  # fmt: skip
-    scale = stage.reference_bias_learning_rate_scale
+    scale, muon = stage.reference_bias_learning_rate_scale, stage.reference_muon_learning_rate
     return CrossEntropyConfig(
         num_train_epochs=stage.reference_epochs,
         learning_rate=stage.reference_learning_rate,
@@ -198,6 +207,7 @@ def reference_stage(dpo: ClassifierDPOConfig, stage: ReferenceStageConfig) -> Cr
         optim_args=stage.reference_optim_args if stage.reference_optim else dpo.optim_args,
         weight_decay=dpo.weight_decay if stage.reference_weight_decay is None else stage.reference_weight_decay,
         bias_learning_rate_scale=dpo.bias_learning_rate_scale if scale is None else scale,
+        muon_learning_rate=dpo.muon_learning_rate if muon is None else muon,
         report_to=dpo.report_to or "none",
         **{name: getattr(dpo, name) for name in shared},
     )

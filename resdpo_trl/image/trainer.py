@@ -18,14 +18,16 @@ from torchvision.transforms.v2 import functional
 from transformers import TrainerCallback, ViTImageProcessor
 
 from resdpo_trl.arguments import preference_loss
+from resdpo_trl.errors import UserError
 from resdpo_trl.image.augment import Augmentation, AugmentConfig, hash_seed
 from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
 from resdpo_trl.image.data import Images
 from resdpo_trl.image.model import ImageClassifier, share_statistics
+from resdpo_trl.image.muon import with_muon
 from resdpo_trl.image.rejected import RejectedClasses
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import RunningMeans, classifier_metrics, classifier_pairs
-from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
+from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
 
@@ -72,6 +74,11 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         augment: AugmentConfig,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        if args.muon_learning_rate and is_sharded():
+            raise UserError(
+                "--muon_learning_rate needs whole weights, and FSDP and DeepSpeed shard them: use "
+                "accelerate_configs/multi_gpu.yaml, or pass --muon_learning_rate 0"
+            )
         if args.channels_last:
             _channels_last(model)
         if args.world_size > 1 and args.device.type == "cuda":
@@ -184,10 +191,19 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """`--optim` with biases and norms at their own rate, and the convolutions' weights by Muon where asked for."""
         created = self.optimizer is None
+        if created and self.args.muon_learning_rate:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer_cls_and_kwargs = with_muon(kind), options
         optimizer = super().create_optimizer(model)
         if created:
-            optimizer.param_groups[1]["lr"] *= self.args.bias_learning_rate_scale  # the group without decay
+            decaying, biases = optimizer.param_groups
+            biases["lr"] *= self.args.bias_learning_rate_scale
+            if self.args.muon_learning_rate:
+                filters = [weight for weight in decaying["params"] if weight.ndim == 4]
+                decaying["params"] = [weight for weight in decaying["params"] if weight.ndim != 4]
+                optimizer.add_param_group({"params": filters, "lr": self.args.muon_learning_rate, "muon": True})
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

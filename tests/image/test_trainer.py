@@ -268,8 +268,10 @@ def test_dropout_is_off_in_both_unless_asked(tmp_path):
 
 @pytest.mark.parametrize("update", ["frozen", "polyak", "copy"])
 @pytest.mark.parametrize("stop", [4, 6], ids=["at an epoch's end", "within an epoch"])
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path, update, stop):
+@pytest.mark.parametrize("muon", [0.0, 0.05], ids=["sgd", "muon"])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, update, stop, muon):
     options = {
+        "muon_learning_rate": muon,
         "reference_update": update,
         "polyak_tau": 0.1,
         "num_train_epochs": 3,
@@ -297,7 +299,8 @@ def test_scores_are_in_the_images_order(tmp_path):
     torch.testing.assert_close(ref_logps, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_cross_entropy_learns_and_biases_have_their_own_rate(tmp_path):
+@pytest.mark.parametrize("muon", [0.0, 0.1], ids=["sgd", "muon"])
+def test_cross_entropy_learns_and_biases_and_filters_have_their_own_rates(tmp_path, muon):
     job = ClassifierTrainer(
         model=network(),
         args=CrossEntropyConfig(
@@ -308,6 +311,7 @@ def test_cross_entropy_learns_and_biases_have_their_own_rate(tmp_path):
                 "bias_learning_rate_scale": 4.0,
                 "weight_decay": 0.01,
                 "label_smoothing_factor": 0.1,
+                "muon_learning_rate": muon,
             },
         ),
         train=draw(64),
@@ -316,8 +320,9 @@ def test_cross_entropy_learns_and_biases_have_their_own_rate(tmp_path):
         augment=AugmentConfig(crop_padding=1),
     )
     job.create_optimizer()
-    decayed, free = job.optimizer.param_groups
-    assert {p.ndim for p in decayed["params"]} == {2, 4} and decayed["weight_decay"] == 0.01
+    decayed, free, *filters = job.optimizer.param_groups
+    assert {p.ndim for p in decayed["params"]} == ({2} if muon else {2, 4}) and decayed["weight_decay"] == 0.01
+    assert [group["lr"] for group in filters] == ([muon] if muon else [])
     assert {p.ndim for p in free["params"]} == {1} and free["weight_decay"] == 0.0
     assert free["lr"] == pytest.approx(4 * decayed["lr"])
     job.optimizer = None
@@ -330,6 +335,7 @@ def test_cross_entropy_learns_and_biases_have_their_own_rate(tmp_path):
     ("options", "named"),
     [
         ({"polyak_tau": 0.0}, "--polyak_tau 0.0: must lie in"),
+        ({"muon_learning_rate": -0.1}, "--muon_learning_rate -0.1: must be at least 0"),
         ({"polyak_tau": 1.1}, "--polyak_tau 1.1: must lie in"),
         ({"do_polyak": True, "do_copy": True}, "--do_polyak and --do_copy exclude each other"),
         ({"do_copy": True, "reference_update": "polyak"}, "--do_copy contradicts --reference_update polyak"),
