@@ -30,11 +30,10 @@ from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import CompareConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig, Preferences, load_preferences
 from resdpo_trl.text.generate import answer
-from resdpo_trl.text.model import check_fits, check_same_tokenizer, load_model, load_tokenizer
+from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer
 from resdpo_trl.text.reward import RewardModel, reward_figures
 from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
 from resdpo_trl.text.tokens import SHORTEST, tokenize
-from resdpo_trl.text.trainer import base_model
 
 
 @dataclass

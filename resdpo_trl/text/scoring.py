@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.text.attention import CPU_ATTENTION
 from resdpo_trl.text.batch import PairCollator
 
 # response tokens whose logits are held at once: 4,096 × GPT-2's vocabulary in float32 is 0.8 GB
@@ -143,7 +144,7 @@ def check_prefix_sharing(model: PreTrainedModel, longest_row: int) -> None:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < longest_row:
         raise UserError(f"{name} has a sliding window of {window} tokens, less than a row's {longest_row}: {mend}")
-    if model.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+    if model.config._attn_implementation not in ("sdpa", "eager", "flex_attention", CPU_ATTENTION):
         raise UserError(
             f"--attn_implementation {model.config._attn_implementation} takes no mask of its own, as prefix sharing "
             f"needs: use sdpa or flex_attention, or {mend}"

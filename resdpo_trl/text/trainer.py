@@ -26,6 +26,7 @@ from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
+from resdpo_trl.text.model import base_model
 from resdpo_trl.text.reference_cache import (
     cache_folder,
     read_reference,
@@ -413,8 +414,3 @@ def _token_means(rows: EvalPrediction) -> dict[str, float]:
     losses, right, entropies = np.asarray(rows.predictions, dtype=np.float64).sum(0)
     tokens = np.asarray(rows.label_ids).sum()
     return {"loss": losses / tokens, "mean_token_accuracy": right / tokens, "entropy": entropies / tokens}
-
-
-def base_model(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from resdpo_trl.text.attention import CPU_ATTENTION, _Attention, cpu_attention
+from resdpo_trl.text.batch import PairCollator
+from tests.conftest import random_pairs, tiny_model
+
+
+def causal(rows, length):
+    return torch.ones(length, length, dtype=torch.bool).tril().expand(rows, 1, length, length)
+
+
+def masks(rows, length):
+    """As a batch of shared prompts has them, and one that is not causal."""
+    shared = causal(rows, length).clone()
+    shared[:, :, length - 3 :, 2:5] = False
+    return {"causal": causal(rows, length), "shared prompt": shared, "everything": torch.ones_like(shared)}
+
+
+@pytest.mark.parametrize("kind", ["causal", "shared prompt", "everything"])
+@pytest.mark.parametrize("length", [2, 9])
+def test_the_gradient_is_the_numerical_one(kind, length):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    hidden = ~masks(2, max(length, 9))[kind][..., :length, :length]
+    torch.autograd.gradcheck(lambda *values: _Attention.apply(*values, hidden), inputs)
+
+
+@pytest.mark.parametrize("kind", ["causal", "shared prompt", "everything", None])
+@pytest.mark.parametrize("heads", [4, 2], ids=["own keys", "grouped keys"])
+def test_it_is_sdpas_to_bfloat16(kind, heads):
+    """Values and gradients against SDPA's in float32, about as near as SDPA's own in bfloat16 are."""
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // heads
+    mask = None if kind is None else masks(2, 33)[kind]
+    exact = [torch.randn(2, count, 33, 16) for count in (4, heads, heads)]
+    found = {}
+    for name, function, dtype in (
+        ("exact", sdpa_attention_forward, torch.float32),
+        ("sdpa", sdpa_attention_forward, torch.bfloat16),
+        ("ours", cpu_attention, torch.bfloat16),
+    ):
+        inputs = [value.to(dtype).requires_grad_() for value in exact]
+        out, _ = function(module, *inputs, mask)
+        gradients = torch.autograd.grad((out.float() * torch.linspace(-1, 1, 16)).sum(), inputs)
+        found[name] = [out, *gradients]
+    for exactly, sdpas, ours in zip(found["exact"], found["sdpa"], found["ours"], strict=True):
+        assert ours.shape == sdpas.shape and ours.dtype == torch.bfloat16
+        error = (ours.float() - exactly).norm() / exactly.norm()
+        assert error < 2 * (sdpas.float() - exactly).norm() / exactly.norm() < 0.05
+
+
+def test_it_is_taken_where_it_is_the_faster(monkeypatch):
+    calls = []
+    monkeypatch.setattr("resdpo_trl.text.attention.sdpa_attention_forward", lambda *args, **kwargs: calls.append(args))
+    module, value = torch.nn.Module(), torch.randn(1, 2, 5, 4)
+    low = value.bfloat16()
+    cpu_attention(module, low, low, low, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        cpu_attention(module, value, value, value, causal(1, 5))
+    assert not calls
+    cpu_attention(module, value, value, value, None)  # float32
+    cpu_attention(module, low[:, :, :1], low, low, None)  # an answer's next token
+    cpu_attention(module, low, low, low, None, dropout=0.1)
+    cpu_attention(module, low, low, low, torch.zeros(1, 1, 5, 5, dtype=torch.bfloat16))  # an additive mask
+    cpu_attention(module, low, low, low, None, is_causal=False)
+    assert len(calls) == 5
+
+
+def test_rows_that_see_nothing_stay_finite():
+    values = [torch.randn(1, 1, 6, 4).bfloat16().requires_grad_() for _ in range(3)]
+    mask = causal(1, 6).clone()
+    mask[..., :3] = False  # padding on the left
+    out, _ = cpu_attention(torch.nn.Module(), *values, mask)
+    out.sum().backward()
+    assert all(value.grad.isfinite().all() for value in values)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_model_with_it_scores_as_with_sdpa(kind, tmp_path):
+    model = tiny_model(kind).bfloat16().eval()
+    batch = PairCollator(0)(random_pairs(6, seed=0))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    expected = model(**inputs).logits.float().log_softmax(-1)
+    model.set_attn_implementation(CPU_ATTENTION)
+    torch.testing.assert_close(model(**inputs).logits.float().log_softmax(-1), expected, atol=0.05, rtol=0)
+    model.save_pretrained(tmp_path)
+    assert CPU_ATTENTION not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
