@@ -81,7 +81,7 @@ class FastNet(nn.Module):
 class Whitening(nn.Module):
     """A 2×2 convolution onto the principal directions of image patches and their negatives, scaled to unit variance.
 
-    The weights are a buffer: they are fitted once and never trained. The bias is.
+    The weights are a buffer: they are fitted once and never trained.
     """
 
     channels = 24
@@ -90,7 +90,6 @@ class Whitening(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(self.channels, 3, 2, 2))
-        self.bias = nn.Parameter(torch.zeros(self.channels))
 
     @torch.no_grad()
     def fit(self, images: Tensor, epsilon: float = 5e-4) -> None:
@@ -106,7 +105,7 @@ class Whitening(nn.Module):
         self.weight.copy_(torch.cat([directions, -directions]))
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.conv2d(images, self.weight.to(images.dtype), self.bias)
+        return F.conv2d(images, self.weight.to(images.dtype))
 
 
 class _Stage(nn.Module):
