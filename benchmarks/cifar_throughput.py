@@ -5,7 +5,8 @@
 
 One JSON line a row. `run` is `ClassifierDPOTrainer` as dpo_cifar.py uses it, on 10,000 random images: order, gather,
 augmentation, normalization, rejected classes, metrics and logging included. `bare` is what cannot be avoided: both
-networks, the loss, the backward pass and the optimizer on one random batch that is ready. They take turns, `--rounds`
+networks, the loss, the backward pass and the optimizer on one random batch that is ready (`fast` with Muon, as its
+preset has it). They take turns, `--rounds`
 times, so that a machine that slows down slows both. `ratio` is run over bare, of the medians; `share_of_peak` counts
 the multiply-adds of the networks (policy forward and backward, reference forward) against a matrix product's speed,
 measured in the same process. A --peer is a script that prints one JSON line with images_per_second.
@@ -32,6 +33,7 @@ from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import ClassifierDPOConfig
 from resdpo_trl.image.data import Images
 from resdpo_trl.image.model import build_classifier, image_processor
+from resdpo_trl.image.muon import with_muon
 from resdpo_trl.image.trainer import ClassifierDPOTrainer
 from resdpo_trl.run import RunFolder, hardware, use_the_cores
 
@@ -99,6 +101,7 @@ def run(model: torch.nn.Module, options: argparse.Namespace) -> float:
                 optim="sgd",
                 optim_args="momentum=0.9,nesterov=true",
                 learning_rate=1e-3,
+                muon_learning_rate=1e-3 if options.network == "fast" else 0.0,
                 eval_strategy="no",
                 save_strategy="no",
                 select="last",
@@ -127,7 +130,10 @@ def bare(model: torch.nn.Module, options: argparse.Namespace, device: torch.devi
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     if options.torch_compile:
         policy, reference = torch.compile(policy), torch.compile(reference)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+    filters = [weight for weight in policy.parameters() if weight.ndim == 4 and options.network == "fast"]
+    others = [weight for weight in policy.parameters() if weight.ndim != 4 or options.network != "fast"]
+    groups = [{"params": others}, *([{"params": filters, "muon": True}] if filters else [])]
+    optimizer = with_muon(torch.optim.SGD)(groups, lr=1e-3, momentum=0.9, nesterov=True)
     images = torch.randn(options.batch_size, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, CLASSES, (options.batch_size, 1), device=device)
     wrong = (labels + 1) % CLASSES

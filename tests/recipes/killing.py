@@ -38,7 +38,10 @@ KINDS = {
     "text DPO, frozen": ("dpo_hh.py", [*TEXT, *SFT, "--save_total_limit", "1"]),
     "text DPO, polyak": ("dpo_hh.py", [*TEXT, *SFT, *APART, "--do_polyak", "--polyak_tau", "0.2"]),
     "text DPO, copy": ("dpo_hh.py", [*TEXT, *SFT, *APART, "--do_copy", "--train_sampling_strategy", "random"]),
-    "image cross-entropy": ("train_cifar.py", [*IMAGES, *STEPS, "--save_total_limit", "2"]),
+    "image cross-entropy": (
+        "train_cifar.py",
+        [*IMAGES, *STEPS, "--save_total_limit", "2", "--muon_learning_rate", "0.05", "--optim", "sgd"],
+    ),
     "image DPO, frozen": ("dpo_cifar.py", [*IMAGES, *STEPS, "--rejected_sampling", "uniform"]),
     "image DPO, polyak": ("dpo_cifar.py", [*IMAGES, "--do_polyak", "--polyak_tau", "0.2"]),
     "image DPO, copy": ("dpo_cifar.py", [*IMAGES, *APART, "--do_copy", "--rejected_sampling", "hard"]),
