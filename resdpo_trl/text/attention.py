@@ -59,15 +59,15 @@ def cpu_attention(
     groups = getattr(module, "num_key_value_groups", 1)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _Attention.apply(query * scale, repeat_kv(key, groups), repeat_kv(value, groups), ~mask)
+    out = _Attention.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), ~mask, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
 class _Attention(torch.autograd.Function):
-    """(B, H, T, D) scaled queries, keys, values and (B or 1, 1, T, T) what is hidden -> (B, H, T, D)."""
+    """(B, H, T, D) queries, keys, values and (B or 1, 1, T, T) what is hidden -> (B, H, T, D)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
         length = query.shape[2]
         half = length // 2
         causal = hidden[..., :half, half:].all()  # a mask may let a query see what comes after it
@@ -75,17 +75,17 @@ class _Attention(torch.autograd.Function):
         outputs, kept = [], []
         for start, end in blocks:
             with torch.autocast("cpu", enabled=False):
-                scores = query[:, :, start:end] @ key[:, :, :end].transpose(2, 3)
+                scores = (query[:, :, start:end] @ key[:, :, :end].transpose(2, 3)).mul_(scale)
                 # not −inf: a row that sees nothing, as padding on the left does, has no softmax then
                 scores.masked_fill_(hidden[:, :, start:end, :end], torch.finfo(scores.dtype).min)
                 kept.append(scores.softmax(-1))
                 outputs.append(kept[-1] @ value[:, :, :end])
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.scale = blocks, scale
         return torch.cat(outputs, 2)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, *kept = ctx.saved_tensors
         of_query, of_key, of_value = [], torch.zeros_like(key), torch.zeros_like(value)
         for (start, end), probabilities in zip(ctx.blocks, kept, strict=True):
@@ -93,10 +93,12 @@ class _Attention(torch.autograd.Function):
             of_value[:, :, :end] += probabilities.transpose(2, 3) @ own
             of_probabilities = own @ value[:, :, :end].transpose(2, 3)
             # softmax: dS = P∘(dP − Σ dP∘P); nothing reaches what is hidden, whose probability is zero
-            of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
+            of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype).mul_(
+                ctx.scale
+            )
             of_query.append(of_scores @ key[:, :, :end])
             of_key[:, :, :end] += of_scores.transpose(2, 3) @ query[:, :, start:end]
-        return torch.cat(of_query, 2), of_key, of_value, None
+        return torch.cat(of_query, 2), of_key, of_value, None, None
 
 
 AttentionInterface.register(CPU_ATTENTION, cpu_attention)

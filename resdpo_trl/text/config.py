@@ -116,6 +116,8 @@ class SFTStageConfig:
     sft_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of an SFT step on each device; --per_device_train_batch_size by default."}
     )
+    sft_optim: str | None = field(default=None, metadata={"help": "Optimizer of SFT; --optim by default."})
+    sft_optim_args: str | None = field(default=None, metadata={"help": "Arguments of --sft_optim."})
     sft_completion_only_loss: bool = field(
         default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
     )
@@ -125,6 +127,8 @@ class SFTStageConfig:
             raise UserError(f"--sft_epochs {self.sft_epochs}: must be at least 0")
         if self.sft_learning_rate <= 0:
             raise UserError(f"--sft_learning_rate {self.sft_learning_rate}: must be above 0")
+        if self.sft_optim_args is not None and self.sft_optim is None:
+            raise UserError("--sft_optim_args needs --sft_optim; --optim_args go to both stages")
 
 
 @dataclass
@@ -232,7 +236,7 @@ class TextRewardConfig(ShortDialogues, RewardConfig):  # type: ignore[misc]  # a
 def sft_stage(own: TextDPOConfig | TextRewardConfig, sft: SFTStageConfig) -> TextSFTConfig:
     """The configuration of the SFT stage before another: its own epochs, rate and batch, the rest from that stage."""
     shared = (
-        "output_dir", "max_length", "seed", "data_seed", "bf16", "fp16", "use_cpu", "optim", "optim_args",
+        "output_dir", "max_length", "seed", "data_seed", "bf16", "fp16", "use_cpu",
         "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "lr_scheduler_type",
         "warmup_steps", "gradient_accumulation_steps", "gradient_checkpointing_kwargs", "logging_steps", "run_name",
         "per_device_eval_batch_size", "dataloader_num_workers", "train_sampling_strategy", "torch_compile", "tf32",
@@ -244,6 +248,8 @@ def sft_stage(own: TextDPOConfig | TextRewardConfig, sft: SFTStageConfig) -> Tex
     return TextSFTConfig(
         num_train_epochs=sft.sft_epochs,
         learning_rate=sft.sft_learning_rate,
+        optim=sft.sft_optim or own.optim,
+        optim_args=sft.sft_optim_args if sft.sft_optim else own.optim_args,
         completion_only_loss=sft.sft_completion_only_loss,
         per_device_train_batch_size=sft.sft_batch_size or own.per_device_train_batch_size,
         gradient_checkpointing=own.gradient_checkpointing or None,

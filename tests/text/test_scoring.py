@@ -7,7 +7,7 @@ import torch
 from resdpo_trl.errors import UserError
 from resdpo_trl.text import scoring
 from resdpo_trl.text.batch import PairCollator
-from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
+from resdpo_trl.text.scoring import _LogProbs, add_response_head, check_prefix_sharing, pair_logps
 from tests.conftest import random_pairs, tiny_model
 
 KINDS = ("gpt2", "llama", "qwen3")
@@ -184,3 +184,12 @@ def test_the_batch_of_a_pair_by_hand():
     assert batch["response"].tolist() == [0, 1, 1, 2, 3]
     assert batch["ref_rejected_logps"].tolist() == [-2.0, -2.0]
     assert math.isclose(batch["chosen_tokens"].float().mean(), 1.0)
+
+
+def test_a_second_backward_pass_through_the_head_is_an_error():
+    """The gradient takes the logits' place; going back twice must not give a wrong one."""
+    logits = torch.randn(5, 7, requires_grad=True)
+    found = _LogProbs.apply(logits * 1, torch.arange(5)).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
