@@ -11,7 +11,7 @@ from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
-from resdpo_trl.text.config import REFUSED, TextDPOConfig, TextSFTConfig
+from resdpo_trl.text.config import REFUSED, SFTStageConfig, TextDPOConfig, TextSFTConfig, sft_stage
 from resdpo_trl.text.tokens import sft_rows
 from resdpo_trl.text.trainer import LengthSampler, TextDPOTrainer, TextSFTTrainer
 from tests.conftest import random_pairs, tiny_model
@@ -314,3 +314,13 @@ def test_sft_follows_trls_trainer(tmp_path, tokenizer, completion_only_loss, opt
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
     tokens = [[entry["num_tokens"] for entry in job.state.log_history if "loss" in entry] for job in (ours, theirs)]
     assert tokens[0] == tokens[1]
+
+
+def test_sft_has_an_optimizer_of_its_own(tmp_path):
+    """--sft_optim with its arguments; by default the second stage's."""
+    dpo = config(tmp_path, optim="sgd", optim_args="momentum=0.9")
+    same, own = sft_stage(dpo, SFTStageConfig()), sft_stage(dpo, SFTStageConfig(sft_optim="adamw_torch"))
+    assert (same.optim, same.optim_args) == ("sgd", "momentum=0.9")
+    assert (own.optim, own.optim_args) == ("adamw_torch", None)
+    with pytest.raises(UserError, match="--sft_optim_args needs --sft_optim"):
+        SFTStageConfig(sft_optim_args="momentum=0.9")
