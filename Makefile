@@ -55,6 +55,7 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/data_preparation.py
 	$(BIN)/python benchmarks/dpo_throughput.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/reference_cache.py
 	$(BIN)/python benchmarks/cifar_throughput.py --network fast --batch_size 128
 	$(BIN)/python benchmarks/cifar_throughput.py --network resnet50 --batch_size 256
