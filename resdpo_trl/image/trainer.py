@@ -18,7 +18,6 @@ from torchvision.transforms.v2 import functional
 from transformers import TrainerCallback, ViTImageProcessor
 
 from resdpo_trl.arguments import preference_loss
-from resdpo_trl.errors import UserError
 from resdpo_trl.image.augment import Augmentation, AugmentConfig, hash_seed
 from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
 from resdpo_trl.image.data import Images
@@ -27,7 +26,7 @@ from resdpo_trl.image.muon import with_muon
 from resdpo_trl.image.rejected import RejectedClasses
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import RunningMeans, classifier_metrics, classifier_pairs
-from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
+from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
 
@@ -74,11 +73,6 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         augment: AugmentConfig,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        if args.muon_learning_rate and is_sharded():
-            raise UserError(
-                "--muon_learning_rate needs whole weights, and FSDP and DeepSpeed shard them: use "
-                "accelerate_configs/multi_gpu.yaml, or pass --muon_learning_rate 0"
-            )
         if args.channels_last:
             _channels_last(model)
         if args.world_size > 1 and args.device.type == "cuda":
