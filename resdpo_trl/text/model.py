@@ -73,10 +73,10 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
         # and has no gradient through them from then on: training would go on without a word and without learning
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return _with_faster_parts(loaded, chosen=model.attn_implementation is None)
+    return with_faster_parts(loaded, chosen=model.attn_implementation is None)
 
 
-def _with_faster_parts(model: PreTrainedModel, chosen: bool = True) -> PreTrainedModel:
+def with_faster_parts(model: PreTrainedModel, chosen: bool = True) -> PreTrainedModel:
     """GPT-2's GELU as PyTorch's one kernel (transformers' eight take a tenth of a step), and on the CPU the attention
     of `resdpo_trl.text.attention` where it is ours to choose.
     """
@@ -146,7 +146,7 @@ def build_model(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-    return _with_faster_parts(model)
+    return with_faster_parts(model)
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -31,7 +31,14 @@ from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
 from resdpo_trl.sources import check_model_folder
 from resdpo_trl.text.config import TextModelConfig
-from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, loading_options, not_a_model
+from resdpo_trl.text.model import (
+    check_fits,
+    load_model,
+    load_tokenizer,
+    loading_options,
+    not_a_model,
+    with_faster_parts,
+)
 from resdpo_trl.text.tokens import tokenize
 from resdpo_trl.text.trainer import PairTrainer
 
@@ -90,7 +97,7 @@ def untrained_reward_model(
     except ValueError as error:  # an architecture that transformers has no sequence classifier of
         raise not_a_model(name, flag, error) from None
     made.base_model.load_state_dict(language.base_model.state_dict())
-    return made.to(language.dtype)
+    return with_faster_parts(made.to(language.dtype), chosen=model.attn_implementation is None)
 
 
 class TextRewardTrainer(PairTrainer, RewardTrainer):
@@ -175,9 +182,10 @@ class RewardModel:
         self.tokenizer = load_tokenizer(name, model, trust_remote_code, flag)
         options = loading_options(model, trust_remote_code)
         try:
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise not_a_model(name, flag, error) from None
+        self.model: Any = with_faster_parts(loaded, chosen=model.attn_implementation is None)
         text_config = self.model.config.get_text_config()
         if text_config.pad_token_id is None:
             text_config.pad_token_id = self.tokenizer.pad_token_id
