@@ -116,8 +116,8 @@ class _TextTrainer(EveryRowOnce, Resumable):
 class TextSFTTrainer(_TextTrainer, SFTTrainer):
     """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`.
 
-    What differs from TRL's: the plain loss goes through the response head, in half the time of TRL's on a CPU, and
-    without the vocabulary-wide metrics of a training step; evaluation, which has them, is the mean over all tokens
+    What differs from TRL's: the plain loss goes through the response head, without the vocabulary-wide metrics of a
+    training step (benchmarks/LOG.md has what that saves); evaluation, which has them, is the mean over all tokens
     with a label, not over batches.
     """
 

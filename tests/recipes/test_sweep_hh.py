@@ -39,8 +39,7 @@ def check_the_frontier(folder):
     assert rows[0]["kl"] == rows[0]["kl_low"] == 0
     assert [row["status"].partition(":")[0] for row in rows] == ["done"] * 4 + ["failed"]
     assert all(row["n"] == 6 and row["reward_low"] <= row["reward"] <= row["reward_high"] for row in rows[:4])
-    # after three of Adam's steps two β may differ by less than a float shows
-    assert len({row["kl"] for row in rows[:4]}) >= 3 and all(row["kl"] != 0 for row in rows[1:4])
+    assert len({row["kl"] for row in rows[:4]}) == 4
     page = (folder / "report.html").read_text()
     assert 'id="frontier"' in page and "left out of the frontier: it did not end" in page
 
@@ -49,7 +48,8 @@ def test_a_sweep_from_one_reference_and_a_point_added_later(recipe, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in write_pairs(120)))
     folder = tmp_path / "a sweep"
-    arguments = ["--dataset_name", pairs, "--output_dir", folder, *SMALL]
+    # at a rate at which two β give policies further apart than a float's rounding
+    arguments = ["--dataset_name", pairs, "--output_dir", folder, *SMALL, "--learning_rates", "3e-3"]
     status, said, wrong = recipe("sweep_hh.py", "--betas", "0.1", "0.5", "--jobs", "2", *arguments)
     assert status == 0, wrong
     rows = table(folder)
@@ -72,7 +72,7 @@ def test_a_sweep_from_one_reference_and_a_point_added_later(recipe, tmp_path):
     # the same folder again is refused; with --resume_from_checkpoint it takes one more point, and one that can't run
     status, _, wrong = recipe("sweep_hh.py", "--betas", "0.1", *arguments)
     assert status == 2 and "already holds a sweep" in wrong
-    torn = folder / "points" / "beta2_lr0.0001_seed42"
+    torn = folder / "points" / "beta2_lr0.003_seed42"
     torn.mkdir()
     (torn / "run.json").write_text("{")
     betas = ["--betas", "0.1", "0.5", "1", "2", "--resume_from_checkpoint"]
@@ -92,7 +92,7 @@ def test_a_sweep_from_one_reference_and_a_point_added_later(recipe, tmp_path):
     assert (tmp_path / "again.html").read_text().partition("<main>")[2] == page.partition("<main>")[2]
     status, _, wrong = recipe("report.py", folder, folder)
     assert status == 2 and "name it alone" in wrong
-    (folder / "points" / "beta2_lr0.0001_seed42" / "run.json").unlink()
+    (folder / "points" / "beta2_lr0.003_seed42" / "run.json").unlink()
     status, said, _ = recipe("sweep_hh.py", *betas, "--print_commands", *arguments)
     assert status == 0
     assert [line.count("--beta ") for line in said.splitlines()] == [1, 1, 1, 1]
