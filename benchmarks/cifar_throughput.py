@@ -6,9 +6,10 @@
 One JSON line a row. `run` is `ClassifierDPOTrainer` as dpo_cifar.py uses it, on 10,000 random images: order, gather,
 augmentation, normalization, rejected classes, metrics and logging included. `bare` is what cannot be avoided: both
 networks, the loss, the backward pass and the optimizer on one random batch that is ready; `fast` has its preset's Muon
-in both. They take turns, `--rounds` times, so that a machine that slows down slows both. `ratio` is run over bare, of the medians; `share_of_peak` counts
-the multiply-adds of the networks (policy forward and backward, reference forward) against a matrix product's speed,
-measured in the same process. A --peer is a script that prints one JSON line with images_per_second.
+in both. They take turns, `--rounds` times, so that a machine that slows down slows both. `ratio` is run over bare, of
+the medians; `share_of_peak` counts the multiply-adds of the networks (policy forward and backward, reference forward)
+against a matrix product's speed, measured in the same process. A --peer is a script that prints one JSON line with
+images_per_second.
 """
 
 import argparse
