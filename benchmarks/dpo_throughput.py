@@ -1,7 +1,7 @@
 """Pairs per second of a DPO step: ours against TRL's trainer and the usual hand-written loop, model and data the same.
 
     python benchmarks/dpo_throughput.py [--model FOLDER] [--dataset_name PAIRS.jsonl.gz] [--max_length 256] [--batch 8]
-        [--dtype float32|bfloat16] [--steps 6] [--rounds 1] [--engines ours trl trl_precomputed plain]
+        [--dtype float32|bfloat16] [--steps 6] [--rounds 1] [--engines ours trl trl_precomputed plain] [--torch_compile]
 
 One JSON line an engine. Every engine runs in a process of its own, `--rounds` times in turn; a figure is the median
 over its steps, the first of each process left out. A step is forward, backward and optimizer. Ours batches pairs of
@@ -14,6 +14,9 @@ that its cap leaves without a response and the hand-written loop pads every text
 with nothing lost. `gemm_share` is what must be computed (each distinct token once forward and backward, the LM head at
 response tokens, the reference's forward pass once) over the speed of matrix products of the model's own shapes,
 measured in the same process.
+
+--torch_compile compiles the model of ours and of TRL's; `first_pass_seconds` is ours over its batches for the first time,
+compilation included, to hold against `--steps` / `step_pairs_per_second` × `--batch`.
 
 Without --model a GPT-2 of 124M parameters with random weights, without --dataset_name the quickstart's pairs.
 """
@@ -109,6 +112,7 @@ def ours(options: argparse.Namespace, scratch: str) -> dict:
             per_device_eval_batch_size=options.batch, num_train_epochs=2, bf16=options.dtype == "bfloat16",
             learning_rate=1e-6, eval_strategy="no", save_strategy="no", select="last",
             reference_cache_dir="none", disable_tqdm=True, logging_steps=options.steps,
+            torch_compile=options.torch_compile,
         ),
         train_dataset=pairs,
         eval_dataset=None,
@@ -119,6 +123,7 @@ def ours(options: argparse.Namespace, scratch: str) -> dict:
     return {
         # the mean over one epoch; the first epoch, like the first step of the others, is left out
         "seconds": [0.0, sum(clock.seconds[options.steps :]) / options.steps],
+        "first_pass_seconds": sum(clock.seconds[: options.steps]),
         "reference_seconds_per_pair": trainer.reference_seconds / len(pairs),
         "flops_per_pair": useful / len(pairs),
         "unique_tokens_per_pair": sum(pairs["length"][:]) / len(pairs),
@@ -214,6 +219,7 @@ def trl(options: argparse.Namespace, scratch: str, precompute: bool = False) -> 
             max_steps=options.steps, precompute_ref_log_probs=precompute, bf16=options.dtype == "bfloat16",
             learning_rate=1e-6, report_to="none", save_strategy="no", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
+            torch_compile=options.torch_compile,
         ),
         train_dataset=rows,
         processing_class=tokenizer,
@@ -293,6 +299,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -313,6 +320,7 @@ def main() -> None:
                     "--dtype", options.dtype, "--steps", options.steps, "--worker", engine,
                 ]  # fmt: skip
                 flags += ["--dataset_name", options.dataset_name] if options.dataset_name else []
+                flags += ["--torch_compile"] if options.torch_compile else []
                 done = subprocess.run([sys.executable, __file__, *map(str, flags)], capture_output=True, text=True)
                 lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
                 if not lines:
@@ -335,6 +343,7 @@ def row_of(engine: str, runs: list[dict], options: argparse.Namespace, own: list
         "max_length": options.max_length,
         "batch": options.batch,
         "dtype": options.dtype,
+        "torch_compile": options.torch_compile,
         "pairs_per_second": round(1 / (step + reference), 4),
         "step_pairs_per_second": round(1 / step, 4),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
@@ -343,6 +352,7 @@ def row_of(engine: str, runs: list[dict], options: argparse.Namespace, own: list
     }
     if engine == "ours":
         row["padding"] = round(runs[0]["padding"], 4)
+        row["first_pass_seconds"] = round(statistics.median(run["first_pass_seconds"] for run in runs), 1)
         row["unique_tokens_per_second"] = round(runs[0]["unique_tokens_per_pair"] / (step + reference), 1)
         row["gemm_gflops"] = round(statistics.median(run["gemm_flops"] for run in runs) / 1e9, 1)
         row["gemm_share"] = round(runs[0]["flops_per_pair"] / (step + reference) / row["gemm_gflops"] / 1e9, 3)

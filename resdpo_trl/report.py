@@ -194,7 +194,7 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
     if single:
         sections += [part(_margins, single, plots), part(_extremes, single), part(_pictures, single)]
         sections += [part(_confusion, single), part(_samples, single)]
-    sections.append(part(_what_ran, runs, sweep is not None))
+    sections.append(part(what_ran, runs, sweep is not None))
     headline = part(_headline, single) if single else None
     if sweep is None:
         notes += [note for run in runs for note in part(overfitting, run, stage) or []]
@@ -313,7 +313,7 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
             rows.append([text, *cells])
     head = ["", "mean", "95% interval"] if len(runs) == 1 else ["", *(run.name for run in runs)]
     counts = ", ".join(f"{test['n']}" for test in tests if test and "n" in test)
-    return _section(
+    return section_of(
         "results",
         "On the test data",
         text=f"Means over {counts} held-out pairs or images that training and the choice of the epoch did not see; "
@@ -339,17 +339,17 @@ def _comparison(runs: list[Run]) -> dict[str, Any] | None:
             rows.append(
                 [
                     name if len(runs) == 1 else f"{run.name}: {name}",
-                    _number(test.get("accuracy")),
+                    shown_number(test.get("accuracy")),
                     _interval(low, high),
-                    _number(test.get("kl"), 3),
-                    _number(found.get("seconds"), 1),
-                    _number(found.get("images_per_second"), 0),
+                    shown_number(test.get("kl"), 3),
+                    shown_number(found.get("seconds"), 1),
+                    shown_number(found.get("images_per_second"), 0),
                 ]
             )
     if not rows:
         return None
     head = ["", "test accuracy", "95% interval", "KL from reference", "seconds", "images/s"]
-    return _section("comparison", "Side by side", tables=[{"head": head, "rows": rows, "numbers": True}])
+    return section_of("comparison", "Side by side", tables=[{"head": head, "rows": rows, "numbers": True}])
 
 
 def _curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -> dict[str, Any] | None:
@@ -390,7 +390,7 @@ def _curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) 
     text = "Thin lines are training, averaged over the steps between two log lines; dots are validation."
     if best is not None:
         text += f" The thick line is the best point on the validation pairs: {best}."
-    return _section("curves", "Curves", text=text, plots=drawn)
+    return section_of("curves", "Curves", text=text, plots=drawn)
 
 
 def _styles(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -429,7 +429,7 @@ def _accuracy_and_kl(runs: list[Run], plots: Plots) -> dict[str, Any] | None:
     plot = plots.draw(
         "accuracy_kl", caption, paint, "accuracy", "KL(policy‖reference), nats per image", legend_below=True
     )
-    return _section("frontier", "Accuracy and KL", text=text, plots=[plot])
+    return section_of("frontier", "Accuracy and KL", text=text, plots=[plot])
 
 
 def _number_epochs(axes: Any, x: list[float], y: list[float], colour: str, last: str) -> None:
@@ -480,17 +480,17 @@ def _points(sweep: Sweep) -> dict[str, Any]:
         rows.append(
             [
                 name,
-                _number(row["loss"]),
-                f"{_number(row['accuracy'], 3)} ({_number(row['accuracy_low'], 3)} to "
-                f"{_number(row['accuracy_high'], 3)})",
-                *(_number(row[column], 3) for column in ("margin", "reward_chosen", "reward_rejected")),
+                shown_number(row["loss"]),
+                f"{shown_number(row['accuracy'], 3)} ({shown_number(row['accuracy_low'], 3)} to "
+                f"{shown_number(row['accuracy_high'], 3)})",
+                *(shown_number(row[column], 3) for column in ("margin", "reward_chosen", "reward_rejected")),
                 f"{row['best_epoch']:g}" if _is_number(row["best_epoch"]) else "–",
                 f"{row['kept_epoch']:g}" if _is_number(row["kept_epoch"]) else "–",
             ]
         )
     counts = sorted({row["n"] for row in sweep.rows if _is_number(row["n"])})
     head = ["", "loss", "accuracy (95% interval)", "margin", "chosen", "rejected", "least loss at", "kept"]
-    return _section(
+    return section_of(
         "points",
         "The points on the test pairs",
         text=f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs with bootstrap intervals. The best "
@@ -541,7 +541,7 @@ def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
         "intervals, are in frontier.csv."
     )
     plot = plots.draw("frontier", caption, paint, "reward", "KL(policy‖reference), nats per answer", legend_below=True)
-    return _section("frontier", "Reward and KL", text=text, plots=[plot])
+    return section_of("frontier", "Reward and KL", text=text, plots=[plot])
 
 
 def _margins(run: Run, plots: Plots) -> dict[str, Any] | None:
@@ -559,7 +559,7 @@ def _margins(run: Run, plots: Plots) -> dict[str, Any] | None:
 
     kind = "images" if "label" in run.scores[0] else "pairs"
     caption = f"Margins of the {len(margins)} test {kind}: chosen minus rejected reward"
-    return _section(
+    return section_of(
         "margins", "Margins on the test data", plots=[plots.draw("test_margins", caption, paint, kind, "margin")]
     )
 
@@ -575,12 +575,12 @@ def _extremes(run: Run) -> dict[str, Any] | None:
         side = "ranked wrong" if row["margin"] <= 0 else "ranked right"
         pairs.append(
             {
-                "title": f"{side}, margin {row['margin']:.3f}: {_short(row['prompt'])}",
-                "prompt": _cut(row["prompt"]),
-                "answers": [{"name": name, "text": _cut(row[name])} for name in ("chosen", "rejected")],
+                "title": f"{side}, margin {row['margin']:.3f}: {short_text(row['prompt'])}",
+                "prompt": shown_text(row["prompt"]),
+                "answers": [{"name": name, "text": shown_text(row[name])} for name in ("chosen", "rejected")],
             }
         )
-    return _section(
+    return section_of(
         "extremes", "The pairs ranked most wrongly and most rightly", text="Prompts as the models saw them.",
         pairs=pairs,
     )  # fmt: skip
@@ -590,18 +590,18 @@ def _samples(run: Run) -> dict[str, Any] | None:
     pairs = []
     for row in run.samples:
         answers = [
-            {"name": f"{model}, {kind}", "text": _cut(text)}
+            {"name": f"{model}, {kind}", "text": shown_text(text)}
             for model, kinds in row.get("answers", {}).items()
             for kind, text in kinds.items()
         ]
-        people = [{"name": f"people, {name}", "text": _cut(row.get(name, ""))} for name in ("chosen", "rejected")]
+        people = [{"name": f"people, {name}", "text": shown_text(row.get(name, ""))} for name in ("chosen", "rejected")]
         pairs.append(
-            {"title": _short(row.get("prompt", "")), "prompt": _cut(row.get("prompt", "")), "answers": answers + people}
+            {"title": short_text(row.get("prompt", "")), "prompt": shown_text(row.get("prompt", "")), "answers": answers + people}
         )
     if not pairs:
         return None
     text = "Held-out prompts, answered greedily and by one sample each."
-    return _section("answers", "Answers", text=text, pairs=pairs)
+    return section_of("answers", "Answers", text=text, pairs=pairs)
 
 
 def _pictures(run: Run) -> dict[str, Any] | None:
@@ -622,7 +622,7 @@ def _pictures(run: Run) -> dict[str, Any] | None:
         "The images whose mean margin is least, then those whose is largest, with the class that reference and policy "
         "give most probability."
     )
-    return _section("images", "Images ranked most wrongly and most rightly", text=text, pictures=pictures)
+    return section_of("images", "Images ranked most wrongly and most rightly", text=text, pictures=pictures)
 
 
 def _confusion(run: Run) -> dict[str, Any] | None:
@@ -636,7 +636,7 @@ def _confusion(run: Run) -> dict[str, Any] | None:
         moved.append((name, reference[k][k] / total, policy[k][k] / total))
     moved.sort(key=lambda row: abs(row[2] - row[1]), reverse=True)
     rows = [[name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"] for name, before, after in moved]
-    return _section(
+    return section_of(
         "classes",
         "Classes",
         tables=[
@@ -660,7 +660,7 @@ def _confusion(run: Run) -> dict[str, Any] | None:
     )  # fmt: skip
 
 
-def _what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
+def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
     """The facts of every run, or of the first where they are a sweep's points, and every command line."""
     tables, code = [], []
     for run in runs:
@@ -684,7 +684,7 @@ def _what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
             code.append(" ".join(run.run["command"]))
         if run.run.get("config") and len(runs) == 1:
             code.append(json.dumps(_said(run.run["config"]), indent=1, ensure_ascii=False))
-    return _section("run", "What ran", tables=tables, code=code)
+    return section_of("run", "What ran", tables=tables, code=code)
 
 
 def _said(config: dict[str, Any]) -> dict[str, Any]:
@@ -716,7 +716,8 @@ def _subtitle(runs: list[Run]) -> str:
     return "; ".join([*parts, *sources])
 
 
-def _section(identity: str, title: str, **parts: Any) -> dict[str, Any]:
+def section_of(identity: str, title: str, **parts: Any) -> dict[str, Any]:
+    """A section as the template takes it: `parts` are its text, tables, plots, pairs, pictures or code."""
     empty: dict[str, Any] = {"text": "", "tables": [], "plots": [], "pairs": [], "pictures": [], "code": []}
     plain: dict[str, Any] = {"title": "", "head": [], "numbers": False, "kind": ""}
     parts["tables"] = [plain | table for table in parts.get("tables", [])]
@@ -790,7 +791,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
 
 
-def _number(value: Any, digits: int = 4) -> str:
+def shown_number(value: Any, digits: int = 4) -> str:
+    """A number of a file with so many digits, a dash for whatever else stands there."""
     return f"{value:.{digits}f}" if _is_number(value) else "–"
 
 
@@ -798,12 +800,13 @@ def _interval(low: Any, high: Any) -> str:
     return f"{low:.4f} to {high:.4f}" if _is_number(low) and _is_number(high) else ""
 
 
-def _cut(text: Any) -> str:
+def shown_text(text: Any) -> str:
     """Text cut at `SHOWN_TEXT`."""
     shown = str(text).strip()
     return shown if len(shown) <= SHOWN_TEXT else shown[:SHOWN_TEXT] + " …"
 
 
-def _short(text: Any) -> str:
-    words = " ".join(_cut(text).split())
+def short_text(text: Any) -> str:
+    """Its last 90 characters in one line."""
+    words = " ".join(shown_text(text).split())
     return words if len(words) <= 90 else "… " + words[-88:]

@@ -7,7 +7,7 @@ import html
 import re
 from typing import Any, Literal
 
-from resdpo_trl.report import PALETTE, Plots, Run, _cut, _number, _section, _short, _what_ran
+from resdpo_trl.report import PALETTE, Plots, Run, section_of, short_text, shown_number, shown_text, what_ran
 
 PAGE_BYTES = 3_500_000  # of answers; a page stays below 5 MB
 ALIKE = 0.2  # below this share of common words, marks would cover everything and say nothing
@@ -17,7 +17,7 @@ Piece = tuple[Literal["same", "added", "removed"], str]
 
 def sections(run: Run, plots: Plots) -> list[dict[str, Any] | None]:
     """The sections of a comparison's page; None for what it does not have."""
-    return [_win_rates(run, plots), _rewards(run), _figures(run), _answers(run), _what_ran([run])]
+    return [_win_rates(run, plots), _rewards(run), _figures(run), _answers(run), what_ran([run])]
 
 
 def subtitle(run: Run) -> str:
@@ -77,7 +77,7 @@ def _win_rates(run: Run, plots: Plots) -> dict[str, Any] | None:
         rows = [
             [
                 f"{row['model']} against {row['against']}",
-                _number(row["win_rate"], 3),
+                shown_number(row["win_rate"], 3),
                 _range(row["interval_95"], 3),
                 row["wins"],
                 row["ties"],
@@ -93,7 +93,7 @@ def _win_rates(run: Run, plots: Plots) -> dict[str, Any] | None:
             drawn.append(
                 _intervals(plots, f"win_rates_{number}", f"Win rate of the first-named model, by {judge}", decided)
             )
-    return _section("win-rates", "Win rates", text=text, tables=tables, plots=drawn)
+    return section_of("win-rates", "Win rates", text=text, tables=tables, plots=drawn)
 
 
 def _intervals(plots: Plots, name: str, caption: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,9 +120,9 @@ def _rewards(run: Run) -> dict[str, Any] | None:
         cells = []
         for policy in policies:
             reward = found["rewards"][policy][name]
-            cells += [_number(reward["mean"], 3), _range(reward["interval_95"], 3)]
+            cells += [shown_number(reward["mean"], 3), _range(reward["interval_95"], 3)]
         if found["reward_model"]:
-            cells += [_number(figures.get("reward_model"), 3)]
+            cells += [shown_number(figures.get("reward_model"), 3)]
             cells += [_range(figures["interval_95"].get("reward_model"), 3)]
         rows.append([name, *cells])
     head = ["answers of"]
@@ -139,18 +139,18 @@ def _rewards(run: Run) -> dict[str, Any] | None:
         left_out = [name for name in found["models"] if name not in policies and name != found["reference"]]
         if left_out:
             text += f" Not under {', '.join(left_out)}: another tokenizer than the reference's."
-    return _section("rewards", "Rewards", text=text, tables=[{"head": head, "rows": rows, "numbers": True}])
+    return section_of("rewards", "Rewards", text=text, tables=[{"head": head, "rows": rows, "numbers": True}])
 
 
 def _figures(run: Run) -> dict[str, Any]:
     rows = [
         [
             name,
-            _number(found["length_tokens"], 1),
+            shown_number(found["length_tokens"], 1),
             _range(found["interval_95"]["length_tokens"], 1),
-            _number(found["cut"], 2),
-            _number(found["distinct_1"], 3),
-            _number(found["distinct_2"], 3),
+            shown_number(found["cut"], 2),
+            shown_number(found["distinct_1"], 3),
+            shown_number(found["distinct_2"], 3),
         ]
         for name, found in run.summary["comparison"]["answers"].items()
     ]
@@ -159,7 +159,7 @@ def _figures(run: Run) -> dict[str, Any]:
         "Tokens of an answer, the share of answers that the limit of tokens cut, and the different tokens and pairs of "
         "tokens over all of them (distinct-1, distinct-2)."
     )
-    return _section(
+    return section_of(
         "figures", "The answers in figures", text=text, tables=[{"head": head, "rows": rows, "numbers": True}]
     )
 
@@ -169,7 +169,7 @@ def _answers(run: Run) -> dict[str, Any] | None:
     prompts: list[dict[str, Any]] = []
     size = 0
     for place, row in enumerate(run.samples, 1):
-        texts = {name: _cut(*kinds.values()) for name, kinds in row.get("answers", {}).items()}
+        texts = {name: shown_text(*kinds.values()) for name, kinds in row.get("answers", {}).items()}
         answers = []
         for name, text in texts.items():
             pieces: list[Piece] = [("same", text)]
@@ -180,8 +180,8 @@ def _answers(run: Run) -> dict[str, Any] | None:
                     f"same as {baseline}" if texts[baseline] == text else f"{share:.0%} of words shared with {baseline}"
                 )
             answers.append({"name": name, "pieces": _without_edges(pieces) if text else [], "notes": said})
-        prompt = _cut(prompt_text(row.get("prompt", "")))
-        title = f"{place}. {_short(_last_turn(row.get('prompt', '')))}"
+        prompt = shown_text(prompt_text(row.get("prompt", "")))
+        title = f"{place}. {short_text(_last_turn(row.get('prompt', '')))}"
         shown = {"title": title, "prompt": prompt, "answers": answers, "outcomes": _outcomes(row)}
         size += len(html.escape(str(shown)).encode())
         if size > PAGE_BYTES:
@@ -195,7 +195,7 @@ def _answers(run: Run) -> dict[str, Any] | None:
     )
     if len(prompts) < len(run.samples):
         text += f" The first {len(prompts)} of {len(run.samples)} prompts; all stand in samples.jsonl."
-    return _section("answers", "Answers side by side", text=text) | {"compared": prompts}
+    return section_of("answers", "Answers side by side", text=text) | {"compared": prompts}
 
 
 def prompt_text(prompt: Any) -> str:

@@ -2,7 +2,7 @@
 
 One Arrow file per key in the cache folder, with columns ref_chosen_logps and ref_rejected_logps (nats, float32) in the
 order of the pairs. The key is a digest of the reference's weights, the tokenized pairs (their cap shows in them) and
-the precision of the forward pass: whatever changes one of these reads another file.
+how the forward pass was computed: whatever changes one of these reads another file.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def weights_digest(model: torch.nn.Module, left_out: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def reference_key(weights: str, pairs: Dataset, precision: str, max_length: int | None) -> str:
-    """The name under which the log-probabilities of `pairs` are kept."""
-    parts = f"{weights} {fingerprint(pairs)} {precision} {max_length}"
+def reference_key(weights: str, pairs: Dataset, forward: str, max_length: int | None) -> str:
+    """The name under which the log-probabilities of `pairs` are kept; `forward` says all that its rounding hangs on."""
+    parts = f"{weights} {fingerprint(pairs)} {forward} {max_length}"
     return hashlib.sha256(parts.encode()).hexdigest()
 
 

@@ -336,7 +336,9 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             # the adapter in training is no part of the reference: TRL keeps a copy of a continued one as "ref"
             self._weights = weights_digest(model, ".default." if hasattr(model, "peft_config") else None)
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
-        return reference_key(self._weights, dataset, precision, self.args.max_length)
+        attention = base_model(self.accelerator.unwrap_model(self.model)).config._attn_implementation
+        forward = f"{precision} {attention} {'shared' if self.args.prefix_sharing else 'plain'}"
+        return reference_key(self._weights, dataset, forward, self.args.max_length)
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(B,) chosen and rejected log-probabilities under the reference: its own model, or the policy's base."""

@@ -5,6 +5,7 @@ lines of JSON. A kill is a true SIGKILL, at a random time or at a random file op
 moments between two renames are short, and hardly any random time meets them).
 """
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audit events that change a folder
@@ -38,6 +41,7 @@ KINDS = {
     "text DPO, frozen": ("dpo_hh.py", [*TEXT, *SFT, "--save_total_limit", "1"]),
     "text DPO, polyak": ("dpo_hh.py", [*TEXT, *SFT, *APART, "--do_polyak", "--polyak_tau", "0.2"]),
     "text DPO, copy": ("dpo_hh.py", [*TEXT, *SFT, *APART, "--do_copy", "--train_sampling_strategy", "random"]),
+    "text reward": ("reward_hh.py", [*TEXT, *SFT, *APART]),
     "image cross-entropy": (
         "train_cifar.py",
         [*IMAGES, *STEPS, "--save_total_limit", "2", "--muon_learning_rate", "0.05", "--optim", "sgd"],
@@ -45,6 +49,8 @@ KINDS = {
     "image DPO, frozen": ("dpo_cifar.py", [*IMAGES, *STEPS, "--rejected_sampling", "uniform"]),
     "image DPO, polyak": ("dpo_cifar.py", [*IMAGES, "--do_polyak", "--polyak_tau", "0.2"]),
     "image DPO, copy": ("dpo_cifar.py", [*IMAGES, *APART, "--do_copy", "--rejected_sampling", "hard"]),
+    # its SFT and its points are processes of their own, which import for seconds: the slowest kind by far
+    "sweep": ("sweep_hh.py", [*TEXT, *SFT, "--betas", "0.1", "0.3"]),
 }
 
 
@@ -58,7 +64,8 @@ def write_data(folder: Path) -> dict[str, Path]:
     images = folder / "images"
     write_parquet(images / "train.parquet", draw(96))
     write_parquet(images / "test.parquet", draw(30, seed=1))
-    return {"sft_hh.py": pairs, "dpo_hh.py": pairs, "train_cifar.py": images, "dpo_cifar.py": images}
+    text, image = ("sft_hh.py", "dpo_hh.py", "reward_hh.py", "sweep_hh.py"), ("train_cifar.py", "dpo_cifar.py")
+    return dict.fromkeys(text, pairs) | dict.fromkeys(image, images)
 
 
 class Server:
@@ -78,7 +85,7 @@ class Server:
         """Run a recipe in a fork: {"status", "seconds", "operations": what it did to the files of its folder}.
 
         Keyword Args:
-            kill_after: seconds until SIGKILL (`signal`: or another one).
+            kill_after: seconds until SIGKILL (`signal`: or another one), to it and to the processes it has started.
             kill_at: the number of the file operation before which the process sends it to itself.
             longest_file: bytes that no file may pass, as on a disk that fills up.
         """
@@ -127,20 +134,21 @@ def differences(whole: Path, other: Path) -> list[str]:
     wrong = []
     for path in sorted(whole.rglob("*")):
         name = path.relative_to(whole)
-        if name.parts[0] == "checkpoints" or not path.is_file():
+        if "checkpoints" in name.parts or not path.is_file():
             continue
-        if path.suffix in (".safetensors", ".jsonl") or name.name in ("tokenizer.json", "config.json"):
+        if name.name == "summary.json":
+            if not (other / name).is_file() or _timeless(path) != _timeless(other / name):
+                wrong.append(str(name))
+        elif path.suffix in (".safetensors", ".jsonl") or name.name in ("tokenizer.json", "config.json"):
             if not (other / name).is_file() or path.read_bytes() != (other / name).read_bytes():
                 wrong.append(str(name))
         elif not (other / name).is_file():
             wrong.append(f"{name} is missing")
-    if _timeless(whole) != _timeless(other):
-        wrong.append("summary.json")
     left = {path.name for path in other.rglob("*") if path.name.endswith((".tmp", ".old")) or path.name == "unfinished"}
     return wrong + sorted(left)
 
 
-def _timeless(run: Path) -> dict:
+def _timeless(summary: Path) -> dict:
     def strip(value):
         if isinstance(value, dict):
             return {
@@ -150,7 +158,7 @@ def _timeless(run: Path) -> dict:
             }
         return value
 
-    return strip(json.loads((run / "summary.json").read_text()))
+    return strip(json.loads(summary.read_text()))
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -176,7 +184,10 @@ def serve() -> None:
         os.close(count)
         if request.get("kill_after") is not None:
             time.sleep(request["kill_after"])
-            os.kill(child, request.get("signal", signal.SIGKILL))  # it is there until it is waited for
+            process = psutil.Process(child)  # it is there until it is waited for
+            for each in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.send_signal(request.get("signal", signal.SIGKILL))
         with os.fdopen(counted) as file:
             operations = file.read().splitlines()
         _, status = os.waitpid(child, 0)

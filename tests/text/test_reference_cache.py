@@ -54,6 +54,13 @@ def test_another_cap_is_another_key(tmp_path, tokenizer, first):
     assert again(tmp_path, tokenizer, max_length=96).reference_pairs_read == 0
 
 
+def test_another_forward_is_another_key(tmp_path, tokenizer, first):
+    assert again(tmp_path, tokenizer, prefix_sharing=False).reference_pairs_read == 0
+    model = tiny_model("gpt2")
+    model.set_attn_implementation("eager")
+    assert again(tmp_path, tokenizer, model=model).reference_pairs_read == 0
+
+
 @pytest.mark.parametrize("harm", ["torn", "empty", "flipped", "text"])
 def test_a_damaged_file_is_noticed_and_rebuilt(tmp_path, tokenizer, first, harm, monkeypatch):
     said = []
