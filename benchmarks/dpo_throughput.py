@@ -15,8 +15,8 @@ with nothing lost. `gemm_share` is what must be computed (each distinct token on
 response tokens, the reference's forward pass once) over the speed of matrix products of the model's own shapes,
 measured in the same process.
 
---torch_compile compiles the model of ours and of TRL's; `first_pass_seconds` is ours over its batches for the first time,
-compilation included, to hold against `--steps` / `step_pairs_per_second` × `--batch`.
+--torch_compile compiles the model of ours and of TRL's; `first_pass_seconds` is ours over its batches for the first
+time, compilation included, to hold against `--steps` × `--batch` / `step_pairs_per_second`.
 
 Without --model a GPT-2 of 124M parameters with random weights, without --dataset_name the quickstart's pairs.
 """

@@ -596,7 +596,11 @@ def _samples(run: Run) -> dict[str, Any] | None:
         ]
         people = [{"name": f"people, {name}", "text": shown_text(row.get(name, ""))} for name in ("chosen", "rejected")]
         pairs.append(
-            {"title": short_text(row.get("prompt", "")), "prompt": shown_text(row.get("prompt", "")), "answers": answers + people}
+            {
+                "title": short_text(row.get("prompt", "")),
+                "prompt": shown_text(row.get("prompt", "")),
+                "answers": answers + people,
+            }
         )
     if not pairs:
         return None
