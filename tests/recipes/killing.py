@@ -24,10 +24,12 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audit
 
 TEXT = [
     "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400",
-    "--max_length", "64", "--max_new_tokens", "4", "--num_samples", "2", "--use_cpu", "--max_train_samples", "40",
+    "--max_length", "64", "--use_cpu", "--max_train_samples", "40",
     "--per_device_train_batch_size", "8", "--logging_steps", "3", "--disable_tqdm", "true", "--report_to", "none",
 ]  # fmt: skip
-SFT = ["--sft_epochs", "2", "--sft_learning_rate", "1e-3", "--learning_rate", "1e-3", "--num_train_epochs", "2"]
+ANSWERS = ["--max_new_tokens", "4", "--num_samples", "2"]
+EPOCHS = ["--sft_epochs", "2", "--sft_learning_rate", "1e-3", "--num_train_epochs", "2"]
+SFT = [*EPOCHS, "--learning_rate", "1e-3"]
 IMAGES = [
     "--widths", "24", "24", "--arch", "fast", "--use_cpu", "--per_device_train_batch_size", "16", "--logging_steps",
     "3", "--disable_tqdm", "true", "--num_train_epochs", "2", "--max_train_samples", "64", "--report_to", "none",
@@ -37,10 +39,13 @@ STEPS = ["--save_strategy", "steps", "--eval_strategy", "steps", "--save_steps",
 APART = ["--save_strategy", "steps", "--save_steps", "1", "--load_best_model_at_end", "false"]
 
 KINDS = {
-    "text SFT": ("sft_hh.py", [*TEXT, "--learning_rate", "1e-3", "--num_train_epochs", "2", *APART]),
-    "text DPO, frozen": ("dpo_hh.py", [*TEXT, *SFT, "--save_total_limit", "1"]),
-    "text DPO, polyak": ("dpo_hh.py", [*TEXT, *SFT, *APART, "--do_polyak", "--polyak_tau", "0.2"]),
-    "text DPO, copy": ("dpo_hh.py", [*TEXT, *SFT, *APART, "--do_copy", "--train_sampling_strategy", "random"]),
+    "text SFT": ("sft_hh.py", [*TEXT, *ANSWERS, "--learning_rate", "1e-3", "--num_train_epochs", "2", *APART]),
+    "text DPO, frozen": ("dpo_hh.py", [*TEXT, *ANSWERS, *SFT, "--save_total_limit", "1"]),
+    "text DPO, polyak": ("dpo_hh.py", [*TEXT, *ANSWERS, *SFT, *APART, "--do_polyak", "--polyak_tau", "0.2"]),
+    "text DPO, copy": (
+        "dpo_hh.py",
+        [*TEXT, *ANSWERS, *SFT, *APART, "--do_copy", "--train_sampling_strategy", "random"],
+    ),
     "text reward": ("reward_hh.py", [*TEXT, *SFT, *APART]),
     "image cross-entropy": (
         "train_cifar.py",
@@ -50,7 +55,7 @@ KINDS = {
     "image DPO, polyak": ("dpo_cifar.py", [*IMAGES, "--do_polyak", "--polyak_tau", "0.2"]),
     "image DPO, copy": ("dpo_cifar.py", [*IMAGES, *APART, "--do_copy", "--rejected_sampling", "hard"]),
     # its SFT and its points are processes of their own, which import for seconds: the slowest kind by far
-    "sweep": ("sweep_hh.py", [*TEXT, *SFT, "--betas", "0.1", "0.3"]),
+    "sweep": ("sweep_hh.py", [*TEXT, *ANSWERS, *EPOCHS, "--learning_rates", "1e-3", "--betas", "0.1", "0.3"]),
 }
 
 
@@ -137,7 +142,7 @@ def differences(whole: Path, other: Path) -> list[str]:
         if "checkpoints" in name.parts or not path.is_file():
             continue
         if name.name == "summary.json":
-            if not (other / name).is_file() or _timeless(path) != _timeless(other / name):
+            if not (other / name).is_file() or _timeless(whole, name) != _timeless(other, name):
                 wrong.append(str(name))
         elif path.suffix in (".safetensors", ".jsonl") or name.name in ("tokenizer.json", "config.json"):
             if not (other / name).is_file() or path.read_bytes() != (other / name).read_bytes():
@@ -148,7 +153,9 @@ def differences(whole: Path, other: Path) -> list[str]:
     return wrong + sorted(left)
 
 
-def _timeless(summary: Path) -> dict:
+def _timeless(run: Path, summary: Path) -> dict:
+    """A summary without its times; paths in it (a sweep's) are taken from the run's folder on."""
+
     def strip(value):
         if isinstance(value, dict):
             return {
@@ -158,7 +165,7 @@ def _timeless(summary: Path) -> dict:
             }
         return value
 
-    return strip(json.loads(summary.read_text()))
+    return strip(json.loads((run / summary).read_text().replace(str(run), "")))
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
