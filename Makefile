@@ -24,7 +24,7 @@ quickstart: setup
 	  --output_dir runs/quickstart --overwrite_output_dir
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 quality: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Whole runs that are killed, stopped by a signal, out of room or no longer finite, and what they go on to.
 
-RESDPO_TRL_KILLS=20 tries twenty kills instead of a few; benchmarks/kills.py tries hundreds and prints the figures.
+Twenty kills, two a kind of run; benchmarks/kills.py tries hundreds and prints the figures.
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 from tests.recipes.conftest import rows_of
 from tests.recipes.killing import KINDS, Server, differences, survive, write_data
 
-KILLS = int(os.environ.get("RESDPO_TRL_KILLS", "2"))
+KILLS = 20
 
 
 class Runs:
@@ -52,11 +52,11 @@ def nth(answer, count, ending):
     return [at for at, operation in enumerate(answer["operations"]) if operation.endswith(ending)][count]
 
 
-@pytest.mark.parametrize("kind", list(KINDS) if len(KINDS) <= KILLS else ["text DPO, polyak", "image DPO, copy"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_as_if_it_had_not_been(runs, tmp_path, kind):
     whole, usual = runs.never_killed(kind)
     kills = number = 0
-    while kills < KILLS / (len(KINDS) if len(KINDS) <= KILLS else 2):
+    while kills < KILLS / len(KINDS):
         found = survive(runs.server, kind, runs.data, whole, tmp_path / f"killed {number}", 1000 + number, usual)
         assert not found["wrong"], found
         kills, number = kills + found["kills"], number + 1
