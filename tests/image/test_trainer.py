@@ -2,9 +2,11 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
 from transformers import TrainerCallback
 
@@ -348,3 +350,12 @@ def test_cross_entropy_learns_and_biases_and_filters_have_their_own_rates(tmp_pa
 def test_senseless_options_name_the_flag(tmp_path, options, named):
     with pytest.raises(UserError, match=named):
         ClassifierDPOConfig(output_dir=str(tmp_path), **OPTIONS | options)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler, and here is no g++")
+def test_compiled_in_bfloat16_it_trains_and_saves_under_the_same_names(tmp_path):
+    job = trainer(tmp_path, torch_compile=True, bf16=True, max_steps=3, muon_learning_rate=0.01)
+    assert all(math.isfinite(loss) for loss in logged(job))
+    assert all(weight.isfinite().all() for weight in job.model.parameters())
+    job.save_model(str(tmp_path / "saved"))
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == network().state_dict().keys()
