@@ -133,9 +133,6 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
         logs.update({RENAMED.get(name, name): value for name, value in own.items()})
         return Trainer.log(self, logs, start_time)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        Trainer._save_checkpoint(self, model, trial)  # without TRL's draft of a model card: the run writes its own
-
 
 def save_reward_model(trainer: TextRewardTrainer, folder: str) -> None:
     """Write a folder that `AutoModelForSequenceClassification` loads; adapters are merged into it."""
