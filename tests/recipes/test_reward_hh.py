@@ -98,6 +98,7 @@ def test_resumed_it_ends_as_the_whole_run(recipe, tmp_path, pairs_file, language
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     status, _, wrong = recipe("reward_hh.py", *arguments, "--output_dir", whole)
     assert status == 0, wrong
+    assert all((saved / "checkpoint.json").is_file() for saved in (whole / "checkpoints" / "reward").iterdir())
     shutil.copytree(whole, torn)
     shutil.rmtree(torn / "reward_model")
     not_ended(torn)
