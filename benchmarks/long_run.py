@@ -2,8 +2,8 @@
 
 python benchmarks/long_run.py --steps 1000
 
-Every hundredth step is logged, evaluated and saved. One JSON line a job: mebibytes at step 100 and at the last step,
-the most from then on, and the seconds in between.
+Every hundredth step is logged, evaluated and saved. One JSON line a job: mebibytes at each hundredth step, the most of
+them, and the seconds from step 100 on.
 """
 
 import argparse
@@ -44,9 +44,11 @@ def last_step(metrics: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     given = parser.parse_args()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    for job, (recipe, *arguments) in JOBS.items():
+    for job in given.jobs:
+        recipe, *arguments = JOBS[job]
         folder = Path(tempfile.mkdtemp(prefix="long-run-"))
         command = [
             sys.executable, ROOT / "recipes" / recipe, *arguments, *SMALL, "--max_steps", given.steps,
@@ -71,9 +73,8 @@ def main() -> None:
         row = {
             "job": job,
             "steps": given.steps,
-            "mebibytes_at_step_100": round(seen[100], 1),
-            f"mebibytes_at_step_{max(seen)}": round(seen[max(seen)], 1),
-            "most_mebibytes": round(most, 1),
+            "mebibytes_at_step": {step: round(resident) for step, resident in seen.items()},
+            "most_mebibytes": round(most),
             "seconds_from_step_100": round(ended - began, 1),
         }
         print(json.dumps(row), flush=True)
