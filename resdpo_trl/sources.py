@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,12 +126,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_lines(path: Path) -> None:
-    """Read a file piece by piece, and refuse what would not fit in memory before `datasets` reads or unpacks it."""
+    """Read a file piece by piece, and refuse what would not fit in memory before `datasets` reads or unpacks it.
+
+    A row that is null, too: where a block of lines begins with one, pyarrow 26's reader ends the process.
+    """
     packed = path.name.endswith(".gz")
+    opened = gzip.open if packed else open
     most = max(LONGEST_LINE, MOST_UNPACKED * path.stat().st_size)
     number = total = 0
+    is_list = False
     try:
-        with gzip.open(path) if packed else open(path, "rb") as file:
+        with opened(path, "rb") as file:
             while line := file.readline(LONGEST_LINE + 1):
                 number, total = number + 1, total + len(line)
                 if len(line) > LONGEST_LINE:
@@ -138,11 +144,19 @@ def _check_lines(path: Path) -> None:
                         f"{path}, line {number}: longer than {LONGEST_LINE // 2**20} MiB; write one row a line, and "
                         "shorten or drop this one"
                     )
+                start = line.removeprefix(codecs.BOM_UTF8).lstrip()
+                is_list |= number == 1 and start.startswith(b"[")
+                if start.startswith(b"null"):
+                    raise UserError(f"{path}, line {number}: null is no row; mend or delete the line")
                 if packed and total > most:
                     raise UserError(
                         f"{path}, line {number}: unpacks to more than {MOST_UNPACKED} times its size; unpack it "
                         "yourself if you trust it"
                     )
+        if is_list:
+            with opened(path, "rb") as file, suppress(ValueError, RecursionError):  # `datasets` refuses these
+                if None in (rows := json.load(file)):
+                    raise UserError(f"{path}, row {rows.index(None) + 1}: null is no row; mend or delete it")
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it anew") from None
 

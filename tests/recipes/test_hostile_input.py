@@ -80,6 +80,17 @@ def test_rows_nested_too_deeply_are_named(tmp_path):
         load_preferences(DataConfig(dataset_name=str(tmp_path / "p.jsonl")))
 
 
+@pytest.mark.parametrize(
+    "content", ["null\n{row}\n", "\ufeff null\n", "{row}\n  null\n", "[null, {row}]", "[{row},\n null]"]
+)
+def test_a_row_that_is_null_is_named(tmp_path, content):
+    """pyarrow's reader of JSON ends the process where a block begins with one."""
+    path = tmp_path / "p.jsonl"
+    path.write_text(content.replace("{row}", json.dumps(write_pairs(1)[0])), encoding="utf-8")
+    with pytest.raises(UserError, match=r"p\.jsonl, (line|row) [12]: null is no row"):
+        load_preferences(DataConfig(dataset_name=str(path)))
+
+
 def test_two_dialogues_of_a_hundred_thousand_markers_are_parted_at_once():
     """Comparing them anew at every marker took time that grows with its square."""
     import time
