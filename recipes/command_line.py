@@ -73,8 +73,8 @@ class RecipeParser(TrlParser):
         self._check(flags, "")
         try:
             parsed = self.parse_args_into_dataclasses(defaults + flags, look_for_args_file=False)
-        except (ValueError, TypeError, ImportError) as error:
-            # a dataclass refused a value or a combination: transformers and TRL say why in their first line
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            # a dataclass refused a value, a combination or a file: transformers and TRL say why in their first line
             raise UserError(first_line(error)) from None
         return list(parsed), preset
 

@@ -148,6 +148,10 @@ def _check_lines(path: Path) -> None:
                 is_list |= number == 1 and start.startswith(b"[")
                 if start.startswith(b"null"):
                     raise UserError(f"{path}, line {number}: null is no row; mend or delete the line")
+                try:
+                    line.decode("utf-8")  # pyarrow takes other bytes for text too
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}, line {number}: not UTF-8; convert the file") from None
                 if packed and total > most:
                     raise UserError(
                         f"{path}, line {number}: unpacks to more than {MOST_UNPACKED} times its size; unpack it "
@@ -164,22 +168,18 @@ def _check_lines(path: Path) -> None:
 def _find_bad_line(path: Path) -> None:
     """Raise a UserError that names the first line which is not a JSON object; return if there is none."""
     opened = gzip.open if path.name.endswith(".gz") else open
-    number = 0
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete the line") from None
-                except RecursionError:
-                    raise UserError(f"{path}, line {number}: nested too deeply; mend or delete the line") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {number}: not a JSON object; each line is one pair")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, after line {number}: not UTF-8; convert the file") from None
+    with opened(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete the line") from None
+            except RecursionError:
+                raise UserError(f"{path}, line {number}: nested too deeply; mend or delete the line") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: not a JSON object; each line is one pair")
 
 
 def first_line(error: BaseException) -> str:

@@ -118,7 +118,10 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
     for name, rows in sources.items():
         kind = _kind(rows, config.dataset_name)
         ends_turns |= kind == "conversation"
-        table, found = _parse(rows, kind, tokenizer, config.prefer)
+        try:
+            table, found = _parse(rows, kind, tokenizer, config.prefer)
+        except UnicodeDecodeError:  # of a damaged parquet file; a line of JSON was looked at
+            raise UserError(f"--dataset_name {config.dataset_name}: a text is not UTF-8; write it anew") from None
         parsed[name] = table
         statuses.update(found)
         counts["rows"] += len(rows)

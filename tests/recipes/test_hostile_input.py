@@ -80,6 +80,17 @@ def test_rows_nested_too_deeply_are_named(tmp_path):
         load_preferences(DataConfig(dataset_name=str(tmp_path / "p.jsonl")))
 
 
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    row = json.dumps(write_pairs(1)[0]).encode()
+    (tmp_path / "p.jsonl").write_bytes(row + b"\n" + row.replace(b"Human", b"H\xed\xa0\x80man", 1) + b"\n")
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: not UTF-8"):
+        load_preferences(DataConfig(dataset_name=str(tmp_path / "p.jsonl")))
+    texts = pa.array([b"\n\nHuman: hi\n\nAssistant: \xd0"] * 3, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"chosen": texts, "rejected": texts}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p\.parquet: a text is not UTF-8"):
+        load_preferences(DataConfig(dataset_name=str(tmp_path / "p.parquet")))
+
+
 @pytest.mark.parametrize(
     "content", ["null\n{row}\n", "\ufeff null\n", "{row}\n  null\n", "[null, {row}]", "[{row},\n null]"]
 )
@@ -225,6 +236,7 @@ def test_any_text_becomes_strict_json(text):
         ("help: true", "unknown field help"),
         ("x" * 2**16 + ": 1", "larger than 64 KiB"),
         ("loss_weights: {a: 2001-01-01}", "loss_weights"),
+        ("accelerator_config: nowhere.json", "nowhere.json"),
     ],
 )
 def test_a_preset_that_is_no_plain_mapping_is_refused(tmp_path, recipe, content, message):
