@@ -434,7 +434,7 @@ def _accuracy_and_kl(runs: list[Run], plots: Plots) -> dict[str, Any] | None:
 
 def _number_epochs(axes: Any, x: list[float], y: list[float], colour: str, last: str) -> None:
     """The number of the last epoch at the end of a line, so that its direction is seen."""
-    axes.annotate(last, (x[-1], y[-1]), (5, 4), textcoords="offset points", fontsize=9, color=colour)
+    axes.annotate(last, (x[-1], y[-1]), (5, 4), textcoords="offset points", fontsize=9, color=colour, zorder=9)
 
 
 def _turned(runs: list[Run], stage: str) -> list[str]:
@@ -673,7 +673,9 @@ def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
             "started": run.run.get("started"),
             "ended": run.run.get("ended"),
             "seed": run.run.get("seed"),
-            "processes": f"{run.run.get('num_processes')}, {run.run.get('parallelism')}",
+            "processes": ", ".join(
+                str(run.run[name]) for name in ("num_processes", "parallelism") if run.run.get(name) not in (None, "NO")
+            ),
             "hardware": _hardware(run.run.get("hardware", {})),
             "data": ", ".join(f"{data[split]} {split}" for split in ("train", "validation", "test") if split in data),
             "dropped": ", ".join(f"{n} {reason}" for reason, n in data.get("dropped", {}).items() if n) or None,
