@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from resdpo_trl.errors import UserError
@@ -63,6 +63,9 @@ def add_response_head(model: PreTrainedModel) -> None:
         hidden = hidden.reshape(-1, hidden.shape[-1])[predicted_at]  # (N, D)
         return _token_logps(self.get_output_embeddings(), hidden, predicted)
 
+    head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear:
+        head.__class__ = _ResponseHead
     model.forward = types.MethodType(forward, model)
     model._has_response_head = True  # type: ignore[assignment]
     _check_response_head(model)
@@ -88,15 +91,29 @@ def _with_mask(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]
 
 
 def _token_logps(head: torch.nn.Module, hidden: Tensor, predicted: Tensor) -> Tensor:
-    """(N, D) hidden states and (N,) tokens -> (N,) log-probabilities, at most `CHUNK_TOKENS` rows of logits at once."""
+    """(N, D) hidden states and (N,) tokens -> (N,) log-probabilities."""
+    if isinstance(head, _ResponseHead):
+        return head(hidden, predicted)
+    return _LogProbs.apply(head(hidden), predicted)  # a head with an adapter, or of quantized weights
 
-    def logps(rows: Tensor, tokens: Tensor) -> Tensor:
-        return _LogProbs.apply(head(rows), tokens)
 
-    if len(predicted) <= CHUNK_TOKENS:
-        return logps(hidden, predicted)
-    chunks = zip(hidden.split(CHUNK_TOKENS), predicted.split(CHUNK_TOKENS), strict=True)
-    return torch.cat([checkpoint(logps, rows, tokens, use_reentrant=False) for rows, tokens in chunks])
+class _ResponseHead(torch.nn.Linear):
+    """An LM head that gives log-probabilities where tokens are given; `CHUNK_TOKENS` rows of logits at once, at most.
+
+    In one call of the module: FSDP2 gathers its weights for a call and scatters them after its backward pass.
+    """
+
+    def forward(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        if tokens is None:
+            return super().forward(rows)
+        if len(tokens) <= CHUNK_TOKENS:
+            return _LogProbs.apply(super().forward(rows), tokens)
+        device = rows.device.type
+        operands: list[Tensor | None] = [rows, self.weight, self.bias]
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            operands = [each if each is None else each.to(dtype) for each in operands]
+        return _LogProbsInChunks.apply(*operands, tokens)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -106,21 +123,68 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        normalizer = torch.cat([_exact(rows).logsumexp(1) for rows in logits.split(_rows_at_once(logits))])
+        normalizer = _normalizer(logits)
         ctx.save_for_backward(logits, tokens, normalizer)
         return _exact(logits.gather(1, tokens[:, None])[:, 0]) - normalizer
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, tokens, normalizer = ctx.saved_tensors
-        found = logits  # in their place: a second backward pass through them is an error, not a wrong number
-        rows = _rows_at_once(logits)
-        for start in range(0, len(tokens), rows):
-            part = slice(start, start + rows)
-            weights = gradient[part, None]
-            softmax = (_exact(logits[part]) - normalizer[part, None]).exp_()
-            found[part] = softmax.mul_(-weights).scatter_add_(1, tokens[part, None], weights)
-        return found, None
+        # in their place: a second backward pass through them is an error, not a wrong number
+        return _into_gradient(logits, tokens, normalizer, gradient), None
+
+
+class _LogProbsInChunks(torch.autograd.Function):
+    """`_LogProbs` of rows·weightᵀ + bias, whose logits are computed again in the backward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
+        logps, normalizers = [], []
+        for part, own in zip(rows.split(CHUNK_TOKENS), tokens.split(CHUNK_TOKENS), strict=True):
+            logits = F.linear(part, weight, bias)
+            normalizers.append(_normalizer(logits))
+            logps.append(_exact(logits.gather(1, own[:, None])[:, 0]) - normalizers[-1])
+        ctx.save_for_backward(rows, weight, bias, tokens, torch.cat(normalizers))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        rows, weight, bias, tokens, normalizer = ctx.saved_tensors
+        of_rows = torch.empty_like(rows)
+        # sums over chunks, so in float32
+        of_weight = torch.zeros_like(_exact(weight)) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(_exact(bias)) if ctx.needs_input_grad[2] else None
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            logits = F.linear(rows[part], weight, bias)
+            of_logits = _into_gradient(logits, tokens[part], normalizer[part], gradient[part])
+            of_rows[part] = of_logits @ weight
+            if of_weight is not None:
+                of_weight += of_logits.T @ rows[part]
+            if of_bias is not None:
+                of_bias += _exact(of_logits).sum(0)
+        return (
+            of_rows,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None,
+        )
+
+
+def _normalizer(logits: Tensor) -> Tensor:
+    """(N, V) -> (N,) log Σ exp."""
+    return torch.cat([_exact(rows).logsumexp(1) for rows in logits.split(_rows_at_once(logits))])
+
+
+def _into_gradient(logits: Tensor, tokens: Tensor, normalizer: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of (N, V) logits in their place, from that of their tokens' (N,) log-probabilities."""
+    rows = _rows_at_once(logits)
+    for start in range(0, len(tokens), rows):
+        part = slice(start, start + rows)
+        weights = gradient[part, None]
+        softmax = (_exact(logits[part]) - normalizer[part, None]).exp_()
+        logits[part] = softmax.mul_(-weights).scatter_add_(1, tokens[part, None], weights)
+    return logits
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import copy
 import math
 import shutil
 
@@ -104,6 +105,27 @@ def test_chunks_of_the_vocabulary_change_nothing(monkeypatch):
         results.append([*scores, *(parameter.grad.clone() for parameter in model.parameters())])
     for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(whole, chunked, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunks_under_autocast_give_a_gradient_no_coarser_than_the_whole(monkeypatch, bias):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 90, bias=bias)
+    exact = copy.deepcopy(head).double()
+    head.__class__ = scoring._ResponseHead
+    rows, tokens, weights = torch.randn(40, 16), torch.randint(90, (40,)), torch.randn(40)
+    expected = exact(rows.double()).log_softmax(1)[torch.arange(40), tokens]
+    (expected * weights.double()).sum().backward()
+    for size in (4096, 7):
+        monkeypatch.setattr(scoring, "CHUNK_TOKENS", size)
+        head.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = head(rows, tokens)
+        (found * weights).sum().backward()
+        torch.testing.assert_close(found.double(), expected, rtol=0.01, atol=0.02)
+        for own, true in zip(head.parameters(), exact.parameters(), strict=True):
+            assert own.grad.dtype == torch.float32
+            torch.testing.assert_close(own.grad.double(), true.grad, rtol=0.02, atol=0.02)
 
 
 def test_lora_scores_the_same_both_ways():
