@@ -94,7 +94,7 @@ def _token_logps(head: torch.nn.Module, hidden: Tensor, predicted: Tensor) -> Te
     """(N, D) hidden states and (N,) tokens -> (N,) log-probabilities."""
     if isinstance(head, _ResponseHead):
         return head(hidden, predicted)
-    return _LogProbs.apply(head(hidden), predicted)  # a head with an adapter, or of quantized weights
+    return _LogProbs.apply(head(hidden), predicted)  # with an adapter, or quantized: in one piece
 
 
 class _ResponseHead(torch.nn.Linear):
