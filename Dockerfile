@@ -3,7 +3,9 @@
 #   docker build --tag resdpo-trl .                                        # CUDA; the wheels bring the CUDA libraries
 #   docker build --tag resdpo-trl:cpu --build-arg VARIANT=cpu .
 #   docker run --rm resdpo-trl:cpu make quickstart                         # minutes; no network
-#   docker run --rm --gpus all --shm-size 8g --volume "$PWD/runs:/home/user/resdpo-trl/runs" resdpo-trl \
+#   mkdir -p runs cache && chmod a+rwx runs cache                          # the image's user is not yours
+#   docker run --rm --gpus all --shm-size 8g --volume "$PWD/runs:/home/user/resdpo-trl/runs" \
+#     --volume "$PWD/cache:/home/user/.cache/huggingface" resdpo-trl \
 #     accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/gpt2.yaml
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim

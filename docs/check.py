@@ -2,11 +2,13 @@
 
     python docs/check.py
 
-Of every fenced sh or bash block: `make` targets must exist, so must scripts and accelerate's --config_file; the flags
-of `recipes/*.py` and `benchmarks/*.py` are given to the script's own parser. One line a problem; exit status 1 if any.
+Of every fenced sh or bash block, and of the commands in the recipes' docstrings and the presets' comments: `make`
+targets must exist, so must scripts and accelerate's --config_file; the flags of `recipes/*.py` and `benchmarks/*.py`
+are given to the script's own parser. One line a problem; exit status 1 if any.
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import os
@@ -64,21 +66,30 @@ def broken_links(page: Path) -> Iterator[str]:
             yield f"link to {target}: no such heading"
 
 
+def shell(page: Path) -> str:
+    """The lines of a page's shell blocks, of a recipe's docstring or of a preset's comments that are commands."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".md":
+        return "".join(block for _, language, block in FENCE.findall(text) if language in ("sh", "bash"))
+    if page.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        text = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    return "\n".join(re.findall(r"^(?:(?:accelerate launch|python) (?:.*\\\n)*.*)$", text, re.MULTILINE))
+
+
 def commands(page: Path) -> Iterator[list[str]]:
-    """The simple commands of a page's shell blocks, as words."""
-    for _, language, block in FENCE.findall(page.read_text(encoding="utf-8")):
-        if language not in ("sh", "bash"):
-            continue
-        for line in re.sub(r" *\\\n\s*", " ", block).splitlines():
-            split = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
-            split.whitespace_split = True
-            words: list[str] = []
-            for word in [*split, ";"]:
-                if set(word) <= set(";&|<>"):
-                    yield words
-                    words = []
-                else:
-                    words.append(word)
+    """The simple commands of a page, as words."""
+    for line in re.sub(r" *\\\n\s*", " ", shell(page)).splitlines():
+        split = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+        split.whitespace_split = True
+        words: list[str] = []
+        for word in [*split, ";"]:
+            if set(word) <= set(";&|<>"):
+                yield words
+                words = []
+            else:
+                words.append(word)
 
 
 def refusal(words: list[str], root: Path) -> str | None:
@@ -145,6 +156,7 @@ def problems(root: Path) -> list[str]:
     with contextlib.chdir(root):
         for page in pages(root):
             found += [f"{page.relative_to(root)}: {problem}" for problem in broken_links(page)]
+        for page in [*pages(root), *sorted(root.glob("recipes/*.py")), *sorted(root.glob("recipes/configs/*/*.yaml"))]:
             refused = (refusal(words, root) for words in commands(page) if words)
             found += [f"{page.relative_to(root)}: {problem}" for problem in refused if problem]
     return found

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +51,7 @@ class RecipeParser(TrlParser):
         default_preset: str | None = None,
         given: Sequence[str] | None = None,
         not_from_presets: Sequence[str] = (),
+        renamed_in_presets: Mapping[str, str] | None = None,
     ) -> tuple[list[Any], Path | None]:
         """The dataclasses, and the preset that stood under them.
 
@@ -58,6 +59,7 @@ class RecipeParser(TrlParser):
             default_preset: preset (below recipes/configs) to use where neither --config nor --model_name_or_path is.
             given: the command line; `sys.argv` by default.
             not_from_presets: fields of recipes/configs that are another recipe's; in any other file they count.
+            renamed_in_presets: fields of recipes/configs that are this recipe's by another name, as a stage's.
         """
         flags = list(sys.argv[1:] if given is None else given)
         if "-h" in flags or "--help" in flags:
@@ -68,7 +70,8 @@ class RecipeParser(TrlParser):
         if preset is None and default_preset is not None and "__model_name_or_path" not in named:
             preset = PRESETS / default_preset
         ours = preset is not None and PRESETS in preset.resolve().parents
-        defaults = self._flags_of(preset, not_from_presets if ours else ()) if preset is not None else []
+        without, renamed = (not_from_presets, renamed_in_presets or {}) if ours else ((), {})
+        defaults = self._flags_of(preset, without, renamed) if preset is not None else []
         self._check(defaults, f"{preset}: ")
         self._check(flags, "")
         try:
@@ -94,7 +97,7 @@ class RecipeParser(TrlParser):
             hint = f"; did you mean {near[0]}?" if near else "; --help lists them"
             raise UserError(f"{place}unknown field {name}{hint}" if place else f"unknown flag --{name}{hint}")
 
-    def _flags_of(self, preset: Path, without: Sequence[str] = ()) -> list[str]:
+    def _flags_of(self, preset: Path, without: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
         """A preset's fields as command-line words, so that they are checked like any flag."""
         import yaml
 
@@ -131,7 +134,10 @@ class RecipeParser(TrlParser):
 
                 value = json.dumps(value, default=str)
             values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+            words += [
+                f"--{renamed.get(name, name)}",
+                *(str(item).lower() if isinstance(item, bool) else str(item) for item in values),
+            ]
         return words
 
 

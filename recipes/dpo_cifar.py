@@ -1,6 +1,6 @@
 """One epoch of cross-entropy makes the reference, DPO prefers each image's true class to wrong ones.
 
-# two CPU cores, no network, two minutes: a small network on handwritten digits
+# two CPU cores, no network, half a minute: a small network on handwritten digits
 accelerate launch recipes/dpo_cifar.py --compare_cross_entropy
 
 # the small fast network on all of CIFAR-10 (uoft-cs/cifar10, or a local folder with --dataset_name)

@@ -1,4 +1,4 @@
-"""Push a finished run's model and card to the Hub: policy/, or reference/ of a run without one.
+"""Push a finished run's model and card to the Hub: policy/, reward_model/, or reference/ of SFT alone.
 
 # any run, of text or images; the token is HF_TOKEN or what `hf auth login` kept
 python recipes/publish.py runs/quickstart --hub_model_id you/quickstart
@@ -7,23 +7,27 @@ python recipes/publish.py runs/quickstart --hub_model_id you/quickstart
 python recipes/publish.py runs/digits --hub_model_id you/digits --hub_private_repo
 """
 
-import argparse
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from command_line import run
+from command_line import RecipeParser, run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = RecipeParser((), description=__doc__)
+    parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("run", metavar="RUN", type=Path, help="the --output_dir of a finished run")
     parser.add_argument("--hub_model_id", required=True, help="name or owner/name of the repository")
     parser.add_argument("--hub_private_repo", action="store_true", default=None, help="create it as a private one")
+    parser.add_argument("--hub_revision", help="branch to push to; main by default")
     parser.add_argument("--hub_token", help="better HF_TOKEN: other users of the machine can read a command line")
     options = parser.parse_args()
 
     from resdpo_trl.hub import publish
 
-    url = publish(options.run, options.hub_model_id, options.hub_private_repo, options.hub_token)
+    url = publish(
+        options.run, options.hub_model_id, options.hub_private_repo, options.hub_token, options.hub_revision
+    )
     print(f"pushed to {url}")
 
 

@@ -1,7 +1,10 @@
 """SFT on the preferred answers of preference pairs: the reference that DPO starts from, on its own.
 
 # two CPU cores, no network: the quickstart's pairs and its small GPT-2
-accelerate launch recipes/sft_hh.py --learning_rate 1e-3 --completion_only_loss false --max_length 128
+accelerate launch recipes/sft_hh.py --config recipes/configs/hh/quickstart.yaml
+
+# the SFT stage of GPT-2 on 3,000 pairs of Anthropic HH, on a GPU
+accelerate launch recipes/sft_hh.py --config recipes/configs/hh/gpt2.yaml
 
 # any causal language model on your own pairs; then DPO from it
 accelerate launch recipes/sft_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --output_dir runs/sft
@@ -14,12 +17,23 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.text.config import SamplesConfig, ScratchConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import DataConfig
 
+# the presets are dpo_hh.py's: what they say of its first stage is this recipe's training
+OF_DPO = ("beta", "output_dir", "learning_rate", "num_train_epochs")
+OF_SFT = {
+    "sft_epochs": "num_train_epochs",
+    "sft_learning_rate": "learning_rate",
+    "sft_responses": "responses",
+    "sft_completion_only_loss": "completion_only_loss",
+}
+
 
 def main() -> None:
     parser = RecipeParser(
         (DataConfig, TextModelConfig, ScratchConfig, TextSFTConfig, SamplesConfig, RunConfig), description=__doc__
     )
-    (data, model, scratch, sft, samples, options), preset = parser.parse()
+    (data, model, scratch, sft, samples, options), preset = parser.parse(
+        not_from_presets=OF_DPO, renamed_in_presets=OF_SFT
+    )
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun

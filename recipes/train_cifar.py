@@ -1,15 +1,14 @@
 """Cross-entropy: one epoch makes the reference that DPO starts from, more make the baseline it is measured against.
 
-# ResNet-18 with a CIFAR stem on CIFAR-10, one epoch with a triangular schedule, its convolutions by Muon
-accelerate launch recipes/train_cifar.py --arch resnet18 --dataset_name uoft-cs/cifar10 --optim sgd \\
-  --optim_args momentum=0.9,nesterov=true --learning_rate 0.1 --muon_learning_rate 0.1 --warmup_steps 0.2 \\
-  --weight_decay 5e-4 --label_smoothing_factor 0.1 --num_train_epochs 1
+# the fast network on CIFAR-10 for one epoch: the reference stage of its preset
+accelerate launch recipes/train_cifar.py --config recipes/configs/cifar/fast.yaml
 
-# the fast network with the settings of its preset's reference stage
-accelerate launch recipes/train_cifar.py --arch fast --dataset_name uoft-cs/cifar10 --optim sgd \\
-  --optim_args momentum=0.85,nesterov=true --learning_rate 0.05 --muon_learning_rate 0.1 --warmup_steps 0.2 \\
-  --weight_decay 1.3e-3 --bias_learning_rate_scale 16 --label_smoothing_factor 0.2 --per_device_train_batch_size 64 \\
-  --num_train_epochs 1
+# ResNet-18 with a CIFAR stem, ten epochs
+accelerate launch recipes/train_cifar.py --config recipes/configs/cifar/resnet18.yaml --num_train_epochs 10
+
+# a network of your own choice on images of your own, every setting a flag
+accelerate launch recipes/train_cifar.py --arch resnet34 --dataset_name FOLDER --num_train_epochs 10 --optim sgd \\
+  --optim_args momentum=0.9,nesterov=true --learning_rate 0.1 --warmup_steps 0.2 --weight_decay 5e-4
 """
 
 from command_line import RecipeParser, run
@@ -19,12 +18,25 @@ from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import CrossEntropyConfig, ImageModelConfig
 from resdpo_trl.image.data import ImageDataConfig
 
+# the presets are dpo_cifar.py's: what they say of its reference stage is this recipe's training
+OF_DPO = (
+    "beta", "loss_type", "rejected_sampling", "output_dir", "learning_rate", "num_train_epochs", "warmup_steps"
+)  # fmt: skip
+OF_REFERENCE = {
+    "reference_epochs": "num_train_epochs",
+    "reference_learning_rate": "learning_rate",
+    "reference_warmup_steps": "warmup_steps",
+    "reference_label_smoothing": "label_smoothing_factor",
+}
+
 
 def main() -> None:
     parser = RecipeParser(
         (ImageDataConfig, ImageModelConfig, AugmentConfig, CrossEntropyConfig, RunConfig), description=__doc__
     )
-    (data, model, augment, training, options), preset = parser.parse()
+    (data, model, augment, training, options), preset = parser.parse(
+        not_from_presets=OF_DPO, renamed_in_presets=OF_REFERENCE
+    )
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.image.pipeline import ImageRun

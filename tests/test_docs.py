@@ -45,13 +45,29 @@ def test_what_is_wrong_is_found(tmp_path):
         "```\n[e](not-a-link.md) make not-a-command\n```\n"
     )
     found = [problem.partition(": ")[2] for problem in check()["problems"](tmp_path)]
-    assert found == [
-        "link to missing.md: no such file",
-        "link to other.md#no-such: no such heading",
-        "make nothing: no such target",
-        "python recipes/nowhere.py: no such file",
-        "accelerate launch: missing.yaml: no such file",
-        "dpo_hh.py: unknown flag --bta; did you mean beta?",
-        "dpo_cifar.py: --beta -1.0: must be above 0 (0.1 to 0.5 are usual)",
-        "report.py: the following arguments are required: RUN",
+    assert sorted(found) == sorted(
+        [
+            "link to missing.md: no such file",
+            "link to other.md#no-such: no such heading",
+            "make nothing: no such target",
+            "python recipes/nowhere.py: no such file",
+            "accelerate launch: missing.yaml: no such file",
+            "dpo_hh.py: unknown flag --bta; did you mean beta?",
+            "dpo_cifar.py: --beta -1.0: must be above 0 (0.1 to 0.5 are usual)",
+            "report.py: the following arguments are required: RUN",
+        ]
+    )
+
+
+def test_commands_of_docstrings_and_comments_are_found(tmp_path):
+    recipe, preset = tmp_path / "recipe.py", tmp_path / "preset.yaml"
+    recipe.write_text(
+        '"""What it does.\n\n# a note\naccelerate launch recipes/a.py --x 1 \\\\\n  --y 2\npython recipes/b.py\n"""\n'
+    )
+    preset.write_text("# Words.\n#\n#   accelerate launch recipes/c.py --z\n#\nfield: accelerate launch nothing\n")
+    commands = check()["commands"]
+    assert [" ".join(words) for words in commands(recipe)] == [
+        "accelerate launch recipes/a.py --x 1 --y 2",
+        "python recipes/b.py",
     ]
+    assert [" ".join(words) for words in commands(preset)] == ["accelerate launch recipes/c.py --z"]

@@ -129,6 +129,19 @@ def test_sft_learns_the_response_or_everything(tokenizer):
     assert row["labels"][-1] == tokenizer.eos_token_id
 
 
+def test_sft_on_both_responses_has_a_row_for_each(tokenizer):
+    pairs = tokenize(texts([{"prompt": f"\n\nHuman: a{MARKER}", "chosen": " b", "rejected": " c d"}]), tokenizer, 64)
+    (pair,), rows = pairs, sft_rows(pairs, True, "both")
+    assert list(rows) == [
+        {
+            "input_ids": pair["prompt_ids"] + pair[side],
+            "labels": [-100] * len(pair["prompt_ids"]) + pair[side],
+            "length": len(pair["prompt_ids"]) + len(pair[side]),
+        }
+        for side in ("chosen_ids", "rejected_ids")
+    ]
+
+
 @pytest.mark.parametrize(("length", "response"), [(15, None), (32, 25), (32, 0)])
 def test_caps_without_room(tokenizer, length, response):
     with pytest.raises(UserError, match="--max"):

@@ -1,0 +1,75 @@
+"""The recipes of a first stage take the presets of the whole: what these say of that stage is their training."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "recipes" / "configs"
+
+
+def parsed(monkeypatch, recipe, kinds, arguments):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    module = importlib.import_module(recipe)
+    parser = importlib.import_module("command_line").RecipeParser(kinds)
+    renamed = module.OF_SFT if recipe == "sft_hh" else module.OF_REFERENCE
+    found, _ = parser.parse(given=arguments, not_from_presets=module.OF_DPO, renamed_in_presets=renamed)
+    return found
+
+
+@pytest.mark.parametrize("preset", sorted(CONFIGS.glob("hh/*.yaml")), ids=lambda path: path.stem)
+def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
+    from resdpo_trl.arguments import RunConfig
+    from resdpo_trl.text.config import (
+        SamplesConfig,
+        ScratchConfig,
+        SFTStageConfig,
+        TextDPOConfig,
+        TextModelConfig,
+        TextSFTConfig,
+        sft_stage,
+    )
+    from resdpo_trl.text.data import DataConfig
+
+    shared = (DataConfig, TextModelConfig, ScratchConfig)
+    arguments = ["--config", str(preset)]
+    *_, alone, _, _ = parsed(monkeypatch, "sft_hh", (*shared, TextSFTConfig, SamplesConfig, RunConfig), arguments)
+    command_line = importlib.import_module("command_line")
+    (_, _, _, stage, dpo, *_), _ = command_line.RecipeParser(
+        (*shared, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
+    ).parse(given=arguments)
+    assert alone.learning_rate == stage.sft_learning_rate and alone.num_train_epochs == stage.sft_epochs
+    of_the_run = sft_stage(dpo, stage).to_dict()
+    of_the_folder = {"output_dir", "logging_dir", "run_name", "project"}
+    assert {name: value for name, value in alone.to_dict().items() if name not in of_the_folder} == {
+        name: value for name, value in of_the_run.items() if name not in of_the_folder
+    }
+
+
+@pytest.mark.parametrize("preset", sorted(CONFIGS.glob("cifar/*.yaml")), ids=lambda path: path.stem)
+def test_cross_entropy_is_the_first_stage_of_an_image_preset(preset, monkeypatch):
+    from resdpo_trl.arguments import RunConfig
+    from resdpo_trl.image.augment import AugmentConfig
+    from resdpo_trl.image.config import (
+        ClassifierDPOConfig,
+        CrossEntropyConfig,
+        ImageModelConfig,
+        ReferenceStageConfig,
+        reference_stage,
+    )
+    from resdpo_trl.image.data import ImageDataConfig
+
+    shared = (ImageDataConfig, ImageModelConfig, AugmentConfig)
+    arguments = ["--config", str(preset)]
+    *_, alone, _ = parsed(monkeypatch, "train_cifar", (*shared, CrossEntropyConfig, RunConfig), arguments)
+    command_line = importlib.import_module("command_line")
+    (_, _, _, stage, dpo, _), _ = command_line.RecipeParser(
+        (*shared, ReferenceStageConfig, ClassifierDPOConfig, RunConfig)
+    ).parse(given=arguments)
+    assert alone.learning_rate == stage.reference_learning_rate and alone.num_train_epochs == stage.reference_epochs
+    of_the_run = reference_stage(dpo, stage).to_dict()
+    of_the_folder = {"output_dir", "logging_dir", "run_name", "project"}
+    assert {name: value for name, value in alone.to_dict().items() if name not in of_the_folder} == {
+        name: value for name, value in of_the_run.items() if name not in of_the_folder
+    }
