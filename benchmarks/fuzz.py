@@ -329,7 +329,7 @@ def _write_run(generator: random.Random, path: Path) -> int:
             "max_length": 9,
             "dropped": {"x": 1},
         },
-        "dpo": {"test": test, "beta": 0.1, "loss_type": ["sigmoid"], "best_checkpoint": "checkpoint-20"},
+        "dpo": {"test": test, "beta": 0.1, "loss_type": ["sigmoid"], "kept_epoch": 2.0},
         "compared": {"cross-entropy": {"test": test, "seconds": 1.0}},
         "reference": {"test": test},
         "confusion": {"classes": ["a", "b"], "policy": [[1, 2], [3, 4]], "reference": [[1, 2], [3, 4]]},

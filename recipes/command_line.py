@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import logging
 import os
@@ -36,12 +37,23 @@ from resdpo_trl.signals import Interrupted, stop_at_once  # noqa: E402
 from resdpo_trl.sources import first_line  # noqa: E402
 
 
+class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every flag with its default, under the recipe's docstring as it stands."""
+
+
 class RecipeParser(TrlParser):
     """TRL's parser with one-line refusals, the nearest name for an unknown field, and a default preset."""
 
     def __init__(self, dataclass_types: Sequence[Any], description: str | None = None):
         # a shortened flag is a guess: it would mean another field when one is added
-        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+        super().__init__(
+            dataclass_types,
+            # two hundred fields are listed in groups, not a second time before the recipe's own words
+            usage="%(prog)s [--config FILE.yaml] [--field value ...]" if dataclass_types else None,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=RecipeHelp,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

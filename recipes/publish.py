@@ -7,7 +7,6 @@ python recipes/publish.py runs/quickstart --hub_model_id you/quickstart
 python recipes/publish.py runs/digits --hub_model_id you/digits --hub_private_repo
 """
 
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from command_line import RecipeParser, run
@@ -15,7 +14,6 @@ from command_line import RecipeParser, run
 
 def main() -> None:
     parser = RecipeParser((), description=__doc__)
-    parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("run", metavar="RUN", type=Path, help="the --output_dir of a finished run")
     parser.add_argument("--hub_model_id", required=True, help="name or owner/name of the repository")
     parser.add_argument("--hub_private_repo", action="store_true", default=None, help="create it as a private one")
@@ -25,9 +23,7 @@ def main() -> None:
 
     from resdpo_trl.hub import publish
 
-    url = publish(
-        options.run, options.hub_model_id, options.hub_private_repo, options.hub_token, options.hub_revision
-    )
+    url = publish(options.run, options.hub_model_id, options.hub_private_repo, options.hub_token, options.hub_revision)
     print(f"pushed to {url}")
 
 

@@ -10,7 +10,6 @@ python recipes/report.py runs/sweep_hh
 python recipes/report.py runs/beta01 runs/beta03 runs/beta05 --output runs/betas.html
 """
 
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from command_line import RecipeParser, on_one_process, run
@@ -23,7 +22,6 @@ from resdpo_trl.sweep import write_sweep_report
 def main() -> None:
     on_one_process()
     parser = RecipeParser((), description=__doc__)
-    parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output_dir of a run, or of one sweep")
     parser.add_argument("--output", help="the page; report.html in the run's folder by default")
     options = parser.parse_args()

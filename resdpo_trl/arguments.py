@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -89,9 +90,15 @@ class OneMachine:
 
     def __post_init__(self) -> None:
         args: Any = self  # the fields of TrainingArguments stand in the class that this is mixed into
-        if args.learning_rate <= 0:
-            raise UserError(f"--learning_rate {args.learning_rate}: must be above 0")
-        if args.output_dir is None:
+        check_positive(self, "learning_rate")
+        if args.max_steps <= 0:  # which go before epochs
+            check_positive(self, "num_train_epochs")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+        if not 0 <= args.seed < 2**32:
+            raise UserError(f"--seed {args.seed}: must lie between 0 and {2**32 - 1}")
+        if not args.output_dir:
             raise UserError("--output_dir: name a folder")
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay false: the trainers choose their columns")
@@ -149,17 +156,25 @@ class ReferenceUpdate:
         super().__post_init__()  # type: ignore[misc]
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raise a UserError for a field that is not a finite number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:  # nan is neither
+            raise UserError(f"--{name} {value}: must be above 0, and finite")
+
+
 def refuse(config: Any, refused: dict[str, tuple[Any, str]]) -> None:
     """Raise a UserError for a field that is set and not honoured: name -> (value when not asked for, the mend)."""
     for name, (unset, mend) in refused.items():
         value = getattr(config, name)
-        if value != unset and not (name == "pad_to_multiple_of" and value == "auto"):
+        if value != unset:
             raise UserError(f"--{name} is not supported here: {mend}")
 
 
 def preference_loss(args: Any) -> PreferenceLoss:
     """The loss that a configuration with `DPOConfig`'s fields asks for; a UserError where it makes no sense."""
-    if not args.beta > 0:
+    if not 0 < args.beta < math.inf:
         raise UserError(f"--beta {args.beta}: must be above 0 (0.1 to 0.5 are usual)")
     try:
         return PreferenceLoss(
@@ -172,7 +187,7 @@ def preference_loss(args: Any) -> PreferenceLoss:
             discopop_tau=args.discopop_tau,
         )
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"--{error}") from None  # its message begins with the option
 
 
 def has_accelerator() -> bool:

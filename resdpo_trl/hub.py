@@ -22,7 +22,8 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.run import redacted
+from resdpo_trl.files import MANIFEST
+from resdpo_trl.run import RunFolder, redacted
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt, where the client makes none of its own
 LONGEST_WAIT = 300.0  # seconds that a Retry-After may ask for
@@ -36,6 +37,8 @@ MENDS = {
     429: "too many requests",
 }
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # of a checkpoint; the rest is the optimizer's
+# files with such endings that training goes on from, and that are no part of the model
+NOT_THE_MODELS = ("trainer_state.json", "log_state_*.json", MANIFEST, "reference.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".pkl")  # nobody should load these: they are not pushed with a model
 ID = "FOLDER_OR_ID"  # stands in a card for the place it is loaded from
 
@@ -58,7 +61,6 @@ class Hub:
         strategy: transformers' `hub_strategy`: `end`, or `every_save`; with `checkpoint` the repository's folder run/
             holds what a run needs to be resumed from its newest checkpoint, with `all_checkpoints` from each one.
         always: push a checkpoint although the one before it is still on its way; otherwise it is left out.
-        endpoint: of another Hub; HF_ENDPOINT by default.
     """
 
     def __init__(
@@ -70,7 +72,6 @@ class Hub:
         revision: str | None = None,
         strategy: str = "end",
         always: bool = False,
-        endpoint: str | None = None,
     ):
         self.run, self.private, self.revision, self.strategy, self.always = run, private, revision, strategy, always
         self.name = model_id or run.resolve().name
@@ -81,7 +82,7 @@ class Hub:
                 f"--hub_model_id {self.name}: not a name on the Hub: letters, digits, '-', '_' and '.', as name or "
                 "owner/name" + ("" if model_id else "; it is the folder's where none is given")
             ) from None
-        self.api = HfApi(endpoint=endpoint, token=token)
+        self.api = HfApi(token=token)
         self.repo_id: str | None = None
         self._background: threading.Thread | None = None
         self._said = ""
@@ -115,7 +116,9 @@ class Hub:
     def later(self) -> str:
         """The command that publishes the run when the Hub can be reached."""
         words = ["python", "recipes/publish.py", str(self.run), "--hub_model_id", self.repo_id or self.name]
-        return shlex.join([*words, *(["--hub_private_repo"] if self.private else [])])
+        words += ["--hub_private_repo"] if self.private else []
+        words += ["--hub_revision", self.revision] if self.revision else []
+        return shlex.join(words)
 
     # --- while it trains -----------------------------------------------------------------------------------------
 
@@ -126,7 +129,7 @@ class Hub:
             return
         disable_progress_bars()  # the run has its own
         try:
-            if not any(checkpoint.glob("*.safetensors")):
+            if not any(path.suffix == ".safetensors" for path in _model_files(checkpoint)):
                 raise NotPushed("it holds no whole weights (sharded state); the model is pushed at the end")
             staged = self._stage(checkpoint, card)
         except (OSError, NotPushed) as error:
@@ -155,11 +158,7 @@ class Hub:
             for left in (self.run / "checkpoints").glob(".push-*"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         staged = Path(tempfile.mkdtemp(prefix=".push-", dir=self.run / "checkpoints"))
-        wanted = {
-            path.name: path
-            for path in checkpoint.iterdir()
-            if path.is_file() and path.suffix in MODEL_FILES and path.name != "trainer_state.json"
-        }
+        wanted = {path.name: path for path in _model_files(checkpoint)}
         if self.strategy in ("checkpoint", "all_checkpoints"):
             kept = [self.run / name for name in ("run.json", "summary.json", "metrics.jsonl")]
             for folder in (self.run / "reference", checkpoint):
@@ -213,8 +212,17 @@ class Hub:
         )
 
 
-def publish(run: Path, model_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Push a finished run's model: policy/, or reference/ of a run without one. The model's address.
+def publish(
+    run: Path, model_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None
+) -> str:
+    """Push a finished run's model: policy/, reward_model/, or reference/ of a run that made nothing more.
+
+    Args:
+        run: the run's folder.
+        model_id, private, token, revision: as `Hub`'s.
+
+    Returns:
+        The model's address.
 
     Raises:
         UserError: no finished run there, or the Hub refuses it.
@@ -224,11 +232,11 @@ def publish(run: Path, model_id: str, private: bool | None = None, token: str | 
     found = load_run(run)
     if found.run.get("ended") is None:
         raise UserError(f"{run}: the run has not ended: finish it with --resume_from_checkpoint")
-    folder = run / "policy" if (run / "policy").is_dir() else run / "reference"
+    folder = RunFolder(run).trained
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{run}: no finished model (no weights in {folder.name}/): name another run")
     try:
-        return Hub(run, model_id, private, token).upload(folder)
+        return Hub(run, model_id, private, token, revision).upload(folder)
     except NotPushed as error:
         raise UserError(f"--hub_model_id {model_id}: not pushed: {error}") from None
 
@@ -276,6 +284,14 @@ def _reason(error: BaseException, status: int | None, asked: float) -> str:
     lines = " ".join(str(root).split())[:200]
     said = f"{type(root).__name__}: {lines}" if lines else type(root).__name__
     return redacted(said if isinstance(root, PERMANENT) else f"no connection to the Hub that lasts ({said})")
+
+
+def _model_files(checkpoint: Path) -> list[Path]:
+    return [
+        path
+        for path in checkpoint.iterdir()
+        if path.is_file() and path.suffix in MODEL_FILES and not any(map(path.match, NOT_THE_MODELS))
+    ]
 
 
 def _link(source: Path, target: Path) -> None:

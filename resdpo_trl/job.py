@@ -18,7 +18,7 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import PushCallback
 from resdpo_trl.card import draft
 from resdpo_trl.errors import NothingToDo, UserError, printable
-from resdpo_trl.files import ASIDE, replace_folder, torn
+from resdpo_trl.files import ASIDE, replace_folder, step_of, torn
 from resdpo_trl.hub import Hub
 from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
 from resdpo_trl.report import write_report
@@ -34,7 +34,7 @@ class Job:
         self.resume = training.resume_from_checkpoint is not None
         self.started = time.perf_counter()
         use_the_cores()
-        self.run = RunFolder(training.output_dir or "", main_process=PartialState().is_main_process)
+        self.run = RunFolder(training.output_dir, main_process=PartialState().is_main_process)
         # the Hub keeps the token: the arguments are pickled into every checkpoint
         token, training.hub_token = training.hub_token, None
         self.hub = self._hub(token) if training.push_to_hub else None
@@ -42,13 +42,26 @@ class Job:
         if self.run.earlier.get("complete"):
             raise NothingToDo(f"the run in {self.run.path} ended at {self.run.earlier['ended']}: nothing to resume")
         self._check_asked()
-        PartialState().wait_for_everyone()
-        config = {"preset": str(preset) if preset else None, **config}
-        self.run.check_config(config)
-        self.run.start(config, training.seed)
+        self._config = {"preset": str(preset) if preset else None, **config}
+        self.run.check_inputs(self._config)
+        self.run.check_config(self._config)
         self.say = _say if self.run.main_process else silent
         if self.resume and not self.run.earlier:
             self.say(f"{self.run.path} holds no run: nothing to resume, so this is its beginning")
+
+    def begin(self, data_fingerprint: dict[str, str], counts: dict[str, Any]) -> None:
+        """Write the first files, once the data are there: until then a run that is overwritten is whole.
+
+        Args:
+            data_fingerprint: digest of each split.
+            counts: what summary.json says of the data.
+
+        Raises:
+            UserError: a run is resumed with other data than it began with, or its folder can't be written.
+        """
+        self.run.start(self._config, self.training.seed, data_fingerprint)
+        self.run.summarize(data=counts)
+        PartialState().wait_for_everyone()
 
     def _hub(self, token: str | None) -> Hub:
         args = self.training
@@ -143,9 +156,10 @@ class Job:
                 replace_folder(aside, folder)
         PartialState().wait_for_everyone()
 
-    def end(self, trained: Path, table: Callable[[dict[str, Any], Path], str], write_card: Callable[[], None]) -> None:
+    def end(self, table: Callable[[dict[str, Any], Path], str], write_card: Callable[[], None]) -> None:
         """run.json's end, the report, the model card with its plots, the table, and the Hub if asked."""
-        throughput = self.run.summary.get("throughput", {}) | {"total_seconds": time.perf_counter() - self.started}
+        name = "seconds_since_resume" if self.run.earlier else "total_seconds"  # nobody knows when a kill came
+        throughput = self.run.summary.get("throughput", {}) | {name: time.perf_counter() - self.started}
         self.run.summarize(throughput=throughput)
         self.run.end()
         if self.run.main_process:
@@ -154,7 +168,7 @@ class Job:
         self.run.record(complete=True)  # from here on there is nothing to resume
         self.say(table(self.run.summary, self.run.path))
         if self.hub is not None and self.run.main_process:
-            self.hub.push_model(trained)
+            self.hub.push_model(self.run.trained)
 
 
 def epochs(trainer: Any) -> dict[str, Any]:
@@ -167,10 +181,11 @@ def epochs(trainer: Any) -> dict[str, Any]:
     best = min(evaluated, key=lambda row: row["eval_loss"], default=None)
     kept, step = state.epoch, state.global_step
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        step = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+        step = step_of(Path(state.best_model_checkpoint))
         kept = next((row["epoch"] for row in evaluated if row["step"] == step), None)
     return {
         "select": trainer.args.select,
+        "metric_for_best_model": trainer.args.metric_for_best_model,
         "best_epoch": best["epoch"] if best else None,
         "best_validation_loss": best["eval_loss"] if best else None,
         "kept_epoch": kept,
@@ -185,8 +200,18 @@ def describe_epochs(stage: dict[str, Any]) -> list[tuple[str, str]]:
     text = f"{stage['best_epoch']:g} of least validation loss ({stage['best_validation_loss']:.4f})"
     if stage["kept_epoch"] is not None:
         same = stage["kept_epoch"] == stage["best_epoch"]
-        text += ", kept" if same else f"; kept: {stage['kept_epoch']:g}, by --select {stage['select']}"
+        why = "by --select last"
+        if stage["select"] == "best":
+            why = f"of best {stage['metric_for_best_model'].removeprefix('eval_')}"
+        text += ", kept" if same else f"; kept: {stage['kept_epoch']:g}, {why}"
     return [("epoch", text)]
+
+
+def describe_seconds(throughput: dict[str, float]) -> tuple[str, str]:
+    """The table's row that says how long the run took, or its part since it was resumed."""
+    if "total_seconds" in throughput:
+        return "seconds in all", f"{throughput['total_seconds']:.0f}"
+    return "seconds since the last resume", f"{throughput['seconds_since_resume']:.0f}"
 
 
 def _say(text: str) -> None:

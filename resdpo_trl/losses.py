@@ -82,10 +82,10 @@ class PreferenceLoss:
         loss_weights: one weight a name; all 1 by default.
         beta: strength of the KL penalty (τ in the IPO paper), above 0.
         label_smoothing: probability ε that a preference is flipped (`sigmoid`, `robust`, `aot`, `aot_unpaired`),
-            the target's smoothing in `exo_pair`.
+            the target's smoothing in `exo_pair`; 0 where none of these is named.
         f_divergence_type: `reverse_kl`, `forward_kl`, `js_divergence` or `alpha_divergence`.
         f_alpha_divergence_coef: α of the α-divergence.
-        discopop_tau: temperature of `discopop`'s blend.
+        discopop_tau: temperature of `discopop`'s blend, above 0.
 
     Raises:
         ValueError: for a combination that has no meaning, naming the option.
@@ -107,10 +107,21 @@ class PreferenceLoss:
             raise ValueError(
                 f"loss_weights needs one weight a loss type: got {len(self.loss_weights)} for {len(self.loss_types)}"
             )
+        if not all(map(math.isfinite, self.loss_weights or ())):
+            raise ValueError(f"loss_weights must be finite; got {', '.join(map(str, self.loss_weights or ()))}")
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ValueError(f"beta must be a finite number above 0; got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5); got {self.label_smoothing}")
+        if self.label_smoothing > 0 and not SMOOTHED_LOSSES.intersection(self.loss_types):
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} is for the loss types {', '.join(sorted(SMOOTHED_LOSSES))}, "
+                f"not for {', '.join(self.loss_types)}: leave it out"
+            )
+        if not (math.isfinite(self.discopop_tau) and self.discopop_tau > 0):
+            raise ValueError(f"discopop_tau must be a finite number above 0; got {self.discopop_tau}")
+        if not math.isfinite(self.f_alpha_divergence_coef):
+            raise ValueError(f"f_alpha_divergence_coef must be finite; got {self.f_alpha_divergence_coef}")
         if "exo_pair" in self.loss_types and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs label_smoothing above 0 (its paper recommends 1e-3)")
         if self.f_divergence_type not in F_DIVERGENCES:
@@ -342,6 +353,7 @@ LOSSES: dict[str, Callable[[LogProbs, PreferenceLoss], Tensor]] = {
         sft,
     )
 }
+SMOOTHED_LOSSES = frozenset({"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"})  # those with label smoothing
 # the losses that see the rewards only through their difference (`sft` does not see them at all)
 DIFFERENCE_LOSSES = frozenset(
     {"sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sigmoid_norm", "s_dpo", "sft"}

@@ -206,7 +206,10 @@ class RunningMeans:
         """The means since the last call; `reduce` sums a tensor over the processes."""
         if not self._sums:
             return {}
-        total = reduce(torch.stack(self._sums).double().sum(0)).tolist()
+        sums = torch.stack(self._sums)
+        if sums.device.type == "mps":  # Apple's GPUs have no float64, and one process: nothing to reduce on the device
+            sums = sums.cpu()
+        total = reduce(sums.double().sum(0)).tolist()
         self._sums.clear()
         return {name: value / total[-1] for name, value in zip(self._names, total, strict=False)}
 

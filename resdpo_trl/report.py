@@ -13,6 +13,7 @@ from typing import Any
 
 from resdpo_trl import __version__
 from resdpo_trl.errors import UserError, printable
+from resdpo_trl.files import write_whole
 from resdpo_trl.run import read_object, read_rows
 
 STAGES = ("dpo", "reward", "cross_entropy")  # what a run's summary may hold with test figures, in order
@@ -140,9 +141,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         page = render(runs, plots, sweep, target.parent.resolve().name)
-        aside = target.with_name(target.name + ".tmp")
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(target)
+        write_whole(target, page)
     except OSError as error:
         raise UserError(f"{target}: can't be written ({error.strerror}); name another --output") from None
     return target
@@ -551,9 +550,7 @@ def _margins(run: Run, plots: Plots) -> dict[str, Any] | None:
     wrong = sum(value <= 0 for value in margins)
 
     def paint(axes: Any) -> None:
-        width = (max(margins) - min(margins)) / 40 or 1.0
-        start = -math.ceil(-min(margins) / width) * width if min(margins) < 0 else 0.0
-        edges = [start + width * k for k in range(42)]
+        edges = bin_edges(margins)
         axes.hist([m for m in margins if m <= 0], bins=edges, color=PALETTE[3], label=f"ranked wrong ({wrong})")
         axes.hist([m for m in margins if m > 0], bins=edges, color=PALETTE[2], label=f"right ({len(margins) - wrong})")
 
@@ -562,6 +559,15 @@ def _margins(run: Run, plots: Plots) -> dict[str, Any] | None:
     return section_of(
         "margins", "Margins on the test data", plots=[plots.draw("test_margins", caption, paint, kind, "margin")]
     )
+
+
+def bin_edges(values: Sequence[float]) -> list[float]:
+    """Edges of about 40 bins that hold all values and part at zero, so that no bin has both signs."""
+    least, most = min(values), max(values)
+    width = (most - least) / 40 or 1.0
+    edges = [width * k for k in range(math.floor(least / width), math.floor(most / width) + 2)]
+    edges[0], edges[-1] = min(edges[0], least), max(edges[-1], most)  # the products are rounded
+    return edges
 
 
 def _extremes(run: Run) -> dict[str, Any] | None:
@@ -680,7 +686,8 @@ def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
             "data": ", ".join(f"{data[split]} {split}" for split in ("train", "validation", "test") if split in data),
             "dropped": ", ".join(f"{n} {reason}" for reason, n in data.get("dropped", {}).items() if n) or None,
             "cap": _cap(data),
-            "throughput": ", ".join(f"{k}: {v:.4g}" for k, v in run.summary.get("throughput", {}).items()),
+            "throughput": ", ".join(f"{k}: {v:.4g}" for k, v in run.summary.get("throughput", {}).items())
+            + ("; what was resumed counts from there" if run.run.get("resumed") else ""),
             "versions": ", ".join(f"{name} {version}" for name, version in run.run.get("versions", {}).items()),
         }
         rows = [[name, str(fact)] for name, fact in facts.items() if fact not in (None, "")]
@@ -732,13 +739,8 @@ def section_of(identity: str, title: str, **parts: Any) -> dict[str, Any]:
 
 def _chosen_epoch(run: Run, stage: str) -> float | None:
     """The epoch whose weights were kept."""
-    summary = run.summary.get(stage, {})
-    if _is_number(summary.get("kept_epoch")):
-        return float(summary["kept_epoch"])
-    best = summary.get("best_checkpoint")  # as runs of version 0.1.0 have it
-    step = int(best.rpartition("-")[2]) if isinstance(best, str) and best.rpartition("-")[2].isdigit() else None
-    rows = [row for row in run.metrics if row.get("stage") == stage and row.get("split") == "validation"]
-    return next((row["epoch"] for row in rows if row.get("step") == step), None)
+    kept = run.summary.get(stage, {}).get("kept_epoch")
+    return float(kept) if _is_number(kept) else None
 
 
 def _thinned(epochs: list[float], values: list[float]) -> tuple[list[float], list[float]]:

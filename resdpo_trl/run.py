@@ -79,9 +79,15 @@ class RunFolder:
         self.reward_model = self.path / "reward_model"
         self.summary: dict[str, Any] = {}
         self.earlier: dict[str, Any] = {}  # run.json of the run that is resumed
+        self._replaced: list[Path] = []  # files and folders of the run that is overwritten, which `start` deletes
+
+    @property
+    def trained(self) -> Path:
+        """The model that a run is about: its policy, its reward model, or the reference where it made nothing more."""
+        return next((folder for folder in (self.policy, self.reward_model) if folder.is_dir()), self.reference)
 
     def open(self, overwrite: bool = False, resume: bool = False) -> None:
-        """Make the folder ready to write, or say why not.
+        """Make the folder ready to write, or say why not. A run that is overwritten stays until `start`.
 
         Raises:
             UserError: the folder holds a run and neither `overwrite` nor `resume` was asked for, or it can't be
@@ -91,12 +97,13 @@ class RunFolder:
             raise UserError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: choose one")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output_dir {self.path}: a file is there; name a folder")
-        held = [name for name in WRITTEN if (self.path / name).exists()]
+        held = [self.path / name for name in WRITTEN if (self.path / name).exists()]
         if held and not overwrite and not resume:
             raise UserError(
-                f"--output_dir {self.path} already holds a run ({held[0]}): continue it with "
+                f"--output_dir {self.path} already holds a run ({held[0].name}): continue it with "
                 "--resume_from_checkpoint, replace it with --overwrite_output_dir, or name another folder"
             )
+        self._replaced = held if overwrite else []
         if resume and (self.path / "summary.json").exists():
             self.summary = self._read("summary.json")
         if resume and (self.path / "run.json").exists():
@@ -112,12 +119,26 @@ class RunFolder:
             for folder in (self.path / "compared", *(self.path / "checkpoints").glob("*/")):
                 if folder.is_dir():
                     tidy(folder)
-            if overwrite:
-                for name in held:
-                    target = self.path / name
-                    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"--output_dir {self.path} can't be written ({error.strerror}): name another") from None
+            raise self._not_writable(error) from None
+
+    def _not_writable(self, error: OSError) -> UserError:
+        return UserError(f"--output_dir {self.path} can't be written ({error.strerror}): name another")
+
+    def check_inputs(self, config: dict[str, Any]) -> None:
+        """Raise a UserError where a flag names something inside the run that is overwritten, which would be gone."""
+        doomed = [path.resolve() for path in self._replaced]
+        for name, value in config.items():
+            if isinstance(value, dict):
+                self.check_inputs(value)
+                continue
+            for word in value if isinstance(value, list) else [value]:
+                named = str(word).partition("=")[2] if name == "models" else str(word)  # NAME=PATH
+                if os.path.exists(named) and any(Path(named).resolve().is_relative_to(path) for path in doomed):
+                    raise UserError(
+                        f"--{name} {named}: lies in the run that --overwrite_output_dir replaces: pass another "
+                        "--output_dir, or copy it elsewhere first"
+                    )
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -157,10 +178,24 @@ class RunFolder:
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(checkpoint, aside)
 
-    def start(self, config: dict[str, Any], seed: int, **facts: Any) -> None:
-        """Write run.json: everything needed to tell what ran, without secrets."""
+    def start(self, config: dict[str, Any], seed: int, data_fingerprint: dict[str, str] | None = None) -> None:
+        """Write run.json: everything needed to tell what ran, without secrets. The run that is overwritten goes now.
+
+        Raises:
+            UserError: a run is resumed with other data than it began with, or the folder can't be written.
+        """
         from resdpo_trl.processes import parallelism
 
+        if self.earlier.get("data_fingerprint", data_fingerprint) != data_fingerprint:
+            raise UserError(
+                f"the data have changed since the run in {self.path} began: bring them back, or start anew with "
+                "--overwrite_output_dir or another --output_dir"
+            )
+        try:
+            for path in self._replaced if self.main_process else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._not_writable(error) from None
         self._run = {
             "command": [_hidden(part, previous) for previous, part in zip(["", *sys.argv], sys.argv, strict=False)],
             "started": _now(),
@@ -170,8 +205,9 @@ class RunFolder:
             "versions": {"python": platform.python_version(), **_versions()},
             "hardware": hardware(),
             **parallelism(),
-            **facts,
         }
+        if data_fingerprint is not None:
+            self._run["data_fingerprint"] = data_fingerprint
         if self.earlier:
             self._run["resumed"] = [*(self.earlier.get("resumed") or []), self._run["started"]]
             self._run["started"] = self.earlier.get("started")
@@ -194,13 +230,7 @@ class RunFolder:
                 )
 
     def record(self, **facts: Any) -> None:
-        """Add facts to run.json; on resume the data must be those that the run began with."""
-        earlier = self.earlier.get("data_fingerprint")
-        if earlier is not None and facts.get("data_fingerprint", earlier) != earlier:
-            raise UserError(
-                f"the data have changed since the run in {self.path} began: bring them back, or start anew with "
-                "--overwrite_output_dir or another --output_dir"
-            )
+        """Add facts to run.json."""
         self._run.update(facts)
         self._write("run.json", self._run)
 

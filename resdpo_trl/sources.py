@@ -90,7 +90,9 @@ def load_rows(name: str, data_dir: str | None, revision: str | None, quickstart:
             if SUFFIXES[suffix] == "json":
                 _find_bad_line(path)
             raise UserError(f"{flag} can't be read ({first_line(error)}): write it anew") from None
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix):
+    if not path.is_dir() and (
+        name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(tuple(SUFFIXES))
+    ):
         raise UserError(f"{flag}: no such file or folder")
     for file in sorted(path.rglob("*.json*")) if path.is_dir() else ():
         _check_lines(file)
@@ -183,4 +185,5 @@ def _find_bad_line(path: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

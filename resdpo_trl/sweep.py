@@ -25,11 +25,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import is_locked, write_whole
 from resdpo_trl.report import Sweep, write_report
+from resdpo_trl.run import read_object
+from resdpo_trl.sources import first_line
 
 COLUMNS = (
     "point", "beta", "learning_rate", "seed", "sft_epochs", "status", "best", "loss", "accuracy", "accuracy_low",
@@ -156,12 +159,15 @@ def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
     """Write sweep.json, or check that the points which are there were run with the same shared flags."""
     path = output_dir / "sweep.json"
     if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8")).get("flags")
         if not resume:
             raise UserError(
                 f"--output_dir {output_dir} already holds a sweep: continue it or add points with "
                 "--resume_from_checkpoint, or name another folder"
             )
+        try:
+            earlier = [str(flag) for flag in read_object(path)["flags"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} can't be read ({first_line(error)}): mend it, or name another folder") from None
         if earlier != list(shared):
             raise UserError(
                 f"--output_dir {output_dir} holds a sweep with other flags ({' '.join(earlier) or 'none'}): pass the "
@@ -177,8 +183,8 @@ def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
 def has_ended(folder: Path) -> bool:
     """Whether a run has come to its end, with its report."""
     try:
-        return bool(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("complete"))
-    except (FileNotFoundError, ValueError):
+        return bool(read_object(folder / "run.json").get("complete"))
+    except (OSError, ValueError):
         return False
 
 
@@ -196,26 +202,33 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
 
     waiting = [point for point in points if not has_ended(point.folder)]
     gpus = _gpus()
+    free: SimpleQueue[str] = SimpleQueue()  # a GPU for each point that runs; more points than GPUs share them
+    for job in range(jobs if gpus else 0):
+        free.put(gpus[job % len(gpus)])
     failures: dict[str, str] = {}
     running: list[subprocess.Popen[bytes]] = []
     stopped = threading.Event()
 
-    def run(number: int, point: Point) -> tuple[Point, str | None]:
-        environment = dict(os.environ)
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-        elif jobs > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    def run(point: Point) -> tuple[Point, str | None]:
         command = command_of(recipe, point, shared)
         point.folder.mkdir(parents=True, exist_ok=True)
         while is_locked(point.folder) and not stopped.wait(1):
             pass  # a sweep that was killed has left the point running
         if stopped.is_set() or has_ended(point.folder):
             return point, None
-        with open(point.folder / "log.txt", "ab") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # noqa: S603  (our own recipe)
-            running.append(process)
-            status = process.wait()
+        environment = dict(os.environ)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu = free.get()
+        elif jobs > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+        try:
+            with open(point.folder / "log.txt", "ab") as log:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # noqa: S603  (our own)
+                running.append(process)
+                status = process.wait()
+        finally:
+            if gpus:
+                free.put(gpu)
         return point, None if status == 0 else _why(point.folder / "log.txt", status)
 
     with (
@@ -223,7 +236,7 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
         tqdm(total=len(points), initial=len(points) - len(waiting), desc="Points") as bar,
     ):
         try:
-            for future in [pool.submit(run, number, point) for number, point in enumerate(waiting)]:
+            for future in [pool.submit(run, point) for point in waiting]:
                 point, wrong = future.result()
                 if wrong is not None:
                     failures[point.name] = wrong
@@ -268,7 +281,7 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
                 "validation_accuracy": validation["rewards/accuracies"],
                 "best_epoch": summary["dpo"].get("best_epoch", ""),
                 "kept_epoch": summary["dpo"].get("kept_epoch", ""),
-                "seconds": summary["throughput"]["total_seconds"],
+                "seconds": summary["throughput"].get("total_seconds", ""),
             }
         rows.append(row)
     best = best_of(rows, points)
@@ -282,11 +295,12 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
 
 def write_sweep_report(output_dir: Path, output: str | None = None) -> Path:
     """The page of a sweep from its own files; report.html in its folder by default."""
-    rows = read_rows(output_dir / "table.csv")
+    rows = read_rows(output_dir / "table.csv", COLUMNS)
     done = [output_dir / "points" / row["point"] for row in rows if row["status"] == "done"]
     if not done:
         raise UserError(f"{output_dir}: no point of this sweep has ended; run it with --resume_from_checkpoint")
-    return write_report(done, output or output_dir / "report.html", Sweep(rows, read_rows(output_dir / "frontier.csv")))
+    frontier = read_rows(output_dir / "frontier.csv", FRONTIER_COLUMNS)
+    return write_report(done, output or output_dir / "report.html", Sweep(rows, frontier))
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -298,16 +312,32 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
     write_whole(path, text.getvalue())
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of table.csv or frontier.csv, numbers as numbers; none where there is no such file."""
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of table.csv or frontier.csv, numbers as numbers; none where there is no such file.
+
+    Raises:
+        UserError: the file can't be read, or has not these columns with a number or nothing where one belongs.
+    """
     if not path.exists():
         return []
     texts = ("point", "status", "best", "folder", "key")
-    with open(path, newline="", encoding="utf-8") as file:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            head, *lines = list(csv.reader(file, strict=True)) or [[]]
+        if head != list(columns) or any(len(line) != len(columns) for line in lines):
+            raise ValueError("columns are missing, or others")
         return [
-            {name: value if name in texts or not value else float(value) for name, value in row.items()}
-            for row in csv.DictReader(file)
+            {
+                name: value if name in texts or not value else float(value)
+                for name, value in zip(columns, line, strict=True)
+            }
+            for line in lines
         ]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path} can't be read ({first_line(error)}): delete it, and run the sweep with --resume_from_checkpoint, "
+            "which writes it anew"
+        ) from None
 
 
 def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str, Any] | None:

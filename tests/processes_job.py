@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: `tests` is found from the root
 
@@ -21,8 +22,9 @@ from resdpo_trl.image.data import Images
 from resdpo_trl.image.model import build_classifier, image_processor
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
 from resdpo_trl.processes import is_sharded, parallelism
-from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
+from resdpo_trl.text.config import TextDPOConfig, TextRewardConfig, TextSFTConfig
 from resdpo_trl.text.model import train_tokenizer
+from resdpo_trl.text.reward import TextRewardTrainer, reward_rows
 from resdpo_trl.text.tokens import sft_rows
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
 from tests.conftest import random_pairs, tiny_model
@@ -52,6 +54,14 @@ def shared(folder: Path, **options):
 
 def language_model():
     return tiny_model("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def reward_model():
+    """The language model's configuration under a head of one number, its weights drawn by one seed."""
+    config = language_model().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def pairs(count: int, seed: int) -> Dataset:
@@ -97,8 +107,8 @@ def figures_of(trainer) -> dict:
 
 
 TRAININGS = (
-    "sft", "dpo", "dpo, read from the cache", "dpo, accumulated", "dpo, polyak", "cross-entropy", "images, all",
-    "images, random",
+    "sft", "dpo", "dpo, read from the cache", "dpo, accumulated", "dpo, polyak", "reward", "cross-entropy",
+    "images, all", "images, random",
 )  # fmt: skip
 
 
@@ -137,7 +147,14 @@ def text(folder: Path) -> dict:
             processing_class=tokenizer,
         )
         found[name] = figures_of(trainer) | {"read": trainer.reference_pairs_read}
-    return found
+    reward = TextRewardTrainer(
+        model=reward_model(),
+        args=TextRewardConfig(**shared(folder / "reward"), max_length=128, center_rewards_coefficient=0.1),
+        train_dataset=reward_rows(train),
+        eval_dataset=reward_rows(validation),
+        processing_class=tokenizer,
+    )
+    return found | {"reward": figures_of(reward)}
 
 
 def of_images(folder: Path) -> dict:

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.files import MANIFEST
 from resdpo_trl.hub import LONGEST_WAIT, WAITS, Hub, NotPushed, publish
+from resdpo_trl.reference import REFERENCE_FILE
 from tests.conftest import tiny_model
 from tests.hub_server import TOKEN
 
+TRAININGS = ("trainer_state.json", "log_state_0.json", MANIFEST, REFERENCE_FILE)  # of a checkpoint, not the model's
 CARD = "---\nlicense: mit\n---\n# A model\nfrom_pretrained('FOLDER_OR_ID')\n"
 
 
@@ -111,13 +114,13 @@ LASTING = [
 def test_trouble_that_lasts_is_one_line(hub, run, waits, capsys, method, path, what, reason):
     hub.make_trouble(method, path, 1000, what)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    Hub(run, "me/model", private=True).push_model(run / "policy")
+    Hub(run, "me/model", private=True, revision="try").push_model(run / "policy")
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if line.startswith("not pushed: ")]
     assert reason in line
     assert line.endswith(
         f"; the run is complete in {run}; later: python recipes/publish.py {run} --hub_model_id me/model "
-        "--hub_private_repo"
+        "--hub_private_repo --hub_revision try"
     )
     assert TOKEN not in said
     tries = sum(asked == method and path in place for asked, place in hub.requests)
@@ -156,7 +159,12 @@ def test_publish(hub, run, waits):
     assert publish(run, "me/later") == f"{hub.url}/me/later"
     files = set(hub.repositories["me/later"].files)
     assert "model.safetensors" in files and not files & {"link.json", "training_args.bin"}
-    shutil.move(run / "policy", run / "reference")  # as a run of SFT alone leaves it
+    shutil.copytree(run / "policy", run / "reference")
+    shutil.move(run / "policy", run / "reward_model")  # as a run of a reward model leaves it
+    publish(run, "me/reward", revision="try")
+    assert hub.repositories["me/reward"].messages == ["reward_model of a-run"]
+    assert hub.repositories["me/reward"].branches == {"main", "try"}
+    shutil.rmtree(run / "reward_model")  # and one of SFT alone
     publish(run, "me/reference")
     assert hub.repositories["me/reference"].messages == ["reference of a-run"]
     hub.make_trouble("POST", "/commit/", 99, 403)
@@ -176,7 +184,7 @@ def save(run: Path, step: int) -> Path:
     """A checkpoint as a Trainer leaves it."""
     folder = run / "checkpoints" / "dpo" / f"checkpoint-{step}"
     tiny_model("gpt2", seed=step).save_pretrained(folder)
-    for name in ("optimizer.pt", "training_args.bin", "rng_state.pth", "trainer_state.json"):
+    for name in ("optimizer.pt", "training_args.bin", "rng_state.pth", *TRAININGS):
         (folder / name).write_bytes(f"{name} of {step}".encode())
     return folder
 
@@ -195,10 +203,11 @@ def test_what_a_strategy_pushes(hub, run, strategy, steps):
     assert repository.messages == [*(f"Training in progress, checkpoint-{n}" for n in (1, 2, 3)), "policy of a-run"]
     below = {name for name in repository.files if "/" in name}
     held = {"model.safetensors", "config.json", "generation_config.json", "optimizer.pt", "rng_state.pth"}
-    held |= {"trainer_state.json"}
+    held |= set(TRAININGS)
     assert below == {f"run/checkpoints/dpo/checkpoint-{n}/{name}" for n in steps for name in held} | (
         {"run/run.json", "run/summary.json"} if steps else set()
     )
+    assert not set(TRAININGS) & set(repository.files)
     assert repository.files["model.safetensors"] == (run / "policy" / "model.safetensors").read_bytes()
     assert not list((run / "checkpoints").glob(".push-*"))
 
@@ -222,6 +231,7 @@ def test_failing_pushes_are_told_once_and_end_nothing(hub, run, waits, capsys):
         pushing.push_save(save(run, step), CARD)
     sharded = run / "checkpoints" / "dpo" / "checkpoint-4"
     sharded.mkdir()
+    (sharded / REFERENCE_FILE).write_bytes(b"no weights of the model's")
     pushing.push_save(sharded, CARD)
     pushing.push_model(run / "policy")
     lines = [line for line in capsys.readouterr().err.splitlines() if "not pushed" in line]

@@ -1,10 +1,11 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from resdpo_trl.losses import F_DIVERGENCES, LOSSES, LogProbs, PreferenceLoss, dpo_loss
+from resdpo_trl.losses import F_DIVERGENCES, LOSSES, SMOOTHED_LOSSES, LogProbs, PreferenceLoss, dpo_loss
 from tests.conftest import tiny_model
 
 
@@ -63,7 +64,8 @@ def test_gradients_of_every_loss_in_float64(loss_type):
     pairs = random_logps(4)
     pairs.chosen.mul_(0.2)
     pairs.ref_chosen.mul_(0.2)
-    loss = PreferenceLoss((loss_type,), beta=0.2, label_smoothing=0.1, discopop_tau=1.0)
+    smoothing = 0.1 if loss_type in SMOOTHED_LOSSES else 0.0
+    loss = PreferenceLoss((loss_type,), beta=0.2, label_smoothing=smoothing, discopop_tau=1.0)
 
     def function(chosen, rejected):
         return loss(LogProbs(chosen, rejected, pairs.ref_chosen, pairs.ref_rejected, 5, 7))
@@ -104,6 +106,17 @@ def test_scores_are_derivatives_of_the_f_divergences(divergence):
         ({"loss_types": ()}, "loss_type"),
         ({"beta": 0.0}, "beta"),
         ({"beta": math.nan}, "beta"),
+        ({"beta": math.inf}, "beta must be a finite number above 0; got inf"),
+        ({"loss_weights": (math.nan,)}, "loss_weights must be finite; got nan"),
+        (
+            {"loss_types": ("sigmoid", "sft"), "loss_weights": (1.0, math.inf)},
+            "loss_weights must be finite; got 1.0, inf",
+        ),
+        ({"discopop_tau": 0.0}, "discopop_tau must be a finite number above 0; got 0.0"),
+        ({"discopop_tau": math.nan}, "discopop_tau"),
+        ({"f_alpha_divergence_coef": math.nan}, "f_alpha_divergence_coef must be finite; got nan"),
+        ({"loss_types": ("s_dpo",), "label_smoothing": 0.1}, r"label_smoothing 0\.1 .* not for s_dpo: leave it out"),
+        ({"loss_types": ("hinge", "sft"), "label_smoothing": 0.1}, "not for hinge, sft"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"loss_types": ("exo_pair",)}, "exo_pair"),
         ({"loss_types": ("sigmoid", "sft"), "loss_weights": (1.0,)}, "loss_weights"),
@@ -114,6 +127,17 @@ def test_scores_are_derivatives_of_the_f_divergences(divergence):
 def test_senseless_options_are_refused_by_name(options, named):
     with pytest.raises(ValueError, match=named):
         PreferenceLoss(**options)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_label_smoothing_is_taken_by_the_losses_that_use_it(loss_type):
+    pairs, options = random_logps(), PreferenceLoss(label_smoothing=0.1)
+    first, second = (
+        LOSSES[loss_type](pairs, dataclasses.replace(options, label_smoothing=smoothing)) for smoothing in (0.1, 0.2)
+    )
+    assert torch.equal(first, second) == (loss_type not in SMOOTHED_LOSSES)
+    if loss_type in SMOOTHED_LOSSES:  # beside others too
+        PreferenceLoss((loss_type, "sft"), label_smoothing=0.1)
 
 
 # --- against TRL's own trainer -----------------------------------------------------------------------------------
@@ -172,7 +196,7 @@ def trl_loss(trainer, batch, **options):
 
 
 CASES = [
-    {"loss_types": (name,), "beta": beta, "label_smoothing": 0.0 if name == "sigmoid" else 0.1}
+    {"loss_types": (name,), "beta": beta, "label_smoothing": 0.1 if name in SMOOTHED_LOSSES - {"sigmoid"} else 0.0}
     for name in LOSSES
     if name != "s_dpo"  # TRL has none
     for beta in (0.1, 0.5)

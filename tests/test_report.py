@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.report import Sweep, _chosen_epoch, load_run, overfitting, write_report
+from resdpo_trl.report import Sweep, _chosen_epoch, bin_edges, load_run, overfitting, write_report
 from resdpo_trl.sweep import COLUMNS
 
 HOSTILE = (
@@ -28,7 +29,7 @@ def make_run(folder, name="a run", text="plain text", losses=(0.68, 0.66, 0.67))
     summary = {
         "data": {"source": text, "train": 9, "validation": 3, "test": 40, "cap": {"train": split}, "max_length": 128,
                  "dropped": {"identical": 1}},
-        "dpo": {"test": test, "beta": 0.1, "loss_type": ["sigmoid"], "best_checkpoint": "checkpoint-20"},
+        "dpo": {"test": test, "beta": 0.1, "loss_type": ["sigmoid"], "kept_epoch": 2.0},
         "throughput": {"dpo_seconds": 3.0},
     }  # fmt: skip
     (path / "summary.json").write_text(json.dumps(summary))
@@ -71,6 +72,19 @@ def test_one_page_with_everything_in_it(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("least", "most"), [(-1.5, 2.4), (2.0, 2.3), (-9.0, -8.5), (0.0, 1.0), (0.3, 0.3), (1e9, 1e9 + 1)]
+)
+def test_every_margin_is_drawn_whatever_its_sign(least, most):
+    for seed in range(20):
+        margins = np.random.default_rng(seed).uniform(least, most, 200).tolist()
+        edges = bin_edges(margins)
+        counts, _ = np.histogram(margins, edges)
+        assert counts.sum() == 200
+        assert least == most or (np.count_nonzero(counts) > 30 and len(edges) <= 43)
+        assert min(margins) >= 0 or max(margins) <= 0 or 0.0 in edges  # no bin has both signs
+
+
 def test_hostile_text_stays_text(tmp_path):
     page = write_report([make_run(tmp_path, text=HOSTILE)]).read_text()
     assert "<script" not in page and "<img src=x" not in page and "<svg onload" not in page
@@ -95,15 +109,13 @@ def test_overfitting_is_said(tmp_path):
 
 
 def test_the_epoch_kept_is_marked_and_older_runs_are_read(tmp_path):
-    run = load_run(make_run(tmp_path))  # of version 0.1.0, which named the checkpoint
+    run = load_run(make_run(tmp_path))
     assert _chosen_epoch(run, "dpo") == 2.0
     path = make_run(tmp_path, "older")
     facts = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(facts | {"versions": {"resdpo-trl": "0.0.1<i>"}}))
     assert "older was written by resdpo-trl 0.0.1&lt;i&gt; and this page by" in write_report([path]).read_text()
-    run.summary["dpo"] |= {"kept_epoch": 3.0, "best_epoch": 2.0}
-    assert _chosen_epoch(run, "dpo") == 3.0
-    del run.summary["dpo"]["kept_epoch"], run.summary["dpo"]["best_checkpoint"]
+    del run.summary["dpo"]["kept_epoch"]
     assert _chosen_epoch(run, "dpo") is None
 
 

@@ -23,9 +23,57 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
     (tmp_path / "reference").mkdir()
     (tmp_path / "reference" / "config.json").write_text("{}")
     (tmp_path / "thesis.tex").write_text("years of work")
-    RunFolder(tmp_path).open(overwrite=True)
+    run = RunFolder(tmp_path)
+    run.open(overwrite=True)
+    assert (tmp_path / "reference" / "config.json").exists()  # until the new run has what it begins with
+    run.start({}, seed=1)
     assert not (tmp_path / "reference").exists()
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_an_overwriting_run_reads_must_lie_outside_the_run_that_goes(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "x" / "policy").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "samples.jsonl").write_text("{}")
+    (tmp_path / "runs" / "x" / "pairs.jsonl").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "x" / "policy")
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder("runs/x")
+    run.open(overwrite=True)
+    for config, named in (
+        ({"stage": {"sft_checkpoint": "runs/x/policy"}}, "--sft_checkpoint runs/x/policy: lies in the run"),
+        ({"reference_model": str(tmp_path / "link")}, "--reference_model .*link: lies in the run"),
+        ({"dataset_name": "./runs/x/samples.jsonl"}, r"--dataset_name \./runs/x/samples\.jsonl: lies in the run"),
+        ({"models": ["a=gpt2", "b=runs/x/policy"]}, "--models runs/x/policy: lies in the run"),
+    ):
+        with pytest.raises(UserError, match=named):
+            run.check_inputs(config)
+    run.check_inputs({"dataset_name": "runs/x/pairs.jsonl", "output_dir": "runs/x", "seed": 1, "model": "policy"})
+    other = RunFolder("runs/y")
+    other.open(overwrite=True)
+    other.check_inputs({"sft_checkpoint": "runs/x/policy"})
+
+
+def test_a_resumed_run_keeps_to_its_data(tmp_path):
+    run = RunFolder(tmp_path)
+    run.open()
+    run.start({}, 1, {"train": "abc"})
+    for data in ({"train": "xyz"}, {"train": "xyz"}, {"train": "abc"}):  # a refusal changes nothing
+        run = RunFolder(tmp_path)
+        run.open(resume=True)
+        if data == {"train": "abc"}:
+            run.start({}, 1, data)
+        else:
+            with pytest.raises(UserError, match="the data have changed"):
+                run.start({}, 1, data)
+    assert len(json.loads((tmp_path / "run.json").read_text())["resumed"]) == 1
+
+
+def test_the_model_that_a_run_is_about(tmp_path):
+    run = RunFolder(tmp_path)
+    assert run.trained == run.reference
+    for folder in (run.reference, run.reward_model, run.policy):
+        folder.mkdir()
+        assert run.trained == folder
 
 
 def test_a_file_in_the_folders_place_is_named(tmp_path):

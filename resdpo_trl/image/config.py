@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from resdpo_trl.arguments import OneMachine, ReferenceUpdate, preference_loss
+from resdpo_trl.arguments import OneMachine, ReferenceUpdate, check_positive, preference_loss, refuse
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.rejected import SAMPLING
+
+# `TrainingArguments` fields that these trainers do not honour: value that means "not asked for", and what to do instead
+REFUSED: dict[str, tuple[Any, str]] = {
+    "train_sampling_strategy": ("random", "each epoch has an order of its own, drawn by --seed"),
+    "neftune_noise_alpha": (None, "images have no embeddings; see --color_jitter and --affine_degrees"),
+    "use_liger_kernel": (False, "its kernels are language models'; see --torch_compile"),
+    "include_num_input_tokens_seen": ("no", "images have no tokens"),
+} | {
+    name: (unset, "evaluation is these trainers' own: every figure, in the precision of training (--bf16)")
+    for name, unset in (
+        ("bf16_full_eval", False),
+        ("fp16_full_eval", False),
+        ("prediction_loss_only", False),
+        ("eval_accumulation_steps", None),
+        ("include_for_metrics", []),
+        ("batch_eval_metrics", False),
+        ("label_names", None),
+    )
+}
 
 
 @dataclass
@@ -49,6 +69,8 @@ class ImageModelConfig:
 class ImageTraining(OneMachine):
     """`OneMachine` for images."""
 
+    figures: ClassVar[tuple[str, ...]]  # of the validation images, by which an epoch may be chosen
+
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images of a step on each device."})
     per_device_eval_batch_size: int = field(default=512, metadata={"help": "Images of an evaluation batch."})
     dataloader_drop_last: bool = field(
@@ -59,7 +81,8 @@ class ImageTraining(OneMachine):
         default="eval_accuracy", metadata={"help": "Figure by which the best epoch is chosen."}
     )
     greater_is_better: bool | None = field(
-        default=None, metadata={"help": "Whether the larger figure is the better; by default true for accuracies."}
+        default=None,
+        metadata={"help": "Whether the larger figure is the better; by default false for losses and the KL."},
     )
     bias_learning_rate_scale: float = field(
         default=1.0, metadata={"help": "Factor on the learning rate of biases and norms, which have no weight decay."}
@@ -77,9 +100,19 @@ class ImageTraining(OneMachine):
             raise UserError(f"--bias_learning_rate_scale {self.bias_learning_rate_scale}: must be above 0")
         if self.muon_learning_rate < 0:
             raise UserError(f"--muon_learning_rate {self.muon_learning_rate}: must be at least 0")
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = "accura" in self.metric_for_best_model
+        if self.metric_for_best_model is not None:
+            if not self.has_figure(self.metric_for_best_model):
+                known = ", ".join(f"eval_{name}" for name in self.figures)
+                raise UserError(f"--metric_for_best_model {self.metric_for_best_model}: must be one of {known}")
+            if self.greater_is_better is None:
+                self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "kl", "rejected"))
         super().__post_init__()
+        refuse(self, REFUSED)
+
+    @classmethod
+    def has_figure(cls, name: str) -> bool:
+        """Whether an evaluation has this figure, named with or without transformers' `eval_`."""
+        return name.removeprefix("eval_") in cls.figures
 
 
 @dataclass
@@ -87,6 +120,7 @@ class CrossEntropyConfig(ImageTraining, TrainingArguments):  # type: ignore[misc
     """`transformers.TrainingArguments` with this project's defaults."""
 
     _argument_group_name = "cross-entropy and training"
+    figures = ("loss", "accuracy")
 
     output_dir: str | None = field(default="runs/train_cifar", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
@@ -121,12 +155,11 @@ class ReferenceStageConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.reference_epochs <= 0:
+        if not 0 < self.reference_epochs < math.inf:
             raise UserError(f"--reference_epochs {self.reference_epochs}: must be above 0; or pass --reference_model")
         if self.reference_optim_args is not None and self.reference_optim is None:
             raise UserError("--reference_optim_args needs --reference_optim; --optim_args go to both stages")
-        if self.reference_learning_rate <= 0:
-            raise UserError(f"--reference_learning_rate {self.reference_learning_rate}: must be above 0")
+        check_positive(self, "reference_learning_rate")
 
 
 @dataclass
@@ -134,6 +167,10 @@ class ClassifierDPOConfig(ReferenceUpdate, ImageTraining, TrainingArguments):  #
     """DPO's options under the names of `trl.DPOConfig`, and training's."""
 
     _argument_group_name = "DPO and training"
+    figures = (
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+        "logps/rejected", "accuracy", "kl",
+    )  # fmt: skip
 
     output_dir: str | None = field(default="runs/dpo_cifar", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of DPO."})
@@ -187,16 +224,22 @@ def parse_mode(mode: str) -> tuple[Any, Any]:
 
 
 def reference_stage(dpo: ClassifierDPOConfig, stage: ReferenceStageConfig) -> CrossEntropyConfig:
-    """The configuration of a DPO run's reference stage: its own epochs and optimizer, the rest from DPO."""
+    """The configuration of a DPO run's reference stage: its own epochs and optimizer, the rest from DPO.
+
+    It chooses its epoch by DPO's figure where it has that one, and by its accuracy where it has not.
+    """
     shared = (
         "output_dir", "seed", "data_seed", "bf16", "fp16", "use_cpu", "adam_beta1", "adam_beta2", "adam_epsilon",
-        "max_grad_norm", "lr_scheduler_type", "per_device_train_batch_size", "per_device_eval_batch_size",
-        "gradient_accumulation_steps", "logging_steps", "run_name", "dataloader_num_workers", "torch_compile", "tf32",
+        "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "per_device_train_batch_size",
+        "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "run_name",
+        "dataloader_num_workers", "torch_compile", "tf32",
         "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "eval_strategy",
         "ddp_find_unused_parameters",
         "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "channels_last",
-        "select", "metric_for_best_model", "greater_is_better", "dataloader_drop_last",
+        "select", "dataloader_drop_last",
     )  # fmt: skip
+    chosen_by = ("metric_for_best_model", "greater_is_better")
+    known = dpo.metric_for_best_model is None or CrossEntropyConfig.has_figure(dpo.metric_for_best_model)
     scale, muon = stage.reference_bias_learning_rate_scale, stage.reference_muon_learning_rate
     return CrossEntropyConfig(
         num_train_epochs=stage.reference_epochs,
@@ -209,5 +252,5 @@ def reference_stage(dpo: ClassifierDPOConfig, stage: ReferenceStageConfig) -> Cr
         bias_learning_rate_scale=dpo.bias_learning_rate_scale if scale is None else scale,
         muon_learning_rate=dpo.muon_learning_rate if muon is None else muon,
         report_to=dpo.report_to or "none",
-        **{name: getattr(dpo, name) for name in shared},
+        **{name: getattr(dpo, name) for name in (*shared, *(chosen_by if known else ()))},
     )

@@ -22,6 +22,7 @@ from resdpo_trl.sources import check_held_out, first_line, load_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
 
 QUICKSTART = "digits"
 SPLITS = ("train", "validation", "test")
@@ -113,12 +114,18 @@ def load_images(config: ImageDataConfig) -> LabelledImages:
     """Load, decode and split labelled images.
 
     The data's own validation and test splits are used where it has them; the rest is held out from its training
-    images by a fixed permutation, so that no seed changes what the test is.
+    images by a fixed permutation, so that no seed changes what the test is. Where a limit leaves images out, a fixed
+    permutation chooses too, and a smaller limit's images are among a larger one's.
 
     Raises:
-        UserError: missing columns, a label outside the classes, an image that does not decode or fit.
+        UserError: missing columns, fewer than two classes, a label outside them, an image that does not decode or fit.
     """
     sources, names = _sources(config)
+    if len(names) < 2:
+        raise UserError(
+            f"--dataset_name {config.dataset_name}: {len(names)} class ({', '.join(names)}); a classifier needs at "
+            "least two"
+        )
     kinds = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
     limits = {
         "train": config.max_train_samples,
@@ -127,17 +134,17 @@ def load_images(config: ImageDataConfig) -> LabelledImages:
     }
     shares = {"validation": config.validation_fraction, "test": config.test_fraction}
     own = {split: next((sources[name] for name in known if name in sources), None) for split, known in kinds.items()}
-    rest = [images for name, images in sources.items() if not any(name in known for known in kinds.values())]
+    rest = [name for name in sources if not any(name in known for known in kinds.values())]
     if not rest:
         raise UserError(f"--dataset_name {config.dataset_name}: no training split (found: {', '.join(sources)})")
-    images = Images(torch.cat([part.pixels for part in rest]), torch.cat([part.labels for part in rest]))
+    images = _joined([sources.pop(name) for name in rest])
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     splits: dict[str, Images] = {}
     taken = 0
     for split in ("test", "validation"):
         held = own[split]
         if held is not None:
-            splits[split] = held[: limits[split]]
+            splits[split] = _some(held, limits[split])
             continue
         wanted = min(limits[split] or len(images), max(1, round(shares[split] * len(images))))
         splits[split] = images[order[taken : taken + wanted]]
@@ -145,39 +152,68 @@ def load_images(config: ImageDataConfig) -> LabelledImages:
     splits["train"] = images[order[taken:][: limits["train"]]]
     if min(len(splits[split]) for split in SPLITS) == 0:
         raise UserError(f"--dataset_name {config.dataset_name}: {len(images)} images are too few for three splits")
-    if splits["validation"].pixels.shape[1:] != images.pixels.shape[1:]:
-        raise UserError(f"--dataset_name {config.dataset_name}: splits of different sizes: pass --image_size")
     counts = {"source": config.dataset_name, "classes": len(names), "image_size": list(images.pixels.shape[2:])}
     counts |= {split: len(splits[split]) for split in SPLITS}
     return LabelledImages({split: splits[split] for split in SPLITS}, names, counts)
 
 
+def _joined(parts: list[Images]) -> Images:
+    """All the parts' images; a single part is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    return Images(torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def _some(images: Images, limit: int | None) -> Images:
+    """At most `limit` of a split, in its own order.
+
+    The first ones would not do: a folder's images come a class at a time.
+    """
+    if limit is None or limit >= len(images):
+        return images
+    kept = np.random.default_rng(0).permutation(len(images))[:limit]
+    return images[torch.from_numpy(np.sort(kept))]
+
+
 def _sources(config: ImageDataConfig) -> tuple[dict[str, Images], list[str]]:
     """Decoded images by the data's own split names, and the names of the classes."""
     if config.dataset_name == QUICKSTART:
-        return {"train": _digits()}, [str(digit) for digit in range(10)]
+        _refuse_column_flags(config)
+        return {"train": _digits(config)}, [str(digit) for digit in range(10)]
     folder = Path(config.dataset_name)
     if folder.name == TORCHVISION_FOLDER or (folder / TORCHVISION_FOLDER).is_dir():
-        return _torchvision_cifar10(folder.parent if folder.name == TORCHVISION_FOLDER else folder)
+        _refuse_column_flags(config)
+        return _torchvision_cifar10(folder.parent if folder.name == TORCHVISION_FOLDER else folder, config)
     rows = load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
     image_column, label_column = _columns(next(iter(rows.values())), config)
     names = _label_names(next(iter(rows.values())), label_column, config)
-    sources, size = {}, config.image_size
+    _check_first_image(rows, image_column, config)
+    sources: dict[str, Images] = {}
     for name, part in rows.items():
         if {image_column, label_column} - set(part.column_names):
             raise UserError(
                 f"--dataset_name {config.dataset_name}: split {name} lacks {image_column} or {label_column}"
             )
         labels = _labels(part, label_column, names, name, config)
-        pixels = _decode(part, image_column, size, name, config)
+        pixels = _decode(part, image_column, name, config)
         sources[name] = Images(pixels, labels)
-        if size is None and pixels.shape[2:] != next(iter(sources.values())).pixels.shape[2:]:
+        if pixels.shape[2:] != next(iter(sources.values())).pixels.shape[2:]:
             raise UserError(f"--dataset_name {config.dataset_name}: splits of different sizes: pass --image_size 32")
     return sources, names
 
 
-def _digits() -> Images:
-    """scikit-learn's handwritten digits, 8×8 grey levels of 0 to 16, as 32×32 RGB."""
+def _refuse_column_flags(config: ImageDataConfig) -> None:
+    """Raise a UserError for a flag that is of no use to images whose columns and classes are known."""
+    for flag in ("dataset_data_dir", "dataset_revision", "image_column", "label_column", "class_names"):
+        if getattr(config, flag) is not None:
+            raise UserError(
+                f"--{flag} is of no use with --dataset_name {config.dataset_name}, whose columns and classes are "
+                "known: drop it"
+            )
+
+
+def _digits(config: ImageDataConfig) -> Images:
+    """scikit-learn's handwritten digits, 8×8 grey levels of 0 to 16, as RGB of --image_size, or 32×32."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -187,17 +223,20 @@ def _digits() -> Images:
         ) from None
     from torchvision.transforms.v2 import functional
 
-    bunch = load_digits()
+    bunch, size = load_digits(), config.image_size or 32
+    _check_memory(len(bunch.target), size, size, config)
     grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
-    pixels = functional.resize(grey, [32, 32]).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+    pixels = functional.resize(grey, [size, size]).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
     return Images(pixels.contiguous(), torch.from_numpy(bunch.target).long())
 
 
-def _torchvision_cifar10(root: Path) -> tuple[dict[str, Images], list[str]]:
+def _torchvision_cifar10(root: Path, config: ImageDataConfig) -> tuple[dict[str, Images], list[str]]:
     """torchvision's CIFAR-10, whose files are unpickled only where their checksums are the published ones."""
+    from PIL import Image
     from torchvision.datasets import CIFAR10
 
-    sources = {}
+    sources, size = {}, config.image_size or 32
+    _check_memory(60_000, size, size, config)
     for split in ("train", "test"):
         try:
             data = CIFAR10(str(root), train=split == "train", download=False)
@@ -206,7 +245,10 @@ def _torchvision_cifar10(root: Path) -> tuple[dict[str, Images], list[str]]:
                 f"--dataset_name {root}: {TORCHVISION_FOLDER} lacks files or holds others than the published ones (by "
                 "their checksums), and pickles of unknown origin are not read: unpack cifar-10-python.tar.gz anew"
             ) from None
-        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        rows = data.data
+        if size != 32:
+            rows = np.stack([np.asarray(_resized(Image.fromarray(row), size)) for row in rows])
+        pixels = torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
         sources[split] = Images(pixels, torch.tensor(data.targets))
     return sources, list(data.classes)
 
@@ -274,17 +316,16 @@ def _labels(rows: Dataset, column: str, names: list[str], split: str, config: Im
     return labels
 
 
-def _decode(rows: Dataset, column: str, size: int | None, split: str, config: ImageDataConfig) -> Tensor:
+def _decode(rows: Dataset, column: str, split: str, config: ImageDataConfig) -> Tensor:
     """(N, 3, H, W) uint8; a UserError with the row of the first image that does not decode or fit."""
-    from datasets import Image
     from tqdm.auto import tqdm
 
-    encoded = rows.cast_column(column, Image(decode=False)).select_columns([column])
+    encoded = _encoded(rows, column)
     place = f"--dataset_name {config.dataset_name}: {split} row"
 
     def decode(start: int) -> list[np.ndarray]:
         batch = encoded[start : start + DECODED_TOGETHER][column]
-        return [_decode_one(image, f"{place} {start + k}", size, config.convert_rgb) for k, image in enumerate(batch)]
+        return [_decode_one(image, f"{place} {start + k}", config) for k, image in enumerate(batch)]
 
     pixels: np.ndarray | None = None
     starts = range(0, len(encoded), DECODED_TOGETHER)
@@ -293,32 +334,52 @@ def _decode(rows: Dataset, column: str, size: int | None, split: str, config: Im
         for start, images in zip(starts, tqdm(done, "Decoding", len(starts), leave=False, delay=2), strict=True):
             for row, image in enumerate(images, start):
                 if pixels is None:
-                    _check_memory(len(encoded), image.shape, place)
-                    pixels = np.empty((len(encoded), *image.shape), dtype=np.uint8)
-                if image.shape != pixels.shape[1:]:
+                    pixels = np.empty((len(encoded), 3, *image.shape[:2]), dtype=np.uint8)
+                if image.shape[:2] != pixels.shape[2:]:
                     raise UserError(
-                        f"{place} {row} is {image.shape[1]}×{image.shape[0]} pixels, row 0 {pixels.shape[2]}×"
-                        f"{pixels.shape[1]}: pass --image_size {min(pixels.shape[1:3])} to resize every image"
+                        f"{place} {row} is {image.shape[1]}×{image.shape[0]} pixels, row 0 {pixels.shape[3]}×"
+                        f"{pixels.shape[2]}: pass --image_size {min(pixels.shape[2:])} to resize every image"
                     )
-                pixels[row] = image
+                pixels[row] = image.transpose(2, 0, 1)
     if pixels is None:
         raise UserError(f"--dataset_name {config.dataset_name}: split {split} has no rows")
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(pixels)
 
 
-def _check_memory(count: int, shape: tuple[int, ...], place: str) -> None:
-    """Raise a UserError where `count` decoded images of this shape are more than the memory that is free."""
+def _encoded(rows: Dataset, column: str) -> Dataset:
+    """The column of images alone, each as {"bytes", "path"}."""
+    from datasets import Image
+
+    return rows.cast_column(column, Image(decode=False)).select_columns([column])
+
+
+def _check_first_image(parts: dict[str, Dataset], column: str, config: ImageDataConfig) -> None:
+    """Raise a UserError where the images of all parts, each as large as the first, do not fit in memory."""
+    name, rows = next(iter(parts.items()))
+    if len(rows):
+        first = _decode_one(
+            _encoded(rows, column)[0][column], f"--dataset_name {config.dataset_name}: {name} row 0", config
+        )
+        _check_memory(sum(map(len, parts.values())), first.shape[0], first.shape[1], config)
+
+
+def _check_memory(count: int, height: int, width: int, config: ImageDataConfig) -> None:
+    """Raise a UserError where `count` images are more than the memory that is free.
+
+    They are in memory twice while they are split: as they were decoded, and in the splits' order.
+    """
     import psutil
 
-    needed, free = count * int(np.prod(shape)), psutil.virtual_memory().available
+    needed, free = 2 * count * 3 * height * width, psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"{place} 0 is {shape[1]}×{shape[0]} pixels: {count} such images take {needed / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB of memory are free; pass a smaller --image_size"
+            f"--dataset_name {config.dataset_name}: {width}×{height} pixels: {count} such images take "
+            f"{needed / 2**30:.1f} GiB while they are split and {free / 2**30:.1f} GiB of memory are free; pass a "
+            "smaller --image_size"
         )
 
 
-def _decode_one(image: dict[str, Any] | None, place: str, size: int | None, convert: bool) -> np.ndarray:
+def _decode_one(image: dict[str, Any] | None, place: str, config: ImageDataConfig) -> np.ndarray:
     """(H, W, 3) uint8."""
     from PIL import Image
 
@@ -336,11 +397,15 @@ def _decode_one(image: dict[str, Any] | None, place: str, size: int | None, conv
                 )
             opened.load()
             mode = opened.mode
-            picture = opened.convert("RGB") if mode != "RGB" and convert else opened.copy()
+            picture = opened.convert("RGB") if mode != "RGB" and config.convert_rgb else opened.copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{place}: the image does not decode ({first_line(error)}); mend it or drop the row") from None
     if picture.mode != "RGB":
         raise UserError(f"{place} has mode {mode}, not RGB: pass --convert_rgb to convert such images")
-    if size is not None and picture.size != (size, size):
-        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(picture)
+    return np.asarray(_resized(picture, config.image_size) if config.image_size else picture)
+
+
+def _resized(picture: Image.Image, size: int) -> Image.Image:
+    from PIL import Image
+
+    return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BILINEAR)

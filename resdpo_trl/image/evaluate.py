@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,8 +20,8 @@ from transformers import ViTImageProcessor
 
 from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError, printable
-from resdpo_trl.image.data import ImageDataConfig, Images, LabelledImages, load_images
-from resdpo_trl.image.model import ImageClassifier, load_classifier, load_processor
+from resdpo_trl.image.data import ImageDataConfig, Images, load_images
+from resdpo_trl.image.model import ImageClassifier, check_fits, load_classifier, load_processor
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, with_intervals
 from resdpo_trl.run import use_the_cores, write_figures
@@ -44,13 +45,20 @@ class EvaluateConfig:
     bf16: bool | None = field(
         default=None, metadata={"help": "Score in bfloat16, as the training did; by itself where the hardware has it."}
     )
+    test_time_views: Literal[1, 2, 6] = field(
+        default=1,
+        metadata={
+            "help": "Average the logits over this many views of an image: 1 itself, 2 its mirror image too, 6 both "
+            "also moved by a pixel (https://arxiv.org/abs/2404.00498)."
+        },
+    )
     output: str | None = field(default=None, metadata={"help": "Also write the figures to this .json file."})
 
     def __post_init__(self) -> None:
         if self.model is None:
             raise UserError("--model: name a folder or Hub id of a classifier")
-        if not self.beta > 0:
-            raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"--beta {self.beta}: must be above 0 and finite (0.1 to 0.5 are usual)")
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
         if self.bf16 is None:
@@ -64,12 +72,13 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
     model, processor = load_classifier(config.model, "--model"), load_processor(config.model, "--model")
     reference = load_classifier(config.reference, "--reference") if config.reference else None
     images = load_images(data)
-    _check(model, images, "--model", config.model)
+    check_fits(model, images, "--model", config.model)
     if reference is not None:
-        _check(reference, images, "--reference", str(config.reference))
+        check_fits(reference, images, "--reference", str(config.reference))
     split = images[config.split]
-    logps = image_logps(model, split, processor, config.batch_size, bool(config.bf16))
-    ref_logps = image_logps(reference, split, processor, config.batch_size, bool(config.bf16)) if reference else None
+    how = (split, processor, config.batch_size, bool(config.bf16), config.test_time_views)
+    logps = image_logps(model, *how)
+    ref_logps = image_logps(reference, *how) if reference else None
     figures = {
         "model": config.model,
         "reference": config.reference,
@@ -77,6 +86,7 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
         "split": config.split,
         "beta": config.beta,
         "precision": "bfloat16" if config.bf16 else "float32",
+        "test_time_views": config.test_time_views,
         **classification_figures(logps, split.labels, images.label_names),
     }
     if ref_logps is not None:
@@ -89,7 +99,12 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def image_logps(
-    model: ImageClassifier, images: Images, processor: ViTImageProcessor, batch_size: int, bf16: bool = False
+    model: ImageClassifier,
+    images: Images,
+    processor: ViTImageProcessor,
+    batch_size: int,
+    bf16: bool = False,
+    test_time_views: int = 1,
 ) -> Tensor:
     """(N, K) log-probabilities on the CPU, in the order of the images."""
     device = PartialState().device
@@ -99,9 +114,21 @@ def image_logps(
         pixels = images.pixels[start : start + batch_size].to(device, torch.float32) / 255
         pixels = functional.normalize(pixels, list(processor.image_mean), list(processor.image_std))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(pixels).logits
-        parts.append(logits.float().log_softmax(1).cpu())
+            logits = sum(weight * model(view).logits.float() for weight, view in _views(pixels, test_time_views))
+        parts.append(logits.log_softmax(1).cpu())
     return torch.cat(parts)
+
+
+def _views(images: Tensor, count: int) -> list[tuple[float, Tensor]]:
+    """1, 2 or 6 views of (B, 3, H, W) images with their weights, which add up to 1."""
+    if count == 1:
+        return [(1.0, images)]
+    if count == 2:
+        return [(0.5, images), (0.5, images.flip(3))]
+    height, width = images.shape[2:]
+    padded = functional.pad(images, [1], padding_mode="reflect")
+    moved = [padded[:, :, at : at + height, at : at + width] for at in (0, 2)]
+    return [(0.25, images), (0.25, images.flip(3))] + [(0.125, v) for m in moved for v in (m, m.flip(3))]
 
 
 def classification_figures(logps: Tensor, labels: Tensor, names: list[str]) -> dict[str, Any]:
@@ -131,7 +158,8 @@ def describe(figures: dict[str, Any]) -> str:
     low, high = figures["interval_95"]["accuracy"]
     lines = [
         "",
-        f"  {figures['model']} on {figures['n']} {figures['split']} images",
+        f"  {figures['model']} on {figures['n']} {figures['split']} images"
+        + (f", {views} views of each" if (views := figures["test_time_views"]) > 1 else ""),
         f"  accuracy           {figures['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}",
         f"  loss               {figures['loss']:.4f}",
         f"  calibration error  {figures['calibration_error']:.4f}",
@@ -152,17 +180,3 @@ def describe(figures: dict[str, Any]) -> str:
         shown = "    -" if accuracy is None else f"{accuracy:.3f}"
         lines.append(f"  {names[name]:<{width}}  {shown}  " + "".join(f"{number:>{cells}}" for number in row))
     return "\n".join([*lines, ""])
-
-
-def _check(model: ImageClassifier, images: LabelledImages, flag: str, name: str) -> None:
-    if model.config.num_labels != len(images.label_names):
-        raise UserError(
-            f"{flag} {name}: it has {model.config.num_labels} classes and the data {len(images.label_names)}: pass the "
-            "data that it was trained on"
-        )
-    height, width = images["test"].pixels.shape[2:]
-    if (height, width) != (model.config.image_size, model.config.image_size):
-        raise UserError(
-            f"{flag} {name}: it was made for {model.config.image_size}×{model.config.image_size} images and the data "
-            f"has {width}×{height}: pass --image_size {model.config.image_size}"
-        )

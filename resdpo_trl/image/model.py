@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,10 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.architecture import FAST, ImageClassifierConfig
-from resdpo_trl.sources import check_model_folder
+from resdpo_trl.sources import check_model_folder, first_line
+
+if TYPE_CHECKING:
+    from resdpo_trl.image.data import LabelledImages
 
 PROCESSOR_FILE = "preprocessor_config.json"
 
@@ -192,7 +195,17 @@ def build_classifier(
         images: (N, 3, H, W) normalized training images, from which `fast` fits its whitening.
         pretrained_weights: a name of torchvision's (`IMAGENET1K_V2`, `DEFAULT`) or a local .safetensors or .pth file;
             what has another shape (a CIFAR stem, the head) stays new.
+
+    Raises:
+        UserError: images too small for `fast`, or weights that are not there or of another architecture.
     """
+    least = 2 ** len(config.widths) + 1  # the whitening takes a pixel, and each stage halves what is left
+    if config.arch == FAST and config.image_size < least:
+        raise UserError(
+            f"--arch fast: --widths {' '.join(map(str, config.widths))} are {len(config.widths)} halvings, for images "
+            f"of {least}×{least} pixels or more, and these have {config.image_size}×{config.image_size}: pass "
+            f"--image_size {least} or more, or fewer --widths"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ImageClassifier(config)
@@ -216,8 +229,7 @@ def load_classifier(name: str, flag: str, revision: str = "main") -> ImageClassi
             name, revision=revision, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{flag} {name}: can't be loaded ({reason})") from None
+        raise UserError(f"{flag} {name}: can't be loaded ({first_line(error)})") from None
     if not isinstance(model, ImageClassifier):
         raise UserError(f"{flag} {name}: a {type(model).__name__}; train_cifar.py makes what is needed")
     return model
@@ -228,8 +240,36 @@ def load_processor(name: str, flag: str, revision: str = "main") -> ViTImageProc
     try:
         return ViTImageProcessor.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{flag} {name}: its {PROCESSOR_FILE} can't be loaded ({reason})") from None
+        raise UserError(f"{flag} {name}: its {PROCESSOR_FILE} can't be loaded ({first_line(error)})") from None
+
+
+def check_fits(model: ImageClassifier, images: LabelledImages, flag: str, name: str) -> None:
+    """Raise a UserError where a loaded classifier was made for other classes than the images', or for another size.
+
+    Args:
+        model: the classifier.
+        images: labelled images of one size.
+        flag: the flag that names it, for the message.
+        name: its value.
+    """
+    own = [label for _, label in sorted((model.config.id2label or {}).items())]
+    if len(own) != len(images.label_names):
+        raise UserError(
+            f"{flag} {name}: it has {len(own)} classes and the data {len(images.label_names)}: pass the data that it "
+            "was trained on"
+        )
+    for number, (theirs, ours) in enumerate(zip(own, images.label_names, strict=True)):
+        if theirs != ours:
+            raise UserError(
+                f"{flag} {name}: its class {number} is {theirs} and the data's {ours}: pass the data that it was "
+                "trained on, or --class_names with its names where they mean the same"
+            )
+    size, (height, width) = model.config.image_size, images["test"].pixels.shape[2:]
+    if (height, width) != (size, size):
+        raise UserError(
+            f"{flag} {name}: it was made for {size}×{size} images and the data has {width}×{height}: pass "
+            f"--image_size {size}"
+        )
 
 
 def image_processor(image_size: int, mean: list[float], std: list[float]) -> ViTImageProcessor:
@@ -308,8 +348,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"--pretrained_weights {path}: no such file") from None
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"--pretrained_weights {path}: can't be read ({reason})") from None
+        raise UserError(f"--pretrained_weights {path}: can't be read ({first_line(error)})") from None
 
 
 # `import resdpo_trl` sees to it that this runs before transformers' auto classes are used

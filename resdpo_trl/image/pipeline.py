@@ -19,7 +19,8 @@ from resdpo_trl.arguments import RunConfig, preference_loss
 from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.card import write_image_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.architecture import ImageClassifierConfig
+from resdpo_trl.files import step_of
+from resdpo_trl.image.architecture import FAST, ImageClassifierConfig
 from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import (
     ClassifierDPOConfig,
@@ -34,12 +35,13 @@ from resdpo_trl.image.model import (
     ImageClassifier,
     build_classifier,
     check_architecture,
+    check_fits,
     image_processor,
     load_classifier,
     load_processor,
 )
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
-from resdpo_trl.job import Job, as_table, describe_epochs, epochs, free, silent
+from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
 from resdpo_trl.processes import is_sharded
@@ -67,6 +69,11 @@ class ImageRun(Job):
             raise UserError(
                 "image classifiers fit on every GPU, and FSDP and DeepSpeed are not supported for them: use "
                 "accelerate_configs/multi_gpu.yaml"
+            )
+        if training.gradient_checkpointing:  # and activation_checkpointing, which transformers sets alike
+            raise UserError(
+                "--gradient_checkpointing is not supported here: pass a smaller --per_device_train_batch_size, and "
+                "--gradient_accumulation_steps"
             )
         config = {
             "data": dataclasses.asdict(data),
@@ -103,8 +110,8 @@ class ImageRun(Job):
         started = time.perf_counter()
         images = load_images(self.data)
         self.preparation_seconds = time.perf_counter() - started
-        self.run.record(data_fingerprint={split: images[split].fingerprint() for split in SPLITS})
-        self.run.summarize(data=images.counts)
+        if given is not None:
+            check_fits(given, images, "--reference_model", str(named))
         counts = images.counts
         height, width = counts["image_size"]
         if height != width:
@@ -119,49 +126,44 @@ class ImageRun(Job):
         if given is not None:
             assert named is not None
             self.processor = load_processor(named, "--reference_model")
-            self._check_fits(given, images, named)
         else:
             mean, std = self._statistics(images)
             self.processor = image_processor(height, mean, std)
+        self.begin({split: images[split].fingerprint() for split in SPLITS}, counts)
         return images
-
-    def _check_fits(self, model: ImageClassifier, images: LabelledImages, name: str) -> None:
-        classes, size = model.config.num_labels, model.config.image_size
-        if classes != len(images.label_names):
-            raise UserError(
-                f"--reference_model {name}: it has {classes} classes and the data {len(images.label_names)}: pass one "
-                "that was trained on the same classes"
-            )
-        if size != images["train"].pixels.shape[2]:
-            raise UserError(
-                f"--reference_model {name}: it was made for {size}×{size} images and the data has "
-                f"{images['train'].pixels.shape[2]}×{images['train'].pixels.shape[3]}: pass --image_size {size}"
-            )
 
     def _statistics(self, images: LabelledImages) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, of values in [0, 1]; ImageNet's for ImageNet's weights."""
         if self.model.pretrained_weights:
             return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-        some = images["train"].pixels[:FITTED_ON].float() / 255
+        some = images["train"].pixels[:FITTED_ON].float().div_(255)
         return some.mean(dim=(0, 2, 3)).tolist(), some.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
 
     def _new_model(self, images: LabelledImages) -> ImageClassifier:
-        names = images.label_names
-        config = ImageClassifierConfig(
-            arch=self.model.arch,
-            stem=self.model.stem,
-            head=self.model.head,
-            dropout=self.model.dropout,
-            widths=self.model.widths,
-            image_size=images["train"].pixels.shape[2],
-            id2label=dict(enumerate(names)),
-            label2id={name: number for number, name in enumerate(names)},
-        )
-        some = images["train"].pixels[:FITTED_ON].float() / 255
-        mean, std = (
-            torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std)
-        )
-        return build_classifier(config, self.training.seed, (some - mean) / std, self.model.pretrained_weights)
+        """Untrained, as --arch and its like say; or as a given reference is, whose baseline it then is."""
+        names, weights = images.label_names, self.model.pretrained_weights
+        if self.stage is not None and self.stage.reference_model:
+            config = ImageClassifierConfig.from_pretrained(str(self.run.reference))
+            if config.arch != self.model.arch:
+                weights = None  # they are --arch's
+        else:
+            config = ImageClassifierConfig(
+                arch=self.model.arch,
+                stem=self.model.stem,
+                head=self.model.head,
+                dropout=self.model.dropout,
+                widths=self.model.widths,
+                image_size=images["train"].pixels.shape[2],
+                id2label=dict(enumerate(names)),
+                label2id={name: number for number, name in enumerate(names)},
+            )
+        some = None
+        if config.arch == FAST:  # its whitening is fitted on them
+            mean, std = (
+                torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std)
+            )
+            some = images["train"].pixels[:FITTED_ON].float().div_(255).sub_(mean).div_(std)
+        return build_classifier(config, self.training.seed, some, weights)
 
     # --- cross-entropy -------------------------------------------------------------------------------------------
 
@@ -343,7 +345,7 @@ class ImageRun(Job):
     def _train(self, trainer: ClassifierTrainer, stage: str) -> tuple[float, int]:
         """Train; the seconds it took without evaluation, and the images it saw."""
         checkpoint = self.checkpoint(stage)
-        first = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
+        first = step_of(Path(checkpoint)) if checkpoint else 0
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started - trainer.evaluation_seconds
@@ -354,7 +356,7 @@ class ImageRun(Job):
     def finish(self) -> None:
         """The end of the run, with the model card."""
         card = partial(write_image_card, self.run, self.run.policy)
-        self.end(self.run.policy, describe_results, card)
+        self.end(describe_results, card)
 
 
 def _png(pixels: Tensor) -> str:
@@ -394,7 +396,7 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
             ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
             *describe_epochs(summary["dpo"]),
         ]
-    rows.append(("seconds in all", f"{summary['throughput']['total_seconds']:.0f}"))
+    rows.append(describe_seconds(summary["throughput"]))
     rows.append(("files", str(path)))
     return as_table(rows) + (describe_comparison(summary) if "dpo" in summary else "")
 

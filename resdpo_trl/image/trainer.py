@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms.v2 import functional
-from transformers import TrainerCallback, ViTImageProcessor
+from transformers import ViTImageProcessor
 
 from resdpo_trl.arguments import preference_loss
+from resdpo_trl.errors import UserError
 from resdpo_trl.image.augment import Augmentation, AugmentConfig, hash_seed
 from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
 from resdpo_trl.image.data import Images
@@ -32,13 +33,26 @@ from resdpo_trl.resume import Resumable
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of `count` numbers, drawn anew each epoch from seed and epoch: the same on every process."""
+    """A permutation of `count` numbers, drawn anew each epoch from seed and epoch: the same on every process.
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.epoch = count, seed, 0
+    What else is drawn once an epoch hears of a new one from here: the Trainer tells its loader's sampler (and so does
+    `resdpo_trl.resume`, where the Trainer's call does not arrive), often more than once.
+
+    Args:
+        count: how many numbers.
+        seed: with the epoch's number it determines the order.
+        others: objects with a `set_epoch`, which have drawn epoch 0 already.
+    """
+
+    def __init__(self, count: int, seed: int, others: list[Any]):
+        self.count, self.seed, self.others, self.epoch = count, seed, others, 0
 
     def set_epoch(self, epoch: int) -> None:
+        if epoch == self.epoch:
+            return
         self.epoch = epoch
+        for other in self.others:
+            other.set_epoch(epoch)
 
     def __len__(self) -> int:
         return self.count
@@ -59,6 +73,9 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         processor: its mean and standard deviation normalize the images.
         augment: augmentation of the training images.
 
+    Raises:
+        UserError: too few images for a batch, or a crop that is wider than the images.
+
     On several GPUs the batch norms see the images of all of them, as one GPU's would. torch has no such batch norm for
     the CPU: there each process normalizes by its own images, and the main process's running statistics are kept.
     """
@@ -71,8 +88,8 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         validation: Images | None,
         processor: ViTImageProcessor,
         augment: AugmentConfig,
-        callbacks: list[TrainerCallback] | None = None,
     ):
+        _check_images(train, args, augment)
         if args.channels_last:
             _channels_last(model)
         if args.world_size > 1 and args.device.type == "cuda":
@@ -83,7 +100,6 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
             train_dataset=range(len(train)),
             eval_dataset=validation,
             data_collator=_number,
-            callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -91,15 +107,9 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         self.train_images = Images(train.pixels.to(device), train.labels.to(device))
         self.mean, self.std = list(processor.image_mean), list(processor.image_std)
         self.augmentation = Augmentation(augment, len(train), seed, device)
-        self._sampler = EpochSampler(len(train), seed)
+        self._sampler = EpochSampler(len(train), seed, [self.augmentation])
         self._means = RunningMeans()  # of the steps since the last log
         self.evaluation_seconds = 0.0  # spent in `evaluate` while training
-        self.add_callback(_SetEpoch(self))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw what is random in an epoch, as a function of the seed and the epoch's number."""
-        self._sampler.set_epoch(epoch)
-        self.augmentation.set_epoch(epoch)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) pixels of 0 to 255 -> normalized float32 in the memory order of the model."""
@@ -170,8 +180,12 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(name.startswith("eval_") for name in logs):
-            logs.update(self._means.take(self.accelerator.reduce))
+            logs.update(self._take_means())
         super().log(logs, start_time)
+
+    def _take_means(self) -> dict[str, float]:
+        """The training figures since the last log line."""
+        return self._means.take(self.accelerator.reduce)
 
     def log_state(self) -> dict[str, Any]:
         return super().log_state() | {"means": self._means.state()}
@@ -227,14 +241,13 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
         validation: Images | None,
         processor: ViTImageProcessor,
         augment: AugmentConfig,
-        callbacks: list[TrainerCallback] | None = None,
     ):
         self.preference_loss: PreferenceLoss = preference_loss(args)
         self.ref_model: Any = ref_model
         if args.disable_dropout:
             for each in (model, ref_model):
                 _disable_dropout(each)
-        super().__init__(model, args, train, validation, processor, augment, callbacks)
+        super().__init__(model, args, train, validation, processor, augment)
         if args.channels_last:
             _channels_last(ref_model)
         ref_model.requires_grad_(False).eval()
@@ -242,10 +255,7 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         labels, classes = self.train_images.labels, int(model.config.num_labels or 0)
         self.rejected = RejectedClasses(args.rejected_sampling, labels, classes, seed)
-
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch)
-        self.rejected.set_epoch(epoch)
+        self._sampler.others.append(self.rejected)
 
     def compute_loss(
         self,
@@ -290,7 +300,10 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
         return {name: float(values.mean()) for name, values in figures.items()}
 
     def _note(self, pairs: LogProbs, logps: Tensor, ref_logps: Tensor, labels: Tensor, signal: Tensor) -> None:
-        """Keep this step's figures for `log`: means over images of means over their pairs."""
+        """Keep this step's figures for `log`: means over images of means over their pairs.
+
+        Pairs without a signal add nothing here, and `_take_means` divides by the share of the others.
+        """
         chosen, rejected = self.preference_loss.rewards(pairs)
         weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
         figures = {
@@ -304,7 +317,7 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
             "gradient_weights/rejected": weights_rejected,
         }
         self._means.add(
-            {name: value.float().mean(1) for name, value in figures.items()}
+            {name: value.float().where(signal, 0.0).mean(1) for name, value in figures.items()}
             | {
                 "accuracy": logps.argmax(1) == labels,
                 "kl": (logps.exp() * (logps - ref_logps)).sum(1),
@@ -312,13 +325,32 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
             }
         )
 
+    def _take_means(self) -> dict[str, float]:
+        """Those of pairs over the pairs with a signal; where no pair of these steps had one they are left out."""
+        means = super()._take_means()
+        share = 1 - means.get("masked_pairs", 0.0)
+        of_images = ("accuracy", "kl", "masked_pairs")
+        return {
+            name: value if name in of_images else value / share
+            for name, value in means.items()
+            if name in of_images or share > 0
+        }
 
-class _SetEpoch(TrainerCallback):
-    def __init__(self, trainer: ClassifierTrainer):
-        self.trainer = trainer
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.set_epoch(int((state.epoch or 0.0) + 1e-6))  # a run resumed within an epoch begins at a fraction
+def _check_images(train: Images, args: Any, augment: AugmentConfig) -> None:
+    """Raise a UserError where the training images make no batch, or can't be cropped as asked."""
+    rows = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train) < rows:
+        processes = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
+        raise UserError(
+            f"--per_device_train_batch_size {args.per_device_train_batch_size}{processes}: {len(train)} training "
+            "images are no whole batch: lower it, or pass --dataloader_drop_last false"
+        )
+    height, width = train.pixels.shape[2:]
+    if augment.crop_padding >= min(height, width):  # more can't be reflected
+        raise UserError(
+            f"--crop_padding {augment.crop_padding}: must be below the images' size, which is {width}×{height} pixels"
+        )
 
 
 def _logps(model: Any, images: Tensor) -> Tensor:

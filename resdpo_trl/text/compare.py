@@ -13,7 +13,6 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from resdpo_trl.arguments import RunConfig
-from resdpo_trl.errors import UserError
+from resdpo_trl.errors import UserError, printable
 from resdpo_trl.metrics import with_intervals
 from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
@@ -44,7 +43,7 @@ from resdpo_trl.text.judges import (
     win_rate,
 )
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer
-from resdpo_trl.text.prompts import Prompt, dialogue, load_prompts, prompt_ids
+from resdpo_trl.text.prompts import Prompt, answer_end, dialogue, load_prompts, prompt_ids
 from resdpo_trl.text.reward import RewardModel
 
 
@@ -68,7 +67,6 @@ class Comparison:
         self.started = time.perf_counter()
         use_the_cores()
         self.state = PartialState()
-        self.say: Callable[..., None] = print if self.state.is_main_process else _silent
         self.judges = self._judges()
         self.prompts, self.counts = load_prompts(config.prompts, config.max_prompts)
         self.tokenizers = {
@@ -86,6 +84,7 @@ class Comparison:
         resume = config.resume_from_checkpoint is not None
         self.run = RunFolder(config.output_dir, main_process=self.state.is_main_process)
         self.run.open(overwrite=options.overwrite_output_dir, resume=resume)
+        self.run.check_inputs(dataclasses.asdict(config))
         self.run.start(
             {
                 "preset": str(preset) if preset else None,
@@ -101,7 +100,7 @@ class Comparison:
         # (judge, model, against) -> (N,) 1.0 won, 0.5 tie, 0.0 lost, None no verdict
         self.outcomes: dict[tuple[str, str, str], list[float | None]] = {}
         self.verdicts: list[dict[str, Any]] = []  # the lines of verdicts.jsonl
-        self.seconds: dict[str, float] = {}
+        self.answer_seconds, self.answer_tokens = 0.0, 0  # of all that was drawn, chosen among or not
         if resume:
             self._restore()
 
@@ -130,6 +129,11 @@ class Comparison:
                 endpoint.check()
             found[config.judge_model] = endpoint
         return found
+
+    def say(self, text: str) -> None:
+        """Print on the main process, without what a terminal would obey."""
+        if self.state.is_main_process:
+            print(printable(text, kept="\n"))
 
     def say_what_runs(self) -> None:
         device = self.state.device.type
@@ -209,7 +213,8 @@ class Comparison:
                 description=f"Answers, {description}", temperature=self.config.temperature, top_p=self.config.top_p,
             )  # fmt: skip
         found = gather_object(ids)
-        self.seconds[description] = time.perf_counter() - started
+        self.answer_seconds += time.perf_counter() - started
+        self.answer_tokens += sum(map(len, found))
         texts = tokenizer.batch_decode(found, skip_special_tokens=True)
         answers = [
             Answer(tokens, text, tokens[-1] == tokenizer.eos_token_id, name)
@@ -242,11 +247,10 @@ class Comparison:
             return []
         before, _ = prompt_ids(prompts, tokenizer, self._prompt_tokens)
         after = tokenizer([one.text for one in answers], add_special_tokens=False)["input_ids"]
-        end = tokenizer.eos_token_id
         # another tokenizer may need more tokens for the same text
         rows = [
-            (prompt + ids + ([end] if one.ended else []))[-self.config.max_length :]
-            for prompt, ids, one in zip(before, after, answers, strict=True)
+            (tokens + ids + (answer_end(prompt, tokenizer) if one.ended else []))[-self.config.max_length :]
+            for prompt, tokens, ids, one in zip(prompts, before, after, answers, strict=True)
         ]
         with self.state.split_between_processes(list(range(len(rows)))) as mine:
             found = reward_model.score([rows[place] for place in mine], self.config.batch_size).tolist()
@@ -396,9 +400,9 @@ class Comparison:
     def finish(self) -> None:
         """summary.json, the page, the table."""
         if self.state.is_main_process:  # the others may be done by now: judging is not theirs to wait for
-            seconds = sum(self.seconds.values())  # 0 where every answer was there already
-            tokens = sum(len(one.ids) for name in self.seconds for one in self.answers[name])
-            speed = {"answer_seconds": seconds, "answer_tokens_per_second": tokens / seconds} if seconds else {}
+            seconds, speed = self.answer_seconds, {}
+            if seconds:  # none where every answer was there already
+                speed = {"answer_seconds": seconds, "answer_tokens_per_second": self.answer_tokens / seconds}
             self.run.summarize(
                 comparison={
                     "models": dict(self.models),
@@ -502,8 +506,7 @@ class Comparison:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:  # torn by a crash: it is asked again
                 continue
-        if self.run.main_process:
-            self.run.write_rows("verdicts.jsonl", rows)  # without a torn end that the next line would run into
+        self.run.write_rows("verdicts.jsonl", rows)  # without a torn end that the next line would run into
         return rows
 
     def _load(self, name: str) -> Any:
@@ -576,7 +579,3 @@ def _mean(values: list[float]) -> dict[str, Any]:
 def _retokenized(one: Answer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = tokenizer(one.text, add_special_tokens=False)["input_ids"]
     return [*ids, tokenizer.eos_token_id] if one.ended or not ids else ids
-
-
-def _silent(*_: Any) -> None:
-    """What processes other than the main one say."""

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
-from resdpo_trl.arguments import OneMachine, ReferenceUpdate, has_bfloat16, preference_loss, refuse
+from resdpo_trl.arguments import (
+    OneMachine,
+    ReferenceUpdate,
+    check_positive,
+    has_bfloat16,
+    preference_loss,
+    refuse,
+)
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.tokens import SHORTEST
 
@@ -56,6 +64,20 @@ REFUSED_REWARD: dict[str, tuple[Any, str]] = {
         "use_liger_kernel",
     )
 }
+
+# what the SFT stage does not take from the stage after it, though both have the field; nor what is of the Hub
+OF_ONE_STAGE = {
+    "num_train_epochs", "max_steps", "learning_rate", "optim", "optim_args", "per_device_train_batch_size", "loss_type",
+    "label_smoothing_factor", "neftune_noise_alpha", "metric_for_best_model", "greater_is_better", "select",
+    "load_best_model_at_end", "resume_from_checkpoint", "report_to",
+    # transformers writes the old names, which stand for these, into the new ones
+    "gradient_checkpointing", "activation_checkpointing", "activation_checkpointing_kwargs",
+}  # fmt: skip
+
+RESPONSES = (
+    "Responses of a pair that are learned: the preferred one (chosen), or both, so that the reference does not know "
+    "one side of the training pairs by heart."
+)
 
 
 @dataclass
@@ -118,15 +140,15 @@ class SFTStageConfig:
     )
     sft_optim: str | None = field(default=None, metadata={"help": "Optimizer of SFT; --optim by default."})
     sft_optim_args: str | None = field(default=None, metadata={"help": "Arguments of --sft_optim."})
+    sft_responses: Literal["chosen", "both"] = field(default="chosen", metadata={"help": RESPONSES})
     sft_completion_only_loss: bool = field(
         default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
     )
 
     def __post_init__(self) -> None:
-        if self.sft_epochs < 0:
+        if not 0 <= self.sft_epochs < math.inf:
             raise UserError(f"--sft_epochs {self.sft_epochs}: must be at least 0")
-        if self.sft_learning_rate <= 0:
-            raise UserError(f"--sft_learning_rate {self.sft_learning_rate}: must be above 0")
+        check_positive(self, "sft_learning_rate")
         if self.sft_optim_args is not None and self.sft_optim is None:
             raise UserError("--sft_optim_args needs --sft_optim; --optim_args go to both stages")
 
@@ -147,6 +169,9 @@ class ShortDialogues(OneMachine):
     )
     metric_for_best_model: str | None = field(
         default="eval_loss", metadata={"help": "Figure by which the best epoch is chosen."}
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Not supported: batches are padded to their longest row."}
     )
 
     def __post_init__(self) -> None:
@@ -189,6 +214,7 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
         preference_loss(self)  # refuse what makes no sense before anything is loaded
         asked_for_best = self.select == "best" or self.load_best_model_at_end
         super().__post_init__()
+        self.select_asked = self.select  # which the SFT stage follows whether or not the reference moves after it
         if self.reference_update != "frozen":
             # what is computed once would be out of date, and so would losses of different epochs
             self.precompute_ref_log_probs = self.load_best_model_at_end = False
@@ -208,6 +234,7 @@ class TextSFTConfig(ShortDialogues, SFTConfig):  # type: ignore[misc]  # as abov
 
     output_dir: str | None = field(default="runs/sft_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    responses: Literal["chosen", "both"] = field(default="chosen", metadata={"help": RESPONSES})
     completion_only_loss: bool | None = field(
         default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
     )
@@ -235,26 +262,19 @@ class TextRewardConfig(ShortDialogues, RewardConfig):  # type: ignore[misc]  # a
 
 def sft_stage(own: TextDPOConfig | TextRewardConfig, sft: SFTStageConfig) -> TextSFTConfig:
     """The configuration of the SFT stage before another: its own epochs, rate and batch, the rest from that stage."""
-    shared = (
-        "output_dir", "max_length", "seed", "data_seed", "bf16", "fp16", "use_cpu",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "lr_scheduler_type",
-        "warmup_steps", "gradient_accumulation_steps", "gradient_checkpointing_kwargs", "logging_steps", "run_name",
-        "per_device_eval_batch_size", "dataloader_num_workers", "train_sampling_strategy", "torch_compile", "tf32",
-        "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "eval_strategy",
-        "ddp_find_unused_parameters",
-        "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "activation_offloading",
-        "select", "trust_remote_code",
-    )  # fmt: skip
+    both = {each.name for each in fields(own)} & {each.name for each in fields(TextSFTConfig)}
     return TextSFTConfig(
         num_train_epochs=sft.sft_epochs,
         learning_rate=sft.sft_learning_rate,
         optim=sft.sft_optim or own.optim,
         optim_args=sft.sft_optim_args if sft.sft_optim else own.optim_args,
+        responses=sft.sft_responses,
         completion_only_loss=sft.sft_completion_only_loss,
         per_device_train_batch_size=sft.sft_batch_size or own.per_device_train_batch_size,
         gradient_checkpointing=own.gradient_checkpointing or None,
         report_to=own.report_to or "none",
-        **{name: getattr(own, name) for name in shared},
+        select=own.select_asked if isinstance(own, TextDPOConfig) else own.select,
+        **{name: getattr(own, name) for name in sorted(both) if name not in OF_ONE_STAGE and "hub" not in name},
     )
 
 
@@ -321,7 +341,10 @@ class CompareConfig:
     )
     judge: str | None = field(
         default=None,
-        metadata={"help": "MODULE:CLASS, a judge with the interface of TRL's pairwise judges. Its code is run."},
+        metadata={
+            "help": "MODULE:CLASS, a judge with the interface of TRL's pairwise judges, of the working directory or "
+            "installed. Its code is run."
+        },
     )
     judge_url: str | None = field(
         default=None,

@@ -7,6 +7,8 @@ One row becomes
     rejected     the other response
     turn_starts  where a turn of the prompt starts, as character offsets: the cap drops whole turns
     group        a digest of the conversation's opening turn: what keeps a conversation's pairs in one split
+    whole        a digest of the whole prompt; both digests are of the data's own text or messages, so that they are the
+                 same whatever chat template rendered them
 
 or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt, or `no_marker`,
 a dialogue whose two sides share no "\\n\\nAssistant:".
@@ -15,27 +17,39 @@ a dialogue whose two sides share no "\\n\\nAssistant:".
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.sources import check_held_out, first_line, load_rows
+from resdpo_trl.text.tokens import cache_key, tokenizer_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+Messages = list[dict[str, Any]]
+
 QUICKSTART = "chitchat"
 MARKER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
+COLUMNS = ("prompt", "chosen", "rejected")
 REASONS = ("identical", "empty", "no_marker")
 COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
 NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for each costs a pass of the template
 SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {  # the first word of a data set's own name of a split
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
 MENU = (
     "needs columns chosen and rejected (HH dialogues or conversations), or prompt, chosen and rejected; "
     "rename them with datasets' rename_column"
@@ -86,7 +100,7 @@ class DataConfig:
 
 @dataclass
 class Preferences:
-    """Pairs in three splits, with what was dropped on the way.
+    """Pairs in three splits, with counts of what was dropped and left out on the way.
 
     `ends_turns` says that the responses already carry their end of turn (a chat template's), so that no
     end-of-text token is added.
@@ -99,6 +113,19 @@ class Preferences:
     def __getitem__(self, split: str) -> Dataset:
         return self.splits[split]
 
+    def check_same_pairs(self, other: Preferences, split: str, name: str) -> None:
+        """Raise a UserError where another tokenizer's chat template left other pairs of the same data.
+
+        Args:
+            other: the pairs as the reward model `name` reads them.
+            split: the split that is compared.
+        """
+        if self[split]["whole"][:] != other[split]["whole"][:]:
+            raise UserError(
+                f"--reward_model {name}: its chat template leaves other pairs of the data than the policy's "
+                f"({len(other[split])} and {len(self[split])} in the split {split}): they can't be compared"
+            )
+
 
 def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Preferences:
     """Load, parse and split preference pairs.
@@ -108,9 +135,9 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
         tokenizer: its chat template renders conversational pairs; not needed for dialogues and plain prompts.
 
     Raises:
-        UserError: a missing file, a malformed row, missing columns, no usable pair.
+        UserError: a missing file, a malformed row, missing columns, splits of unknown names, no usable pair.
     """
-    sources = _load(config)
+    sources = _by_split(_load(config), config.dataset_name)
     ends_turns = False
     parsed: dict[str, Dataset] = {}
     counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
@@ -134,8 +161,14 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
             f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows ({reasons or 'no rows'}); "
             "two different responses to one prompt are needed"
         )
-    splits = _split(parsed, config)
+    splits, counts["left_out"] = _split(parsed, config)
     counts.update({name: len(rows) for name, rows in splits.items()})
+    for name in SPLITS:
+        if counts[name] == 0:
+            raise UserError(
+                f"--dataset_name {config.dataset_name}: no usable pair in its split {name}; mend that split, or drop "
+                "it to have one held out"
+            )
     return Preferences(splits, counts, ends_turns)
 
 
@@ -224,6 +257,11 @@ def chitchat_pairs(
             ]
             taken: Any = generator.choice(at, min(per_conversation, len(at)), replace=False) if at else []
             replies += [(len(texts[turn]), number, int(turn)) for turn in sorted(taken)]
+        if len({number for _, number, _ in replies}) < 2:
+            raise UserError(
+                f"--dataset_name chitchat: --validation_fraction {shares[0]} and --test_fraction {shares[1]} leave too "
+                f"few conversations for the split {split}; every split needs a hundredth of them"
+            )
         replies.sort()
         rows = []
         for place, (_, number, turn) in enumerate(replies):
@@ -259,9 +297,36 @@ def _utterance(message: list[dict[str, str]]) -> str:
 
 def _load(config: DataConfig) -> dict[str, Dataset]:
     """The raw rows, by the data's own split names."""
+    local = config.dataset_name == QUICKSTART or Path(config.dataset_name).exists()
+    if config.dataset_revision is not None and local:
+        raise UserError(
+            f"--dataset_revision {config.dataset_revision}: {config.dataset_name} is not on the Hub; drop it"
+        )
+    if config.dataset_data_dir is not None and local and not Path(config.dataset_name).is_dir():
+        raise UserError(f"--dataset_data_dir {config.dataset_data_dir}: {config.dataset_name} is no folder; drop it")
     if config.dataset_name == QUICKSTART:
         return chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
-    return load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
+    found = load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
+    # a column `group` is the quickstart's: the user's own means something else
+    return {name: rows.select_columns([c for c in rows.column_names if c != "group"]) for name, rows in found.items()}
+
+
+def _by_split(sources: dict[str, Dataset], name: str) -> dict[str, Dataset]:
+    """The raw rows by `SPLITS`, of a data set whose split names say clearly which is which."""
+    found: dict[str, Dataset] = {}
+    for own, rows in sources.items():
+        word = re.split(r"[^a-z]", own.lower())[0]
+        split = next((split for split, words in SPLIT_NAMES.items() if word in words), None)
+        if split is None or split in found:
+            reason = "is neither train nor validation nor test" if split is None else f"is not the only one for {split}"
+            raise UserError(
+                f"--dataset_name {name}: its split {own} {reason} (found: {', '.join(sources)}); keep one of each, and "
+                "save them under these names with datasets' save_to_disk"
+            )
+        found[split] = rows
+    if "train" not in found:
+        raise UserError(f"--dataset_name {name}: no training split (found: {', '.join(sources)})")
+    return found
 
 
 def _kind(rows: Dataset, name: str) -> str:
@@ -306,21 +371,19 @@ def _parse(
         "rejected": Value("string"),
         "turn_starts": List(Value("int32")),
         "group": Value("string"),
+        "whole": Value("string"),
         "status": Value("string"),
     }
-    columns = [name for name in ("prompt", "chosen", "rejected", "group") if name in rows.column_names]
-    if kind != "prompt" or "group" not in rows.column_names:
-        columns = [name for name in columns if name != "group"]
-    parsed = rows.select_columns(columns).map(
+    rows = rows.select_columns([name for name in (*COLUMNS, "group") if name in rows.column_names])
+    options = {"kind": kind, "swap": prefer == "rejected"}
+    template = tokenizer if kind == "conversation" else None
+    parsed = rows.map(
         _parse_batch,
         batched=True,
-        remove_columns=columns,
+        remove_columns=rows.column_names,
         features=Features(features),
-        fn_kwargs={
-            "kind": kind,
-            "tokenizer": tokenizer if kind == "conversation" else None,
-            "swap": prefer == "rejected",
-        },
+        fn_kwargs={"tokenizer": template, **options},
+        new_fingerprint=cache_key(_parse_batch, rows, options, tokenizer_state(template) if template else None),
         desc="Reading pairs",
     )
     statuses = Counter(parsed.with_format("numpy")["status"][:].tolist()) if len(parsed) else Counter()
@@ -334,17 +397,19 @@ def _parse_batch(
     batch: dict[str, list[Any]], kind: str, tokenizer: PreTrainedTokenizerBase | None, swap: bool
 ) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {
-        name: [] for name in ("prompt", "chosen", "rejected", "turn_starts", "group", "status")
+        name: [] for name in ("prompt", "chosen", "rejected", "turn_starts", "group", "whole", "status")
     }
     size = len(batch["chosen"])
     prompts = batch.get("prompt", [None] * size)
     groups = batch.get("group", [None] * size)
     for prompt, chosen, rejected, group in zip(prompts, batch["chosen"], batch["rejected"], groups, strict=True):
         pair: tuple[str, str, str, list[int]] | str
+        messages: list[dict[str, Any]] = []
         if not chosen or not rejected:
             pair = "empty"
         elif kind == "conversation":
-            pair = _render(prompt, chosen, rejected, tokenizer)
+            messages, chosen, rejected = _parted(prompt, chosen, rejected)
+            pair = _render(messages, chosen, rejected, tokenizer)
         elif kind == "dialogue":
             parts = parse_dialogue(chosen, rejected)
             pair = (*parts, turn_starts(parts[0])) if parts else _unparted(chosen, rejected)
@@ -368,7 +433,9 @@ def _parse_batch(
         out["chosen"].append(bad if swap else good)
         out["rejected"].append(good if swap else bad)
         out["turn_starts"].append(starts)
-        out["group"].append(_digest(group or _opening(text, starts)))
+        opening = json.dumps(messages[:1], default=str) if messages else _opening(text, starts)
+        out["group"].append(_digest(group or opening))
+        out["whole"].append(_digest(json.dumps(messages, default=str) if messages else text))
         out["status"].append(status)
     return out
 
@@ -388,35 +455,57 @@ def _opening(prompt: str, turn_starts: list[int]) -> str:
     return prompt[: turn_starts[0]] if turn_starts else prompt
 
 
+def _parted(prompt: Messages | None, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """A conversational pair's prompt and responses; without a prompt of its own it is what both sides begin with."""
+    from trl.data_utils import extract_prompt
+
+    if prompt is not None or chosen == rejected:
+        return prompt or [], chosen, rejected
+    row: Any = extract_prompt({"chosen": chosen, "rejected": rejected})
+    return row["prompt"], row["chosen"], row["rejected"]
+
+
 def _render(
-    prompt: list[dict[str, Any]] | None,
-    chosen: list[dict[str, Any]],
-    rejected: list[dict[str, Any]],
-    tokenizer: Any,
+    prompt: Messages, chosen: Messages, rejected: Messages, tokenizer: Any
 ) -> tuple[str, str, str, list[int]] | str:
     """A conversational pair through the tokenizer's chat template."""
-    from trl.data_utils import apply_chat_template, extract_prompt
+    from trl.data_utils import apply_chat_template
 
-    row: Any = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    if prompt is None:
-        if chosen == rejected:
-            return "identical"
-        row = extract_prompt({"chosen": chosen, "rejected": rejected})
-    if not row["prompt"] or not row["chosen"] or not row["rejected"]:
+    if chosen == rejected:
+        return "identical"
+    if not prompt or not chosen or not rejected:
         return "empty"
-    starts = []
+    row: Any = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     try:
         text = apply_chat_template(row, tokenizer)
-        for turn in range(max(1, len(row["prompt"]) - NEWEST_TURNS), len(row["prompt"])):
-            before = tokenizer.apply_chat_template(row["prompt"][:turn], tokenize=False)
-            if text["prompt"].startswith(before):  # some templates rewrite what came before: then no turn is dropped
-                starts.append(len(before))
     except Exception as error:  # a template is a program: it may raise anything for a message that it does not expect
         raise UserError(
             f"the tokenizer's chat template does not take the row whose chosen messages begin {str(chosen)[:80]} "
             f"({first_line(error)}): mend or drop it"
         ) from None
-    return text["prompt"], text["chosen"], text["rejected"], starts
+    return text["prompt"], text["chosen"], text["rejected"], rendered_turn_starts(prompt, text["prompt"], tokenizer)
+
+
+def rendered_turn_starts(messages: Messages, text: str, tokenizer: Any) -> list[int]:
+    """Offsets at which the messages of `text`, their rendering by the chat template, start, without the first one's.
+
+    Where the template refuses the messages before a turn, or writes them differently without what follows, that turn is
+    no place to cut.
+    """
+    starts = []
+    for turn in range(max(1, len(messages) - NEWEST_TURNS), len(messages)):
+        with suppress(Exception):  # as in `_render`
+            before = tokenizer.apply_chat_template(messages[:turn], tokenize=False)
+            if text.startswith(before):
+                starts.append(len(before))
+    return starts
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """What the chat template writes after an answer: "<|im_end|>\\n" of many."""
+    said = "an answer"
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(said)[2]
 
 
 def _groups(rows: Dataset) -> np.ndarray:
@@ -429,7 +518,7 @@ def _groups(rows: Dataset) -> np.ndarray:
     common = counts[place] > max(COMMON_OPENING, len(rows) // 100)
     if common.any():
         at = np.flatnonzero(common)
-        groups[at] = [_digest(prompt) for prompt in rows.select(at)["prompt"]]
+        groups[at] = rows.select(at)["whole"]
     return groups
 
 
@@ -437,21 +526,14 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _split(parsed: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
-    """Three splits: the data's own where it has them, the rest held out from its training rows by group.
+def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, Dataset], int]:
+    """Three splits: the data's own where it has them, the rest held out from its training rows by group; and how many
+    rows are in none, for their conversation has others in a held-out split that was full.
 
     Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the
     file, and a smaller --max_train_samples takes a subset of a larger one.
     """
-    from datasets import concatenate_datasets
-
-    named = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
-    own = {split: next((parsed[name] for name in names if name in parsed), None) for split, names in named.items()}
-    held = {name for names in named.values() for name in names}
-    rest = [rows for name, rows in parsed.items() if name not in held]
-    if not rest:
-        raise UserError(f"--dataset_name {config.dataset_name}: no training split (found: {', '.join(parsed)})")
-    rows = concatenate_datasets(rest) if len(rest) > 1 else rest[0]
+    rows = rows_of["train"]
     groups = _groups(rows)
     order = np.argsort(groups, kind="stable")
     # (S,) where in the order a group begins: the only places to cut
@@ -459,9 +541,9 @@ def _split(parsed: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]
     limits = {"test": config.max_test_samples, "validation": config.max_eval_samples}
     shares = {"test": config.test_fraction, "validation": config.validation_fraction}
     splits: dict[str, Dataset] = {}
-    taken = 0
+    taken = left_out = 0
     for split in ("test", "validation"):
-        own_rows = own[split]
+        own_rows = rows_of.get(split)
         if own_rows is not None:
             chosen = np.argsort(np.asarray(own_rows["group"][:]), kind="stable")[: limits[split]]
             splits[split] = own_rows.select(np.sort(chosen))
@@ -474,6 +556,7 @@ def _split(parsed: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]
                 "too few for a training, a validation and a test split; three conversations is the least"
             )
         splits[split] = rows.select(np.sort(order[taken : taken + wanted]))
+        left_out += int(later[0]) - taken - wanted
         taken = int(later[0])
     splits["train"] = rows.select(np.sort(order[taken:][: config.max_train_samples]))
-    return {split: splits[split] for split in SPLITS}
+    return {split: splits[split] for split in SPLITS}, left_out

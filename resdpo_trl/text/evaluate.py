@@ -29,7 +29,7 @@ from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import CompareConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig, Preferences, load_preferences
-from resdpo_trl.text.generate import answer
+from resdpo_trl.text.generate import answer, answerable
 from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer
 from resdpo_trl.text.reward import RewardModel, reward_figures
 from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
@@ -99,16 +99,18 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
     reward = None
     if config.reward_model is not None:
         reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
+        its_texts = load_preferences(data, reward.tokenizer)
+        texts.check_same_pairs(its_texts, config.split, reward.name)
     loss = PreferenceLoss(beta=config.beta)
     logps, answers = {}, []
     for flag, name in names.items():  # one model in memory at a time
         loaded = load_model(name, model, config.trust_remote_code, flag)
-        check_fits(loaded, tokenizer, config.max_length)
+        check_fits(loaded, tokenizer, config.max_length, config.max_new_tokens if config.num_samples else 0)
         if not getattr(loaded, "is_quantized", False):
             loaded.to(PartialState().device)
         logps[flag] = score_pairs(loaded, pairs, tokenizer, config, f"Scoring, {flag.lstrip('-')}")
         if flag == "--model" and config.num_samples:
-            prompts = pairs["prompt_ids"][: config.num_samples]
+            prompts = answerable(loaded, pairs["prompt_ids"][: config.num_samples], config.max_new_tokens)
             answers = answer(
                 loaded, tokenizer, prompts, config.max_new_tokens, sampled=True, seed=config.seed,
                 batch_size=config.batch_size, description="Answering",
@@ -131,7 +133,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
         "length_controlled_accuracy": length_controlled(per_pair["rewards/accuracies"], scores),
     }
     if config.num_samples:
-        figures["answers"] = answer_figures(answers, policy_logps - ref_logps, config.max_new_tokens)
+        figures["answers"] = answer_figures(answers, policy_logps - ref_logps, tokenizer)
     if config.other_model is not None:
         other = pair_figures(_against(logps["--other_model"], logps["--reference"]), loss)
         figures["other_model"] = {"model": config.other_model, "pairs": with_intervals(other)}
@@ -140,7 +142,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
             for name in ("loss", "rewards/accuracies", "rewards/margins")
         }
     if reward is not None:
-        figures["reward_model"] = explicit_rewards(reward, texts, per_pair, answers, tokenizer, config, data)
+        figures["reward_model"] = explicit_rewards(reward, its_texts, per_pair, answers, tokenizer, config, data)
     if config.output:
         write_figures(config.output, figures)
     return figures
@@ -157,21 +159,16 @@ def explicit_rewards(
 ) -> dict[str, Any]:
     """What a trained reward model says of the same pairs, and how its ranking agrees with the implicit reward's.
 
-    The pairs are rendered, tokenized and capped for the reward model by its own tokenizer. The implicit reward
-    β(log π − log π_ref) is the explicit one up to β log Z(x) of the prompt (Eq. 5 of DPO), which cancels in a margin
-    and not between prompts: the correlation of margins compares the two models, that of all rewards mixes prompts in.
+    The pairs, `texts` as its own tokenizer renders them, are tokenized and capped for the reward model. The implicit
+    reward β(log π − log π_ref) is the explicit one up to β log Z(x) of the prompt (Eq. 5 of DPO), which cancels in a
+    margin and not between prompts: the correlation of margins compares the two models, that of all rewards mixes
+    prompts in.
     """
-    own = load_preferences(data, reward.tokenizer)
-    if len(own[config.split]) != len(texts[config.split]):
-        raise UserError(
-            f"--reward_model {reward.name}: its chat template makes {len(own[config.split])} pairs of the data and the "
-            f"policy's {len(texts[config.split])}: they can't be compared"
-        )
-    rows = own[config.split]
+    rows = texts[config.split]
     cap: dict[str, Any] = {
         "max_length": config.max_length,
         "max_response_length": data.max_response_length,
-        "ends_turns": own.ends_turns,
+        "ends_turns": texts.ends_turns,
         "batch_size": config.batch_size,
     }
     explicit = reward_figures(*reward.pair_rewards(rows, **cap))
@@ -263,19 +260,22 @@ def length_controlled(accuracies: np.ndarray, scores: LogProbs) -> dict[str, Any
     return {"accuracy": accuracy, "interval_95": [float(low), float(high)], **found}
 
 
-def answer_figures(answers: Sequence[Sequence[int]], log_ratios: torch.Tensor, max_new_tokens: int) -> dict[str, Any]:
+def answer_figures(
+    answers: Sequence[Sequence[int]], log_ratios: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Figures of sampled answers.
 
     Args:
         answers: token ids of each answer.
         log_ratios: (N,) log π(y|x) − log π_ref(y|x) of each; their mean over the policy's own answers is an unbiased
-            estimate of KL(π‖π_ref) per answer of at most `max_new_tokens` tokens, in nats.
+            estimate of KL(π‖π_ref) per answer of at most so many tokens as were allowed, in nats.
+        tokenizer: its end-of-text token ends an answer that was not cut.
     """
     tokens = [list(row) for row in answers]
     figures = {
         "length_tokens": np.array([len(row) for row in tokens], dtype=float),
         "kl": log_ratios.double().numpy(),
-        "cut": np.array([len(row) == max_new_tokens for row in tokens], dtype=float),
+        "cut": np.array([row[-1:] != [tokenizer.eos_token_id] for row in tokens], dtype=float),
     }
     distinct = {f"distinct_{n}": distinct_ngrams(tokens, n) for n in (1, 2, 3)}
     return {**with_intervals(figures), **distinct}

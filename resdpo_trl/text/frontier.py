@@ -22,8 +22,8 @@ from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, read_rows, write_rows
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import DataConfig, load_preferences
 from resdpo_trl.text.evaluate import EvaluateConfig, answer_logps, texts_of
-from resdpo_trl.text.generate import answer
-from resdpo_trl.text.model import load_model, load_tokenizer
+from resdpo_trl.text.generate import answer, answerable
+from resdpo_trl.text.model import check_fits, load_model, load_tokenizer
 from resdpo_trl.text.reference_cache import weights_digest
 from resdpo_trl.text.reward import RewardModel
 from resdpo_trl.text.tokens import tokenize
@@ -44,7 +44,7 @@ class Frontier:
 
         A point that failed, or a checkpoint that can't be read, is a row that says so in `status`.
         """
-        known = {row["key"]: row for row in read_rows(path) if row["status"] == "done"}
+        known = {row["key"]: row for row in read_rows(path, FRONTIER_COLUMNS) if row["status"] == "done"}
         work: dict[Path, list[Point]] = {}
         for point in points:
             work.setdefault(point.reference, []).append(point)
@@ -80,12 +80,14 @@ class Frontier:
         texts = load_preferences(self.data, self.tokenizer)
         shown = texts["test"].select(range(min(config.num_samples, len(texts["test"]))))
         limits = (config.max_length, self.data.max_response_length, texts.ends_turns)
-        self.prompts = tokenize(shown, self.tokenizer, *limits, "Prompts")["prompt_ids"][:]
+        prompts = tokenize(shown, self.tokenizer, *limits, "Prompts")["prompt_ids"][:]
         own = load_preferences(self.data, self.reward.tokenizer)
+        texts.check_same_pairs(own, "test", self.reward.name)
         self.texts, self.ends_turns = own["test"].select(range(len(shown))), own.ends_turns
-        self.ref_model = load_model(name, self.model, config.trust_remote_code, "reference").to(
-            self.reward.model.device
-        )
+        ref_model = load_model(name, self.model, config.trust_remote_code, "reference")
+        check_fits(ref_model, self.tokenizer, config.max_length, config.max_new_tokens)
+        self.prompts = answerable(ref_model, prompts, config.max_new_tokens)
+        self.ref_model = ref_model.to(self.reward.model.device)
         self._ref_weights = weights_digest(self.ref_model)
         row = _row("reference", point) | dict.fromkeys(("beta", "learning_rate", "seed"), "") | {"epoch": 0, "step": 0}
         return row | self._figures(None, known)

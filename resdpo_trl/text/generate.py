@@ -9,6 +9,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from resdpo_trl.text.model import base_model, positions_of
+
+
+def answerable(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The newest tokens of each prompt, as many as leave room for an answer in the model's positions."""
+    positions = positions_of(model)
+    return prompts if positions is None else [prompt[-(positions - max_new_tokens) :] for prompt in prompts]
+
 
 def answer(
     model: Any,
@@ -24,7 +32,9 @@ def answer(
 ) -> list[list[int]]:
     """Token ids of one answer a prompt; an answer that was not cut short ends with the end-of-text token.
 
-    Prompts of like length share a batch. What is sampled depends on the seed and on the batches.
+    Prompts of like length share a batch. What is sampled depends on the seed and on the batches. What the model's own
+    generation_config.json asks for (a repetition penalty, min_p, …) is not followed: the answers would be drawn from
+    another distribution than the one whose log-probabilities are computed.
 
     Args:
         model: a causal language model.
@@ -41,31 +51,35 @@ def answer(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    training = model.training
+    training, base = model.training, base_model(model)
     model.eval()
+    own_config, base.generation_config = base.generation_config, GenerationConfig()  # it fills what `config` leaves out
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
     steps = tqdm(
         total=math.ceil(len(prompts) / batch_size) * max_new_tokens, desc=description, unit="step", leave=False
     )
-    with steps, torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        for number, start in enumerate(range(0, len(prompts), batch_size), 1):
-            places = order[start : start + batch_size]
-            rows = [prompts[place] for place in places]
-            width = max(map(len, rows))
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_Progress(steps)]),
-            )
-            steps.update(number * max_new_tokens - steps.n)  # a batch whose answers have all ended stops early
-            for place, row in zip(places, out[:, width:].tolist(), strict=True):
-                answers[place] = _until_end(row, tokenizer.eos_token_id)
+    try:
+        with steps, torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            for number, start in enumerate(range(0, len(prompts), batch_size), 1):
+                places = order[start : start + batch_size]
+                rows = [prompts[place] for place in places]
+                width = max(map(len, rows))
+                ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+                mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+                out = model.generate(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList([_Progress(steps)]),
+                )
+                steps.update(number * max_new_tokens - steps.n)  # a batch whose answers have all ended stops early
+                for place, row in zip(places, out[:, width:].tolist(), strict=True):
+                    answers[place] = _until_end(row, tokenizer.eos_token_id)
+    finally:
+        base.generation_config = own_config
     model.train(training)
     return answers
 

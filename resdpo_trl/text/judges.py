@@ -14,7 +14,9 @@ import http.client
 import importlib
 import json
 import math
+import os
 import re
+import sys
 import threading
 import time
 import urllib.error
@@ -26,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.sources import first_line
 
 KEY_VARIABLE = "JUDGE_API_KEY"
 UNCLEAR = "the reply names no verdict"
@@ -148,7 +151,7 @@ class EndpointJudge:
                 return Verdict(None, f"not asked: {self.patience} questions in a row had no reply")
             if self._stop.is_set():
                 return verdict
-            pause: float | None = self.backoff_seconds * 2**attempt
+            pause = self.backoff_seconds * 2**attempt
             try:
                 verdict = read_verdict(self._send("/chat/completions", self._request(question), self.timeout_seconds))
                 self._failed = 0
@@ -159,11 +162,11 @@ class EndpointJudge:
                 verdict = Verdict(None, f"HTTP {error.code}")
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     break  # the request itself is wrong: another one would be, too
-                pause = max(pause or 0.0, _retry_after(error.headers.get("Retry-After")))
+                pause = max(pause, _retry_after(error.headers.get("Retry-After")))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 verdict = Verdict(None, _reason(error))
             if attempt + 1 < self.attempts:
-                self._stop.wait(min(pause or 0.0, self.longest_pause_seconds))
+                self._stop.wait(min(pause, self.longest_pause_seconds))
         if not verdict.final:
             self._failed += 1
         return verdict
@@ -211,7 +214,7 @@ class PythonJudge:
     which gives 0 or 1, the better completion's place, or −1 for no verdict.
 
     Args:
-        name: "MODULE:CLASS", a class that is made without arguments.
+        name: "MODULE:CLASS", a class that is made without arguments, of the working directory or installed.
         chunk: questions of one call.
     """
 
@@ -222,10 +225,12 @@ class PythonJudge:
         module, colon, attribute = self.name.partition(":")
         if not module or not colon or not attribute:
             raise UserError(f"--judge {self.name}: needs MODULE:CLASS, e.g. my_judges:PrefersShorter")
+        if os.getcwd() not in sys.path:  # a recipe's first path is its own folder; last, so that it hides no package
+            sys.path.append(os.getcwd())
         try:
             self._judge = getattr(importlib.import_module(module), attribute)()
         except (ImportError, AttributeError, TypeError) as error:
-            raise UserError(f"--judge {self.name}: can't be made ({_first_line(error)})") from None
+            raise UserError(f"--judge {self.name}: can't be made ({first_line(error)})") from None
         if not callable(getattr(self._judge, "judge", None)):
             raise UserError(f"--judge {self.name}: has no method judge(prompts, completions, shuffle_order)")
 
@@ -237,7 +242,12 @@ class PythonJudge:
                 [[question.first, question.second] for question in asked],
                 shuffle_order=False,  # both orders are asked
             )
-            for place, said in zip(range(start, start + len(asked)), found, strict=True):
+            if not hasattr(found, "__len__") or len(found) != len(asked):
+                raise UserError(
+                    f"--judge {self.name}: judge() gave {str(found)[:80]} for {len(asked)} questions; a list of as "
+                    "many numbers is expected"
+                )
+            for place, said in enumerate(found, start):
                 if said not in (-1, 0, 1):
                     raise UserError(f"--judge {self.name}: judge() gave {said!r}; 0, 1 or -1 (no verdict) is expected")
                 yield place, (Verdict("first"), Verdict("second"), Verdict(None, UNCLEAR))[int(said)]
@@ -245,8 +255,12 @@ class PythonJudge:
 
 def check_url(url: str) -> str:
     """The address without a slash at its end; a UserError, which does not repeat it, where it carries a secret."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of half an IPv6 address, or a port beyond 65535
+        usable = False
+    if not usable:
         raise UserError("--judge_url: needs an address like https://api.openai.com/v1 or http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
@@ -339,7 +353,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
     return type(cause).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -23,9 +23,10 @@ from transformers import (
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import check_model_folder
+from resdpo_trl.sources import check_model_folder, first_line
 from resdpo_trl.text.attention import CPU_ATTENTION
 from resdpo_trl.text.config import ScratchConfig, TextModelConfig
+from resdpo_trl.text.tokens import SHORTEST
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -39,7 +40,7 @@ def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, f
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a malformed tokenizer.json: KeyError, TypeError, and tokenizers' bare Exception
         raise not_a_model(name, flag, error) from None
     if tokenizer.eos_token is None:
         raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token (eos_token)")
@@ -66,7 +67,7 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
             loaded = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise not_a_model(name, flag, error) from None
     for module in loaded.modules():
         # where the CPU has bfloat16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first evaluation
@@ -149,12 +150,25 @@ def build_model(
     return with_faster_parts(model)
 
 
-def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Raise a UserError where the cap or the vocabulary is more than the model has."""
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The longest text in tokens that a model takes; None where it sets no limit."""
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def check_fits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int = 0
+) -> None:
+    """Raise a UserError where the cap, an answer with the end of its prompt, or the vocabulary is more than the model
+    has."""
+    config, positions = model.config.get_text_config(), positions_of(model)
     if positions is not None and max_length > positions:
         raise UserError(f"--max_length {max_length}: the model has {positions} positions; pass at most that")
+    if positions is not None and max_new_tokens > positions - SHORTEST // 2:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens}: must leave {SHORTEST // 2} of the model's {positions} positions to "
+            "the prompt"
+        )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: they do not belong together"
@@ -182,7 +196,9 @@ def _say_that_code_runs(name: str) -> None:
 
 def not_a_model(name: str, flag: str, error: BaseException) -> UserError:
     """What to say where transformers can't load a model."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    reason = first_line(error)
+    if "ignore_mismatched_sizes" in reason:  # transformers' words for it name an argument that nobody here passes
+        reason = "its weights have other shapes than its config.json says"
     if Path(name).is_dir():
         return UserError(f"{flag} {name}: can't be loaded ({reason})")
     return UserError(

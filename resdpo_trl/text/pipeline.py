@@ -18,7 +18,8 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.card import write_text_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.job import Job, as_table, describe_epochs, epochs, free, silent
+from resdpo_trl.files import step_of
+from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.text.config import (
@@ -32,7 +33,7 @@ from resdpo_trl.text.config import (
     sft_stage,
 )
 from resdpo_trl.text.data import QUICKSTART, SPLITS, DataConfig, Preferences, fingerprint, load_preferences
-from resdpo_trl.text.generate import answer
+from resdpo_trl.text.generate import answer, answerable
 from resdpo_trl.text.model import (
     build_model,
     check_fits,
@@ -62,17 +63,18 @@ class TextRun(Job):
     ):
         """`training` is a `TextDPOConfig` or `TextRewardConfig` with the `sft` stage before it, or `TextSFTConfig`."""
         self.data, self.model, self.scratch, self.samples = data, model, scratch, samples
-        self.sft = sft or SFTStageConfig(sft_epochs=training.num_train_epochs)
+        self.sft = sft or SFTStageConfig()
         self.training: Any = training
         self._check_model_flags()
         config = {
             "data": dataclasses.asdict(data),
             "model": dataclasses.asdict(model),
-            "sft_stage": dataclasses.asdict(self.sft),
             "training": training.to_dict(),
             "samples": dataclasses.asdict(samples),
             "run": dataclasses.asdict(options),
         }
+        if sft is not None:
+            config["sft_stage"] = dataclasses.asdict(sft)
         if not model.model_name_or_path and not self.sft.sft_checkpoint:
             config["scratch"] = dataclasses.asdict(scratch)
         super().__init__(training, options, config, preset)
@@ -83,8 +85,7 @@ class TextRun(Job):
             for field in dataclasses.fields(self.scratch)
             if getattr(self.scratch, field.name) != field.default
         ]
-        named = self.model.model_name_or_path or self.sft.sft_checkpoint
-        if named and changed and self.model.model_name_or_path:
+        if changed and self.model.model_name_or_path:
             raise UserError(
                 f"--{changed[0]} shapes a model from scratch, and --model_name_or_path names one: drop either"
             )
@@ -94,6 +95,7 @@ class TextRun(Job):
             )
         if isinstance(self.training, TextRewardConfig) and (self.model.load_in_4bit or self.model.load_in_8bit):
             raise UserError("--load_in_4bit and --load_in_8bit are not supported for a reward model: drop them")
+        named = self.model.model_name_or_path or self.sft.sft_checkpoint
         if (self.model.load_in_4bit or self.model.load_in_8bit or self.model.use_peft) and not named:
             raise UserError("--use_peft and quantized loading need a model to start from: pass --model_name_or_path")
         if getattr(self.training, "reference_update", "frozen") != "frozen" and self.model.use_peft:
@@ -141,20 +143,19 @@ class TextRun(Job):
             }
         counts = texts.counts | {"cap": {split: cap_counts(rows) for split, rows in pairs.items()}}
         counts["max_length"] = self.training.max_length
-        self.run.record(data_fingerprint={split: fingerprint(rows) for split, rows in pairs.items()})
-        self.run.summarize(data=counts)
+        self.begin({split: fingerprint(rows) for split, rows in pairs.items()}, counts)
         self.preparation_seconds = time.perf_counter() - started
         self.say(describe_data(counts))
         return pairs
 
     def _sources(self) -> list[tuple[str, str]]:
-        """(name, flag) of every place a tokenizer comes from; on resume the run's own reference comes first."""
+        """(name, flag) of every place a tokenizer comes from; a resumed run without one has its own reference's."""
         found = []
         if self.model.model_name_or_path:
             found.append((self.model.model_name_or_path, "--model_name_or_path"))
         if self.sft.sft_checkpoint:
             found.append((self.sft.sft_checkpoint, "--sft_checkpoint"))
-        if not found and self.run.reference.is_dir():
+        if not found and self.resume and self.run.reference.is_dir():
             found.append((str(self.run.reference), "reference"))
         return found
 
@@ -169,7 +170,7 @@ class TextRun(Job):
     # --- the reference -------------------------------------------------------------------------------------------
 
     def make_reference(self, pairs: dict[str, Dataset]) -> None:
-        """SFT on the preferred responses, into reference/; or the model as given."""
+        """SFT, into reference/; or the model as given."""
         set_seed(self.training.seed)
         if self.past("sft", self.run.reference, self.run.summary.get("sft")):
             return
@@ -179,18 +180,21 @@ class TextRun(Job):
                 raise UserError("--sft_epochs 0 needs a model that has learned something: pass --model_name_or_path")
             flag = "--sft_checkpoint" if self.sft.sft_checkpoint else "--model_name_or_path"
             model = load_model(name, self.model, self.training.trust_remote_code, flag)
-            check_fits(model, self.tokenizer, self.training.max_length or 0)
+            self._check_fits(model)
             save = model.save_pretrained if self.run.main_process else silent
             self.publish(self.run.reference, save, self.tokenizer)
             self.run.summarize(sft={"skipped": name})
             return
         model = self._base_model()
-        check_fits(model, self.tokenizer, self.training.max_length or 0)
+        self._check_fits(model)
         checkpoint = self.checkpoint("sft")
         # not by `evaluate` before training: accelerate would take the model for prepared, and never average gradients
-        args = dataclasses.replace(self._sft_arguments(), eval_on_start=checkpoint is None)
+        own = self.training
+        args = self._arguments("sft", own if isinstance(own, TextSFTConfig) else sft_stage(own, self.sft))
+        args = dataclasses.replace(args, eval_on_start=checkpoint is None)
         rows = {
-            split: sft_rows(pairs[split], args.completion_only_loss is not False) for split in ("train", "validation")
+            split: sft_rows(pairs[split], args.completion_only_loss is not False, args.responses)
+            for split in ("train", "validation")
         }
         trainer = TextSFTTrainer(
             model=model,
@@ -222,21 +226,21 @@ class TextRun(Job):
         )
         free(trainer)
 
+    def _check_fits(self, model: Any) -> None:
+        new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
+        check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
+
     def _sft_loss(self, trainer: TextSFTTrainer) -> float:
         """Validation loss of the weights that are kept."""
-        evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] > 0]
-        if trainer.args.load_best_model_at_end and evaluated:
-            return min(entry["eval_loss"] for entry in evaluated)
-        if evaluated and evaluated[-1]["step"] == trainer.state.global_step:
-            return evaluated[-1]["eval_loss"]
-        return trainer.evaluate()["eval_loss"]
+        evaluated = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+        kept = epochs(trainer)["kept_step"]
+        return evaluated[kept] if kept in evaluated else trainer.evaluate()["eval_loss"]
 
-    def _sft_arguments(self) -> TextSFTConfig:
-        own = self.training
-        args = own if isinstance(own, TextSFTConfig) else sft_stage(own, self.sft)
+    def _arguments(self, stage: str, args: Any) -> Any:
+        """A stage's training arguments in this run's folder; the Hub is the run's, not a trainer's."""
         return dataclasses.replace(
             args,
-            output_dir=str(self.run.checkpoints("sft")),
+            output_dir=str(self.run.checkpoints(stage)),
             push_to_hub=False,
             report_to=args.report_to or "none",
         )
@@ -264,12 +268,7 @@ class TextRun(Job):
         reference = str(self.run.reference)
         model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
-        args = dataclasses.replace(
-            self.training,
-            output_dir=str(self.run.checkpoints("dpo")),
-            push_to_hub=False,
-            report_to=self.training.report_to or "none",
-        )
+        args = self._arguments("dpo", self.training)
         sharded = is_sharded()
         if sharded and self.model.use_peft:
             args.precompute_ref_log_probs = False  # the policy without its adapter runs only once it is sharded
@@ -319,8 +318,6 @@ class TextRun(Job):
         step, epoch = trainer.state.global_step, trainer.state.epoch
         self.run.log("dpo", "test", step, epoch, figures["test"])
         self.run.write_rows("scores.jsonl", self._scored(pairs["test"], preference_metrics(scores, loss)))
-        first = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
-        trained = (step - first) / step * (epoch or 0) * len(pairs["train"])
         self.run.summarize(
             dpo={
                 "train": trainer.last_train_metrics(),
@@ -335,7 +332,7 @@ class TextRun(Job):
                 "reference_seconds": trainer.reference_seconds,
                 "reference_pairs_read_from_cache": trainer.reference_pairs_read,
                 "dpo_seconds": seconds,
-                "dpo_pairs_per_second": trained / seconds,
+                "dpo_pairs_per_second": _rows_trained(trainer, checkpoint) / seconds,
             },
         )
         free(trainer)
@@ -346,12 +343,7 @@ class TextRun(Job):
         """Bradley–Terry from the reference's weights, into reward_model/; then the test, once."""
         if self.past("reward", self.run.reward_model, self.run.summary.get("reward")):
             return
-        args = dataclasses.replace(
-            self.training,
-            output_dir=str(self.run.checkpoints("reward")),
-            push_to_hub=False,
-            report_to=self.training.report_to or "none",
-        )
+        args = self._arguments("reward", self.training)
         peft_config = get_peft_config(self.model)
         if peft_config is not None:
             peft_config.task_type = "SEQ_CLS"  # so that PEFT trains the new head whole
@@ -377,7 +369,6 @@ class TextRun(Job):
         step, epoch = trainer.state.global_step, trainer.state.epoch
         self.run.log("reward", "test", step, epoch, figures["test"])
         self.run.write_rows("scores.jsonl", self._scored(pairs["test"], per_pair["test"]))
-        first = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
         self.run.summarize(
             reward={
                 "train": trainer.last_train_metrics(),
@@ -389,7 +380,7 @@ class TextRun(Job):
             throughput={
                 "preparation_seconds": self.preparation_seconds,
                 "reward_seconds": seconds,
-                "reward_pairs_per_second": (step - first) / step * (epoch or 0) * len(rows["train"]) / seconds,
+                "reward_pairs_per_second": _rows_trained(trainer, checkpoint) / seconds,
             },
         )
         free(trainer)
@@ -440,6 +431,7 @@ class TextRun(Job):
     def _answers(self, name: str, model: Any, prompts: list[list[int]]) -> dict[str, list[str]]:
         if not getattr(model, "is_quantized", False):
             model.to(self.training.device)
+        prompts = answerable(model, prompts, self.samples.max_new_tokens)
         return {
             kind: self.tokenizer.batch_decode(
                 answer(
@@ -458,18 +450,26 @@ class TextRun(Job):
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        made = (self.run.policy, self.run.reward_model, self.run.reference)
-        trained = next(folder for folder in made if folder.is_dir())
         base = self.model.model_name_or_path or self.sft.sft_checkpoint
-        self.end(trained, describe_results, partial(write_text_card, self.run, trained, base))
+        self.end(describe_results, partial(write_text_card, self.run, self.run.trained, base))
+
+
+def _rows_trained(trainer: Any, checkpoint: str | None) -> float:
+    """Rows that training went through since its checkpoint, each epoch's anew."""
+    step = trainer.state.global_step
+    first = step_of(Path(checkpoint)) if checkpoint else 0
+    return (step - first) / step * trainer.state.epoch * len(trainer.train_dataset)
 
 
 def describe_data(counts: dict[str, Any]) -> str:
     """The line that says what the data became."""
     dropped = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items() if number) or "none"
+    left_out = (
+        f", {counts['left_out']} in none (others of their conversation are held out)" if counts["left_out"] else ""
+    )
     cap = {name: sum(split[name] for split in counts["cap"].values()) for name in counts["cap"]["train"]}
     return (
-        f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "
+        f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test{left_out}; "
         f"dropped: {dropped}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
         f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "
         f"{cap['pairs_lost'] or 'no'} pair lost"
@@ -515,7 +515,6 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
             *describe_epochs(summary["reward"]),
             ("pairs per second", f"{summary['throughput']['reward_pairs_per_second']:.1f}"),
         ]
-    if "total_seconds" in summary.get("throughput", {}):
-        rows.append(("seconds in all", f"{summary['throughput']['total_seconds']:.0f}"))
+    rows.append(describe_seconds(summary["throughput"]))
     rows.append(("files", str(path)))
     return as_table(rows)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.data import MARKER, chitchat_pairs, parse_dialogue, turn_starts
+from resdpo_trl.sources import first_line
+from resdpo_trl.text.data import MARKER, chitchat_pairs, end_of_turn, parse_dialogue, rendered_turn_starts, turn_starts
 from resdpo_trl.text.tokens import tokenize_prompts
 
 QUICKSTART_PROMPTS = 32
@@ -50,12 +52,22 @@ def load_prompts(path: str | None, limit: int | None) -> tuple[list[Prompt], dic
 
 
 def write_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], bool]:
-    """A prompt as a model of this tokenizer reads it: text, where its turns start, whether a chat template wrote it."""
+    """A prompt as a model of this tokenizer reads it: text, where its turns start, whether a chat template wrote it.
+
+    Raises:
+        UserError: a conversation that the template does not take.
+    """
     if isinstance(prompt, str):
         return prompt, turn_starts(prompt), False
     if tokenizer.chat_template is not None:
-        text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        return text, [], True
+        try:
+            text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program: it may raise anything
+            raise UserError(
+                f"--prompts: the tokenizer's chat template does not take the conversation that begins "
+                f"{str(prompt)[:80]} ({first_line(error)}): mend or drop it"
+            ) from None
+        return text, rendered_turn_starts(prompt, text, tokenizer), True
     text = dialogue(prompt)
     return text, turn_starts(text), False
 
@@ -75,6 +87,13 @@ def prompt_ids(
     """Token ids of prompts, at most `budget` tokens each, and how many tokens each lost."""
     texts, starts, rendered = zip(*(write_prompt(prompt, tokenizer) for prompt in prompts), strict=True)
     return tokenize_prompts(list(texts), list(starts), tokenizer, budget, list(rendered))
+
+
+def answer_end(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end an answer to a prompt, as in training: a chat template's end of turn, or the end of text."""
+    if isinstance(prompt, str) or tokenizer.chat_template is None:
+        return [int(tokenizer.eos_token_id)]
+    return list(tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"])
 
 
 def _read(path: Path) -> tuple[list[Prompt], int]:
@@ -98,7 +117,7 @@ def _read(path: Path) -> tuple[list[Prompt], int]:
                     found.append([{"role": "user", "content": line.strip()}])
     except UnicodeDecodeError:
         raise UserError(f"{path}, after line {number}: not UTF-8; convert the file") from None
-    except (EOFError, gzip.BadGzipFile):
+    except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it anew") from None
     except OSError as error:
         raise UserError(f"--prompts {path}: can't be read ({error.strerror})") from None
@@ -110,6 +129,8 @@ def _prompt_of(line: str, place: str) -> Prompt:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not JSON ({error.msg}); mend or delete the line") from None
+    except RecursionError:
+        raise UserError(f"{place}: nested too deeply; mend or delete the line") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: not a JSON object; each line is one prompt")
     prompt = row.get("prompt")
@@ -117,10 +138,19 @@ def _prompt_of(line: str, place: str) -> Prompt:
         prompt = _dialogue_prompt(row["chosen"], row.get("rejected"))
         if prompt is None:
             raise UserError(f"{place}: the dialogue has no '\\n\\nAssistant:' to part its prompt at")
+    usable: Prompt | None = None
     if isinstance(prompt, str) and prompt.strip():
-        return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return [{"role": message["role"], "content": message["content"]} for message in prompt]
+        usable = prompt
+    elif isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+        usable = [{"role": message["role"], "content": message["content"]} for message in prompt]
+    if usable is not None:
+        try:
+            json.dumps(usable, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{place}: half of a surrogate pair (\\ud800 to \\udfff) is no text; mend the line"
+            ) from None
+        return usable
     raise UserError(
         f"{place}: needs 'prompt', a text or a list of messages with role (system, user, assistant) and content, or "
         "HH's 'chosen' dialogue"

@@ -1,15 +1,17 @@
 """The reference's log-probabilities on disk: computed once, read by later runs, sweep points and resumed runs.
 
 One Arrow file per key in the cache folder, with columns ref_chosen_logps and ref_rejected_logps (nats, float32) in the
-order of the pairs. The key is a digest of the reference's weights, the tokenized pairs (their cap shows in them) and
-how the forward pass was computed: whatever changes one of these reads another file.
+order of the pairs. The key is a digest of the reference's weights and configuration, the tokenized pairs (their cap
+shows in them) and how the forward pass was computed: whatever changes one of these reads another file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -18,6 +20,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers.utils import logging
 
 from resdpo_trl.text.data import fingerprint
+from resdpo_trl.text.model import base_model
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 logger = logging.get_logger(__name__)
@@ -43,6 +46,16 @@ def weights_digest(model: torch.nn.Module, left_out: str | None = None) -> str:
         raw = tensor.detach().cpu().contiguous().flatten()
         digest.update(raw.view(torch.uint8).numpy().data if raw.numel() else b"")
     return digest.hexdigest()
+
+
+def forward_config(model: Any) -> str:
+    """What a reference's configuration says of its forward pass (RoPE, norms; an adapter's scale), as JSON."""
+    parts = [base_model(model).config]
+    if "ref" in getattr(model, "peft_config", {}):  # a continued adapter; a new one is no part of the reference
+        parts.append(model.peft_config["ref"])
+    of_the_place = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
+    kept = [{name: value for name, value in part.to_dict().items() if name not in of_the_place} for part in parts]
+    return json.dumps(kept, sort_keys=True, default=lambda each: sorted(each) if isinstance(each, set) else str(each))
 
 
 def reference_key(weights: str, pairs: Dataset, forward: str, max_length: int | None) -> str:

@@ -29,8 +29,10 @@ from trl import RewardTrainer
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
+from resdpo_trl.processes import mean_over_processes, own_rows
 from resdpo_trl.sources import check_model_folder
 from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.data import end_of_turn
 from resdpo_trl.text.model import (
     check_fits,
     load_model,
@@ -39,7 +41,7 @@ from resdpo_trl.text.model import (
     not_a_model,
     with_faster_parts,
 )
-from resdpo_trl.text.tokens import tokenize
+from resdpo_trl.text.tokens import cache_key, tokenize
 from resdpo_trl.text.trainer import PairTrainer
 
 # TRL's names of a reward model's training figures, and the names that pairs have everywhere in a run's files
@@ -69,6 +71,7 @@ def reward_rows(tokenized: Dataset) -> Dataset:
         batched=True,
         remove_columns=columns,
         features=Features({"chosen_ids": ids, "rejected_ids": ids, "length": Value("int32")}),
+        new_fingerprint=cache_key(_reward_batch, tokenized),
         desc="Rows for the reward model",
     )
 
@@ -103,9 +106,48 @@ def untrained_reward_model(
 class TextRewardTrainer(PairTrainer, RewardTrainer):
     """`trl.RewardTrainer` on the rows of `reward_rows`.
 
-    The loss is TRL's own. What differs: batches are of like length, evaluation is the mean over all pairs, and its
-    figures have the names that pairs have in the rest of a run (`rewards/accuracies` for TRL's `accuracy`).
+    The loss and the figures of training are TRL's own. What differs: batches are of like length, on several processes
+    an epoch's last batch counts each row once, evaluation is the mean over all pairs, and its figures have the names
+    that pairs have in the rest of a run (`rewards/accuracies` for TRL's `accuracy`).
     """
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The mean of −log σ(r_w − r_l) + c·(r_w + r_l)² over the batch's own pairs, c the centring coefficient."""
+        read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        rewards = model(**read, use_cache=False).logits.squeeze(-1)
+        chosen, rejected = (own_rows(inputs, side) for side in rewards.chunk(2))  # the collator puts all chosen first
+        loss = mean_over_processes(inputs, -torch.nn.functional.logsigmoid(chosen - rejected))
+        if self.args.center_rewards_coefficient is not None:
+            squares = mean_over_processes(inputs, (chosen + rejected) ** 2)
+            loss = loss + self.args.center_rewards_coefficient * squares
+        self._note(rewards.detach(), inputs)
+        return loss
+
+    @torch.no_grad()
+    def _note(self, rewards: Tensor, inputs: dict[str, Any]) -> None:
+        """Keep this step's figures, over all processes' own pairs, for `log`."""
+        sides = rewards.float().chunk(2)
+        tokens = sum(inputs["attention_mask"].chunk(2)).sum(1)
+        own = torch.arange(len(tokens), device=tokens.device) < inputs.get("own_rows", len(tokens))
+        every = self.accelerator.gather(torch.stack([*sides, tokens, own], 1))  # (B on each process, 4)
+        chosen, rejected, tokens, _ = every[every[:, 3] == 1].unbind(1)
+        self._total_train_tokens += int(tokens.sum().item())
+        figures = {
+            "min_reward": torch.minimum(chosen, rejected).min(),
+            "mean_reward": (chosen + rejected).mean() / 2,
+            "max_reward": torch.maximum(chosen, rejected).max(),
+            "accuracy": (chosen > rejected).float().mean(),
+            "margin": (chosen - rejected).mean(),
+        }
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value.item())
 
     def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:
         """Rewards of every pair as `bradley_terry` pairs, in the data set's order, on the CPU."""
@@ -183,9 +225,11 @@ class RewardModel:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise not_a_model(name, flag, error) from None
         self.model: Any = with_faster_parts(loaded, chosen=model.attn_implementation is None)
+        # the model reads at the last token that is not this one
         text_config = self.model.config.get_text_config()
-        if text_config.pad_token_id is None:
+        if text_config.pad_token_id not in range(text_config.vocab_size):
             text_config.pad_token_id = self.tokenizer.pad_token_id
+        self._padding: int = text_config.pad_token_id
         self.model.to(PartialState().device).eval()
 
     def pair_rewards(
@@ -212,22 +256,21 @@ class RewardModel:
         Args:
             prompts: columns prompt and turn_starts, as `load_preferences` gives them.
             answers: a text a prompt, without special tokens.
-            ended: whether each ended by itself; one that was cut short gets no end-of-text token.
+            ended: whether each ended by itself; one that was cut short gets no end.
             max_length, max_response_length, ends_turns: as `resdpo_trl.text.tokens.tokenize` has them.
         """
         check_fits(self.model, self.tokenizer, max_length)
         kept = [name for name in ("prompt", "turn_starts") if name in prompts.column_names]
-        rows = prompts.select_columns(kept).add_column("chosen", list(answers)).add_column("rejected", list(answers))
-        end = self.tokenizer.eos_token_id
+        ending = end_of_turn(self.tokenizer) if ends_turns else ""
+        texts = [text + ending if whole else text for text, whole in zip(answers, ended, strict=True)]
+        rows = prompts.select_columns(kept).add_column("chosen", texts).add_column("rejected", texts)
         sequences = []
         for row, whole in zip(
             tokenize(rows, self.tokenizer, max_length, max_response_length, ends_turns), ended, strict=True
         ):
             ids = row["prompt_ids"] + row["chosen_ids"]
-            if not whole and ids[-1] == end:
+            if not whole and not ends_turns and ids[-1] == self.tokenizer.eos_token_id:
                 ids = ids[:-1]
-            elif whole and ends_turns and not row["chosen_tokens_cut"]:
-                ids = [*ids, end]  # the template's end of turn went with the special tokens
             sequences.append(ids)
         return self.score(sequences, batch_size)
 
@@ -236,13 +279,13 @@ class RewardModel:
         """(N,) float32 rewards of token ids, on the CPU; longest batches first."""
         order = sorted(range(len(sequences)), key=lambda at: -len(sequences[at]))
         rewards = torch.empty(len(sequences))
-        device, padding = self.model.device, int(self.tokenizer.pad_token_id)
+        device = self.model.device
         starts = range(0, len(order), batch_size)
         for start in tqdm(starts, desc="Rewards", leave=False, delay=2):
             at = order[start : start + batch_size]
             rows = [list(sequences[index]) for index in at]
             width = len(rows[0])
-            ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows], device=device)
+            ids = torch.tensor([row + [self._padding] * (width - len(row)) for row in rows], device=device)
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits

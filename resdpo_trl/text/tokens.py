@@ -13,6 +13,8 @@ Both responses see the same prompt, and no pair is lost.
 from __future__ import annotations
 
 import hashlib
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +59,11 @@ def tokenize(
             f"--max_response_length {max_response_length}: must lie between 1 and --max_length − {SHORTEST // 2} "
             f"({max_length - SHORTEST // 2}), so that the prompt keeps its end"
         )
-    if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs the model's fast tokenizer")
+    check_fast(tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token (eos_token): set one in its tokenizer_config.json")
     ids = List(Value("int32"))
+    options = {"max_length": max_length, "max_response_length": max_response_length, "ends_turns": ends_turns}
     counts = ("length", "turns_dropped", "prompt_tokens_dropped", "chosen_tokens_cut", "rejected_tokens_cut")
     return pairs.map(
         _tokenize_batch,
@@ -70,22 +72,38 @@ def tokenize(
         features=Features(
             {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids} | {name: Value("int32") for name in counts}
         ),
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "max_response_length": max_response_length,
-            "ends_turns": ends_turns,
-        },
-        new_fingerprint=_cache_key(pairs, tokenizer, max_length, max_response_length, ends_turns),
+        fn_kwargs={"tokenizer": tokenizer, **options},
+        new_fingerprint=cache_key(_tokenize_batch, pairs, options, tokenizer_state(tokenizer)),
         desc=description,
     )
 
 
-def _cache_key(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *caps: int) -> str:
-    """What names the cached result. `datasets` would pickle the whole tokenizer for it: seconds a split, and another
-    key once the tokenizer has been used."""
-    parts = (pairs._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, tokenizer.bos_token, caps)
-    return hashlib.sha256(Path(__file__).read_bytes() + repr(parts).encode()).hexdigest()[:32]
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a UserError where a tokenizer does not say which characters a token stands for."""
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs the model's fast tokenizer")
+
+
+def cache_key(function: Callable[..., Any], rows: Dataset, *options: Any) -> str:
+    """What names the cached result of mapping a module's function over rows.
+
+    `datasets` names it by the function's name alone, so that a changed one would give what the old one gave; here the
+    module's source is part of it. And it would pickle a tokenizer for it: seconds a split, and another key once the
+    tokenizer has been used.
+
+    Args:
+        function: what is mapped; its whole module counts.
+        options: what the result depends on besides the rows; their `repr` must say all of it.
+    """
+    source = Path(inspect.getfile(function)).read_bytes()
+    parts = (function.__name__, rows._fingerprint, options)
+    return hashlib.sha256(source + repr(parts).encode()).hexdigest()[:32]
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What a tokenizer's results depend on, for `cache_key`."""
+    check_fast(tokenizer)
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template
 
 
 def cap_counts(tokenized: Dataset) -> dict[str, int]:
@@ -111,28 +129,38 @@ def cap_counts(tokenized: Dataset) -> dict[str, int]:
     }
 
 
-def sft_rows(tokenized: Dataset, completion_only_loss: bool) -> Dataset:
-    """Rows of TRL's `SFTTrainer`: the prompt with its chosen response, labels on the response (or on everything)."""
+def sft_rows(tokenized: Dataset, completion_only_loss: bool, responses: str = "chosen") -> Dataset:
+    """Rows of TRL's `SFTTrainer`: a prompt with its response, labels on the response (or on everything).
+
+    A pair gives one row, with its `chosen` response, or two, with `both`.
+    """
     from datasets import Features, List, Value
 
     ids = List(Value("int32"))
-    return tokenized.select_columns(["prompt_ids", "chosen_ids"]).map(
+    sides = ["chosen_ids", "rejected_ids"] if responses == "both" else ["chosen_ids"]
+    options = {"completion_only_loss": completion_only_loss, "sides": sides}
+    return tokenized.select_columns(["prompt_ids", *sides]).map(
         _sft_batch,
         batched=True,
-        remove_columns=["prompt_ids", "chosen_ids"],
+        remove_columns=["prompt_ids", *sides],
         features=Features({"input_ids": ids, "labels": ids, "length": Value("int32")}),
-        fn_kwargs={"completion_only_loss": completion_only_loss},
+        fn_kwargs=options,
+        new_fingerprint=cache_key(_sft_batch, tokenized, options),
         desc="Rows for SFT",
     )
 
 
-def cap_prompt(prompt: list[int], turn_tokens: list[int], budget: int) -> tuple[list[int], int]:
-    """The newest `budget` tokens of a prompt, cut at a turn's start where one lets enough of it stay.
+def cap_prompt(
+    prompt: list[int], turn_tokens: list[int], budget: int, beginning: Sequence[int] = ()
+) -> tuple[list[int], int]:
+    """The newest `budget` tokens of a prompt, at most: its oldest turns go, as few as will do; where the newest turn
+    alone is too long, its oldest tokens.
 
     Args:
         prompt: token ids.
         turn_tokens: ascending indices of the tokens at which turns start, the first turn's 0 left out.
         budget: tokens to keep, at most.
+        beginning: the beginning-of-text token, which a prompt that begins with it keeps.
 
     Returns:
         The kept ids, and how many whole turns were dropped.
@@ -140,10 +168,16 @@ def cap_prompt(prompt: list[int], turn_tokens: list[int], budget: int) -> tuple[
     excess = len(prompt) - budget
     if excess <= 0:
         return prompt, 0
-    for dropped, start in enumerate(turn_tokens, 1):
-        if start >= excess:
-            return prompt[start:], dropped
-    return prompt[excess:], len(turn_tokens)  # the newest turn alone is too long
+    stays = list(beginning) if prompt[: len(beginning)] == list(beginning) else []
+    excess += len(stays)
+    start, dropped = excess, len(turn_tokens)  # the newest turn alone is too long
+    for number, turn in enumerate(turn_tokens, 1):
+        if turn >= excess:
+            start, dropped = turn, number
+            break
+    kept = prompt[start:]
+    # of some templates every turn begins with that token
+    return kept if kept[: len(stays)] == stays else stays + kept, dropped
 
 
 def tokenize_prompts(
@@ -164,15 +198,15 @@ def tokenize_prompts(
     Returns:
         The ids, and how many tokens each prompt lost.
     """
-    if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs the model's fast tokenizer")
+    check_fast(tokenizer)
     encoded = tokenizer(prompts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
     beginning = _beginning(tokenizer)
     found, lost = [], []
     for row, ids in enumerate(encoded["input_ids"]):
         start = [] if rendered[row] else beginning
         tokens = (_token_at(encoded, row, offset) for offset in turn_starts[row])
-        kept, _ = cap_prompt(ids, [token for token in tokens if token is not None], budget - len(start))
+        turns = [token for token in tokens if token is not None]
+        kept, _ = cap_prompt(ids, turns, budget - len(start), _written_beginning(tokenizer, rendered[row]))
         found.append(start + kept)
         lost.append(len(ids) - len(kept))
     return found, lost
@@ -211,7 +245,8 @@ def _tokenize_batch(
         kept, turns = prompt, 0
         if len(prompt) > budget:
             tokens = (_token_at(encoded, row, offset) for offset in batch["turn_starts"][row])
-            kept, turns = cap_prompt(prompt, [token for token in tokens if token is not None], budget)
+            starts = [token for token in tokens if token is not None]
+            kept, turns = cap_prompt(prompt, starts, budget, _written_beginning(tokenizer, ends_turns))
         out["prompt_ids"].append(start + kept)
         out["chosen_ids"].append(chosen[:limit])
         out["rejected_ids"].append(rejected[:limit])
@@ -237,10 +272,16 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
-def _sft_batch(batch: dict[str, list[Any]], completion_only_loss: bool) -> dict[str, list[Any]]:
+def _written_beginning(tokenizer: PreTrainedTokenizerBase, rendered: bool) -> list[int]:
+    """The beginning-of-text token that a chat template may have written at a text's start."""
+    return [tokenizer.bos_token_id] if rendered and tokenizer.bos_token_id is not None else []
+
+
+def _sft_batch(batch: dict[str, list[Any]], completion_only_loss: bool, sides: list[str]) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for prompt, chosen in zip(batch["prompt_ids"], batch["chosen_ids"], strict=True):
-        out["input_ids"].append(prompt + chosen)
-        out["labels"].append([-100] * len(prompt) + chosen if completion_only_loss else prompt + chosen)
-        out["length"].append(len(prompt) + len(chosen))
+    for prompt, *responses in zip(batch["prompt_ids"], *(batch[side] for side in sides), strict=True):
+        for response in responses:
+            out["input_ids"].append(prompt + response)
+            out["labels"].append([-100] * len(prompt) + response if completion_only_loss else prompt + response)
+            out["length"].append(len(prompt) + len(response))
     return out

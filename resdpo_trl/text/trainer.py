@@ -29,6 +29,7 @@ from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
 from resdpo_trl.text.model import base_model
 from resdpo_trl.text.reference_cache import (
     cache_folder,
+    forward_config,
     read_reference,
     reference_key,
     weights_digest,
@@ -83,9 +84,9 @@ class _TextTrainer(EveryRowOnce, Resumable):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._tokens and not any(name.startswith("eval_") for name in logs):
-            tokens = torch.stack(self._tokens).double().sum(0)
+            tokens = torch.stack(self._tokens).sum(0)
             real, padding = self.accelerator.reduce(tokens).tolist()
-            self._total_train_tokens += int(real)
+            self._total_train_tokens += real
             logs["num_tokens"] = self._total_train_tokens
             logs["padding"] = padding / (real + padding)
             self._tokens.clear()
@@ -111,6 +112,9 @@ class _TextTrainer(EveryRowOnce, Resumable):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthSampler(batch, dataset["length"][:], seed)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # tokenized and capped already
 
 
 class TextSFTTrainer(_TextTrainer, SFTTrainer):
@@ -176,9 +180,6 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
             batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
 
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset  # tokenized and capped already
-
 
 class PairTrainer(_TextTrainer, Trainer):
     """A Trainer of pairs whose evaluation is the mean over all pairs, not over batches."""
@@ -212,11 +213,11 @@ class PairTrainer(_TextTrainer, Trainer):
             if name not in ("step", "epoch") and not name.endswith(TIMINGS)
         }
 
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset  # tokenized and capped already
+    def _over_pairs(self, dataset: Dataset, function: Any, description: str, batch_size: int | None = None) -> LogProbs:
+        """Apply `function(model, batch) -> LogProbs` to all pairs, longest first, and undo the sorting.
 
-    def _over_pairs(self, dataset: Dataset, function: Any, description: str) -> LogProbs:
-        """Apply `function(model, batch) -> LogProbs` to all pairs, longest first, and undo the sorting."""
+        `batch_size` pairs at once on each device; --per_device_eval_batch_size by default.
+        """
         order = np.argsort(np.asarray(dataset["length"][:]), kind="stable")[::-1].copy()
         self._set_signature_columns_if_needed()
         signature: list[str] = self._signature_columns or []
@@ -224,8 +225,7 @@ class PairTrainer(_TextTrainer, Trainer):
         loader = self.accelerator.prepare_data_loader(
             DataLoader(
                 dataset.select(order).select_columns(columns),
-                batch_size=getattr(self.args, "precompute_ref_batch_size", None)
-                or self.args.per_device_eval_batch_size,
+                batch_size=batch_size or self.args.per_device_eval_batch_size,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory,
@@ -311,7 +311,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         started = time.perf_counter()
         found = self._cached_reference(dataset)
         if found is None:
-            pairs = self._over_pairs(dataset, self._reference_only, description)
+            pairs = self._over_pairs(dataset, self._reference_only, description, self.args.precompute_ref_batch_size)
             found = pairs.ref_chosen, pairs.ref_rejected
             if self._cache is not None and self.is_world_process_zero():
                 write_reference(self._cache, self._reference_key(dataset), *found)
@@ -336,8 +336,9 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             # the adapter in training is no part of the reference: TRL keeps a copy of a continued one as "ref"
             self._weights = weights_digest(model, ".default." if hasattr(model, "peft_config") else None)
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
-        attention = base_model(self.accelerator.unwrap_model(self.model)).config._attn_implementation
-        forward = f"{precision} {attention} {'shared' if self.args.prefix_sharing else 'plain'}"
+        model = self.accelerator.unwrap_model(self.model)
+        attention = base_model(model).config._attn_implementation
+        forward = f"{precision} {attention} {'shared' if self.args.prefix_sharing else 'plain'} {forward_config(model)}"
         return reference_key(self._weights, dataset, forward, self.args.max_length)
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -35,6 +35,33 @@ def test_the_same_images_whatever_the_limits(image_folder):
     assert torch.equal(less["train"].pixels, full["train"].pixels[:20])
     assert less["validation"].fingerprint() == full["validation"].fingerprint()
     assert less["train"].fingerprint() != full["train"].fingerprint()
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_limit_takes_images_of_every_class(tmp_path, split):
+    """Folders of one folder a class come a class at a time: the first rows would be of one class."""
+    for part, count in (("train", 40), (split, 60)):
+        for number, pixels in enumerate(draw(count).pixels):
+            place = tmp_path / part / f"class {number * 3 // count}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number}.png").write_bytes(as_png(pixels))
+    flag = {"test": "max_test_samples", "validation": "max_eval_samples"}[split]
+    whole, many, few = (load(tmp_path, **{flag: limit})[split] for limit in (None, 30, 12))
+    assert [len(images) for images in (whole, many, few)] == [60, 30, 12]
+    assert set(few.labels.tolist()) == {0, 1, 2}
+    rows = [[bytes(image.numpy()) for image in images.pixels] for images in (whole, many, few)]
+    assert set(rows[2]) < set(rows[1]) < set(rows[0])
+    assert load(tmp_path, **{flag: 60})[split].fingerprint() == whole.fingerprint()
+
+
+def test_training_files_of_any_name_are_one_split(tmp_path):
+    write_parquet(tmp_path / "data" / "train.parquet", draw(30))
+    write_parquet(tmp_path / "data" / "test.parquet", draw(12, seed=1))
+    both = load_dataset(str(tmp_path / "data"))
+    both["more"] = both["train"].select(range(20))
+    both.save_to_disk(str(tmp_path / "saved"))
+    images = load(tmp_path / "saved", validation_fraction=0.1)
+    assert [len(images[split]) for split in ("train", "validation", "test")] == [45, 5, 12]
 
 
 def test_a_test_split_is_held_out_where_there_is_none(tmp_path):
@@ -72,6 +99,50 @@ def test_the_digits_of_scikit_learn():
     assert sum(images.counts[split] for split in ("train", "validation", "test")) == 1797
     assert torch.equal(images["train"].pixels[:, 0], images["train"].pixels[:, 2])
     assert images["train"].pixels.max() == 255
+
+
+def test_the_digits_have_any_size():
+    assert load("digits", image_size=24)["train"].pixels.shape[1:] == (3, 24, 24)
+
+
+@pytest.fixture
+def torchvisions_folder(tmp_path, monkeypatch):
+    """A folder as torchvision's, of 40 drawn images, with checksums that torchvision takes for the published ones."""
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    images = draw(40, size=32)
+    rows, labels = images.pixels.flatten(1).numpy(), images.labels.tolist()
+    monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", {"data": rows[:30], "labels": labels[:30]})])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", {"data": rows[30:], "labels": labels[30:]})])
+    name, checksum = write("batches.meta", {"label_names": ["red", "green", "blue", "yellow"]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": checksum})
+    return tmp_path, images
+
+
+def test_torchvisions_folder_and_its_other_sizes(tmp_path, torchvisions_folder):
+    folder, drawn = torchvisions_folder
+    images = load(folder)
+    assert images.label_names == ["red", "green", "blue", "yellow"]
+    assert torch.equal(images["test"].pixels, drawn.pixels[30:]) and torch.equal(
+        images["test"].labels, drawn.labels[30:]
+    )
+    # resized they are the pixels that files of the same images give
+    write_parquet(tmp_path / "files" / "train.parquet", drawn[:30])
+    write_parquet(tmp_path / "files" / "test.parquet", drawn[30:])
+    resized, files = load(folder / "cifar-10-batches-py", image_size=20), load(tmp_path / "files", image_size=20)
+    for split in ("train", "validation", "test"):
+        assert resized[split].pixels.shape[2:] == (20, 20)
+        assert resized[split].fingerprint() == files[split].fingerprint()
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -137,6 +208,38 @@ def test_a_label_outside_the_classes_is_named(tmp_path):
 def test_columns_that_are_missing_or_of_another_type(image_folder, options, message):
     with pytest.raises(UserError, match=message):
         load(image_folder, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"class_names": ["a", "b"]}, {"label_column": "kind"}, {"dataset_data_dir": "x"}], ids=str
+)
+def test_flags_that_the_digits_and_torchvisions_folder_have_no_use_for(torchvisions_folder, options):
+    for name in ("digits", torchvisions_folder[0]):
+        with pytest.raises(UserError, match=f"--{next(iter(options))} is of no use with --dataset_name .*: drop it"):
+            load(name, **options)
+
+
+def test_one_class_is_refused(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", draw(20, classes=1), names=("red",))
+    with pytest.raises(UserError, match=r"1 class \(red\); a classifier needs at least two"):
+        load(file)
+
+
+def test_memory_is_checked_for_all_splits_and_their_copy(image_folder, monkeypatch):
+    import psutil
+
+    needed = 2 * 220 * 3 * 16 * 16  # as decoded, and once more in the splits' order
+    for free, enough in ((needed - 1, False), (needed, True)):
+        memory = psutil.virtual_memory()._replace(available=free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        if enough:
+            load(image_folder)
+        else:
+            with pytest.raises(UserError, match=r"16×16 pixels: 220 such images take .* pass a smaller --image_size"):
+                load(image_folder)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10**6))
+    with pytest.raises(UserError, match="1797 such images"):
+        load("digits")
 
 
 def test_no_image_column(tmp_path):

@@ -148,6 +148,16 @@ def test_an_unknown_architecture_names_the_nearest():
         check_architecture("resnet19")
 
 
+@pytest.mark.parametrize(("widths", "least"), [([24, 24, 24], 9), ([24, 24], 5)])
+def test_the_fast_network_says_what_images_are_too_small(widths, least):
+    with pytest.raises(
+        UserError, match=rf"--arch fast: .* {least}×{least} pixels or more, and these have {least - 1}×"
+    ):
+        build_classifier(config(widths=widths, image_size=least - 1), 0, IMAGES[:, :, : least - 1, : least - 1])
+    smallest = build_classifier(config(widths=widths, image_size=least), 0, IMAGES[:, :, :least, :least])
+    assert smallest(IMAGES[:, :, :least, :least]).logits.shape == (50, 4)
+
+
 @pytest.mark.parametrize(
     ("arch", "weights", "message"),
     [

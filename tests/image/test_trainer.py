@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.architecture import ImageClassifierConfig
-from resdpo_trl.image.augment import AugmentConfig
-from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
+from resdpo_trl.image.augment import Augmentation, AugmentConfig
+from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig, ReferenceStageConfig, reference_stage
 from resdpo_trl.image.model import build_classifier, image_processor
 from resdpo_trl.image.rejected import SAMPLING, RejectedClasses
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
@@ -180,7 +180,7 @@ def test_the_first_steps_gradient_is_the_hand_written_one(tmp_path):
     job = trainer(tmp_path, max_steps=1, rejected_sampling="all", beta=0.5, lr_scheduler_type="constant")
     plain, reference = copy.deepcopy(job.model).train(), copy.deepcopy(job.model).eval()
     job.train()
-    job.set_epoch(0)
+    job._sampler.set_epoch(0)
     index = torch.tensor(list(job._sampler)[:16])
     images, labels = job.batch({"index": index})
     ratios = plain(images).logits.log_softmax(1) - reference(images).logits.log_softmax(1).detach()
@@ -243,12 +243,55 @@ def test_pairs_without_signal_are_masked_and_counted(tmp_path):
     job = trainer(tmp_path, rejected_sampling="random", max_steps=4, num_train_epochs=4)
     masked = logged(job, "masked_pairs")
     assert 0 < sum(masked) / len(masked) < 0.6
-    job.set_epoch(0)
+    job._sampler.set_epoch(0)
     first = torch.tensor(list(job._sampler)[:16])
     rejected = job.rejected(first, torch.zeros(16, 4))[:, 0]
     assert masked[0] == pytest.approx((rejected == job.train_images.labels[first]).float().mean().item())
     # the first step's loss is that of the pairs with a signal alone: ln 2, not less
     assert job.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+
+
+def test_figures_of_pairs_are_over_the_pairs_with_a_signal(tmp_path, tables):
+    job = trainer(tmp_path, rejected_sampling="random")
+    logits, ref, labels = tables
+    logps = logits.log_softmax(1)
+    rejected = torch.tensor([[0], [2], [2], [1], [4], [2]])  # images 0, 2, 4 and 5 drew their own class
+    signal = rejected != labels[:, None]
+    for rows in (slice(0, 4), slice(4, 6)):  # two steps, the second without any signal
+        pairs = classifier_pairs(logps[rows], ref[rows], labels[rows], rejected[rows])
+        job._note(pairs, logps[rows], ref[rows], labels[rows], signal[rows])
+    means = job._take_means()
+    pairs = classifier_pairs(logps, ref, labels, rejected)
+    chosen, lost = job.preference_loss.rewards(pairs)
+    weights, _ = job.preference_loss.gradient_weights(pairs)
+    assert means["masked_pairs"] == pytest.approx(4 / 6)
+    assert means["rewards/margins"] == pytest.approx((chosen - lost)[signal].mean().item(), rel=1e-5)
+    assert means["rewards/accuracies"] == pytest.approx((chosen > lost)[signal].float().mean().item())
+    assert means["logps/rejected"] == pytest.approx(pairs.rejected[signal].mean().item(), rel=1e-5)
+    assert means["gradient_weights/chosen"] == pytest.approx(weights[signal].mean().item(), rel=1e-5)
+    assert means["accuracy"] == pytest.approx((logps.argmax(1) == labels).float().mean().item())
+    job._note(pairs, logps, ref, labels, torch.zeros_like(signal))
+    assert set(job._take_means()) == {"accuracy", "kl", "masked_pairs"}
+
+
+def test_what_is_drawn_once_an_epoch_follows_the_epoch(tmp_path):
+    job = trainer(tmp_path, rejected_sampling="uniform", num_train_epochs=3)
+    augmentation = Augmentation(job.augmentation.config, 64, job.args.seed)
+    rejected = RejectedClasses("uniform", job.train_images.labels, 4, job.args.seed)
+    orders = []
+
+    class Watch(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            epoch = len(orders)
+            orders.append(list(job._sampler))
+            for each in (augmentation, rejected):
+                each.set_epoch(epoch)
+            assert torch.equal(job.augmentation._shift, augmentation._shift)
+            assert torch.equal(job.rejected._uniform, rejected._uniform)
+
+    job.add_callback(Watch())
+    job.train()
+    assert len(orders) == 3 and orders[0] != orders[1] != orders[2]
 
 
 @pytest.mark.parametrize("loss_type", sorted(LOSSES))
@@ -334,8 +377,55 @@ def test_cross_entropy_learns_and_biases_and_filters_have_their_own_rates(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("metric", "better", "stage"),
+    [
+        ("rewards/margins", True, ("eval_accuracy", True)),
+        ("eval_kl", False, ("eval_accuracy", True)),
+        ("eval_logps/rejected", False, ("eval_accuracy", True)),
+        ("eval_loss", False, ("eval_loss", False)),
+        ("accuracy", True, ("accuracy", True)),
+    ],
+)
+def test_the_best_epoch_is_chosen_by_a_figure_that_the_stage_has(tmp_path, metric, better, stage):
+    options = {"metric_for_best_model": metric, "eval_strategy": "epoch", "save_strategy": "epoch", "select": "best"}
+    job = trainer(tmp_path, num_train_epochs=2, **options)
+    assert job.args.greater_is_better is better
+    found = logged(job, f"eval_{metric.removeprefix('eval_')}")
+    assert job.state.best_metric == (max(found) if better else min(found))
+    args = reference_stage(job.args, ReferenceStageConfig())
+    assert (args.metric_for_best_model, args.greater_is_better) == stage
+
+
+def test_the_figures_to_choose_by_are_those_of_an_evaluation(tmp_path):
+    job = trainer(tmp_path)
+    assert set(job.evaluate()) - {"epoch"} == {f"eval_{name}" for name in ClassifierDPOConfig.figures}
+    assert set(ClassifierTrainer._figures(job, job.eval_dataset)) == set(CrossEntropyConfig.figures)
+
+
+def test_the_reference_stage_has_the_schedules_arguments(tmp_path):
+    options = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    dpo = ClassifierDPOConfig(output_dir=str(tmp_path), **OPTIONS | options)
+    assert reference_stage(dpo, ReferenceStageConfig()).lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_images_that_make_no_batch_or_are_smaller_than_the_crop(tmp_path):
+    message = "--per_device_train_batch_size 65: 64 training images are no whole batch: lower it, or pass"
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, per_device_train_batch_size=65)
+    trainer(tmp_path, per_device_train_batch_size=65, dataloader_drop_last=False, max_steps=1).train()
+    with pytest.raises(UserError, match=r"--crop_padding 16: must be below the images' size, which is 16×16 pixels"):
+        trainer(tmp_path, augment=AugmentConfig(crop_padding=16))
+    trainer(tmp_path, augment=AugmentConfig(crop_padding=15), max_steps=1).train()
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
+        ({"metric_for_best_model": "eval_accurcy"}, "--metric_for_best_model eval_accurcy: must be one of eval_loss,"),
+        ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy is not supported here: each epoch"),
+        ({"bf16_full_eval": True}, "--bf16_full_eval is not supported here: evaluation is"),
+        ({"include_for_metrics": ["loss"]}, "--include_for_metrics is not supported"),
+        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha is not supported"),
         ({"polyak_tau": 0.0}, "--polyak_tau 0.0: must lie in"),
         ({"muon_learning_rate": -0.1}, "--muon_learning_rate -0.1: must be at least 0"),
         ({"polyak_tau": 1.1}, "--polyak_tau 1.1: must lie in"),

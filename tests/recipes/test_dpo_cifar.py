@@ -122,15 +122,12 @@ def test_cross_entropy_alone_then_dpo_from_it(recipe, tmp_path, image_folder):  
     card = (tmp_path / "ce" / "policy" / "README.md").read_text()
     assert "Trained by cross-entropy" in card
     status, said, wrong = recipe(
-        "dpo_cifar.py",
-        *data,
-        "--reference_model",
-        tmp_path / "ce" / "policy",
-        "--output_dir",
-        tmp_path / "d",
-        "--do_copy",
-    )
+        "dpo_cifar.py", *data, "--reference_model", tmp_path / "ce" / "policy", "--output_dir", tmp_path / "d",
+        "--do_copy", "--compare_cross_entropy", "--widths", "24", "32", "40",
+    )  # fmt: skip
     assert status == 0, wrong
+    baseline = json.loads((tmp_path / "d" / "compared" / "cross_entropy" / "config.json").read_text())
+    assert baseline["widths"] == [24, 24]  # as the given reference, whatever --widths says
     summary = json.loads((tmp_path / "d" / "summary.json").read_text())
     assert summary["dpo"]["reference_update"] == "copy"
     assert summary["reference"]["given"] == str(tmp_path / "ce" / "policy")
@@ -181,6 +178,10 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, image_folder):
         (["--rejected_samplign", "all"], "unknown flag --rejected_samplign; did you mean rejected_sampling?"),
         (["--image_column", "picture"], "no such column"),
         (["--rejected_sampling", "every"], "argument --rejected_sampling"),
+        (["--gradient_checkpointing"], "--gradient_checkpointing is not supported here"),
+        (["--crop_padding", "16"], "--crop_padding 16: must be below the images' size"),
+        (["--max_train_samples", "50"], "50 training images are no whole batch"),
+        (["--image_size", "8"], "--arch fast: --widths"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -195,18 +196,30 @@ def test_bad_input_is_one_line_and_status_2(recipe, tmp_path, image_folder, argu
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"classes": 3}, "it has 4 classes and the data 3"), ({"size": 24}, "it was made for 16×16 images and the data")],
+    [
+        ({"classes": 3}, "it has 4 classes and the data 3"),
+        ({"names": ("red", "green", "cyan", "yellow")}, "its class 2 is blue and the data's cyan: pass"),
+        ({"size": 24}, "it was made for 16×16 images and the data"),
+    ],
 )
 def test_a_reference_of_another_shape(recipe, tmp_path, finished, options, message):
     folder, _ = finished
-    names = ("red", "green", "blue", "yellow")[: options.get("classes", 4)]
+    names = options.pop("names", ("red", "green", "blue", "yellow"))[: options.get("classes", 4)]
     write_parquet(tmp_path / "a.parquet", draw(60, **options), names=names)
-    status, _, said = recipe(
-        "dpo_cifar.py", "--dataset_name", tmp_path / "a.parquet", "--reference_model", folder / "reference",
-        "--output_dir", tmp_path / "d",
-    )  # fmt: skip
+    for name, flag, more in (
+        ("dpo_cifar.py", "--reference_model", ["--output_dir", tmp_path / "d"]),
+        ("evaluate_cifar.py", "--model", []),
+    ):
+        status, _, said = recipe(name, "--dataset_name", tmp_path / "a.parquet", flag, folder / "reference", *more)
+        assert status == 2
+        assert f"{flag} {folder / 'reference'}: {message}" in said
+
+
+@pytest.mark.parametrize("beta", ["0", "inf", "nan"])
+def test_a_beta_that_makes_no_sense(recipe, beta):
+    status, _, said = recipe("evaluate_cifar.py", "--model", "nothing", "--beta", beta)
     assert status == 2
-    assert message in said
+    assert f"--beta {float(beta)}: must be above 0 and finite" in said
 
 
 def test_a_run_is_not_overwritten(recipe, finished, image_folder):  # noqa: F811

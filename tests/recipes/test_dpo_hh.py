@@ -239,6 +239,26 @@ def test_sft_checkpoint_skips_sft(recipe, tmp_path, pairs_file, model_folder):
     assert {row["stage"] for row in rows_of(tmp_path / "d" / "metrics.jsonl")} == {"dpo"}
 
 
+def test_sft_keeps_what_was_asked_for_and_answers_within_the_models_positions(recipe, tmp_path, pairs_file, tokenizer):
+    """Prompts as long as the model has positions; the loss that is told is that of the weights that are kept."""
+    tiny_model("gpt2", n_positions=48).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    status, _, wrong = recipe(
+        "sft_hh.py", "--dataset_name", pairs_file, "--model_name_or_path", tmp_path / "m", "--output_dir",
+        tmp_path / "s", "--max_length", 48, "--max_new_tokens", 30, "--num_samples", 3, "--max_train_samples", 32,
+        "--learning_rate", "1e-2", "--num_train_epochs", 3, "--greater_is_better", "true", "--use_cpu",
+    )  # fmt: skip
+    assert status == 0, wrong
+    losses = [
+        row["loss"] for row in rows_of(tmp_path / "s" / "metrics.jsonl") if row["split"] == "validation" and row["step"]
+    ]
+    assert max(losses) > min(losses)  # by --greater_is_better the worst epoch is kept
+    summary = json.loads((tmp_path / "s" / "summary.json").read_text())
+    assert summary["sft"]["validation"]["loss_after"] == max(losses)
+    assert len(rows_of(tmp_path / "s" / "samples.jsonl")) == 3
+    assert "sft_stage" not in json.loads((tmp_path / "s" / "run.json").read_text())["config"]
+
+
 @pytest.mark.parametrize("quantized", [[], ["--load_in_4bit"], ["--load_in_8bit"]], ids=["lora", "4bit", "8bit"])
 def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, model_folder, quantized):
     from transformers import AutoModelForCausalLM
@@ -292,6 +312,7 @@ def refused(result, *words):
         (["--dataset_name", "Anthropic/hh-rlhf"], ["Anthropic/hh-rlhf", "Hub", ".jsonl"]),
         (["--model_name_or_path", "./nowhere"], ["--model_name_or_path ./nowhere", "no such folder"]),
         (["--sft_epochs", "0"], ["--sft_epochs 0", "--model_name_or_path"]),
+        (["--max_new_tokens", "505"], ["--max_new_tokens 505", "512 positions"]),
         (["--load_in_4bit"], ["--load_in_4bit", "--use_peft"]),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml", "hh/quickstart.yaml"]),
         (["--overwrite_output_dir", "--resume_from_checkpoint"], ["exclude each other"]),

@@ -6,14 +6,15 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from resdpo_trl import sweep
 from resdpo_trl.errors import UserError
-from resdpo_trl.sweep import SweepConfig, best_of, points_of, read_rows, remember
+from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, SweepConfig, best_of, points_of, read_rows, remember, run_points
 from tests.conftest import write_pairs
 
 SMALL = [
     "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400",
     "--sft_epochs", "1", "--num_samples", "0", "--max_length", "64", "--use_cpu", "--max_train_samples", "48",
-    "--max_new_tokens", "5",
+    "--max_new_tokens", "5", "--num_train_epochs", "1",
 ]  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def reward_model(language_model, folder):
 
 def check_the_frontier(folder):
     """One row a checkpoint and one of the reference; the failed point is left out and named; nothing is done twice."""
-    rows = read_rows(folder / "frontier.csv")
+    rows = read_rows(folder / "frontier.csv", FRONTIER_COLUMNS)
     assert [row["point"].partition("_")[0] for row in rows] == ["reference", "beta0.1", "beta0.5", "beta1", "beta2"]
     assert rows[0]["kl"] == rows[0]["kl_low"] == 0
     assert [row["status"].partition(":")[0] for row in rows] == ["done"] * 4 + ["failed"]
@@ -148,6 +149,36 @@ def test_the_best_point_is_chosen_on_validation(tmp_path):
             (point.folder / "summary.json").write_text(json.dumps({"dpo": {"loss_type": losses}}))
         assert best_of(rows, points) is rows[best]
     assert best_of(rows[2:], points[2:]) is None
+
+
+def test_a_point_gets_a_gpu_that_is_free(tmp_path, monkeypatch):
+    """Two GPUs, four points, the first of which lasts as long as the others together: they take turns on the other."""
+    monkeypatch.setattr(sweep, "_gpus", lambda: ["4", "7"])
+    script = tmp_path / "recipe.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+        "while folder.name == 'p0' and not (folder.parent / 'p3' / 'gpu').exists():\n    time.sleep(0.01)\n"
+        "(folder / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    points = [Point(0.1, 1e-5, 0, 1.0, tmp_path / f"p{number}", tmp_path) for number in range(4)]
+    assert run_points(script, points, [], jobs=2) == {}
+    used = [(point.folder / "gpu").read_text() for point in points]
+    assert set(used) == {"4", "7"} and used[0] not in used[1:]
+
+
+def test_more_points_at_once_than_gpus_share_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_gpus", lambda: ["4", "7"])
+    script = tmp_path / "recipe.py"
+    script.write_text(  # each waits until all four run
+        "import os, pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+        "(folder / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "while len(list(folder.parent.glob('p*/gpu'))) < 4:\n    time.sleep(0.01)\n"
+    )
+    points = [Point(0.1, 1e-5, 0, 1.0, tmp_path / f"p{number}", tmp_path) for number in range(4)]
+    assert run_points(script, points, [], jobs=4) == {}
+    assert sorted((point.folder / "gpu").read_text() for point in points) == ["4", "4", "7", "7"]
 
 
 def test_other_flags_are_another_sweep(tmp_path):

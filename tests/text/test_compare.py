@@ -1,5 +1,6 @@
 """A comparison on tiny models: its rewards against another computation, its best of n, its resuming, its page."""
 
+import copy
 import json
 import shutil
 
@@ -45,9 +46,9 @@ def folders(tokenizer, tmp_path_factory):
 
 def compared(folders, output, names=("reference", "good", "bad"), steps=5, **changes):
     options = {"reference": "reference", "max_new_tokens": 8, "max_length": 64, "batch_size": 4, "bf16": False}
+    options["prompts"] = str(folders / "prompts.jsonl")
     config = CompareConfig(
         models=[f"{name}={folders / name}" for name in names],
-        prompts=str(folders / "prompts.jsonl"),
         output_dir=str(output),
         **options | changes,
     )
@@ -86,6 +87,30 @@ def test_rewards_are_log_ratios_of_the_answers(folders, tmp_path, tokenizer):
     assert means["good"]["bad"]["mean"] == pytest.approx(sum(mine) / len(mine))
 
 
+def test_what_a_flag_holds_does_not_reach_the_terminal_as_it_is(folders, tmp_path, capsys):
+    (tmp_path / "a\x1b[2Jb.txt").write_text("why?\n")
+    compared(folders, tmp_path / "out", steps=1, prompts=str(tmp_path / "a\x1b[2Jb.txt"))
+    said = capsys.readouterr().out
+    assert "a�[2Jb.txt" in said and "\x1b" not in said and said.count("\n") == 2
+
+
+def test_a_reward_model_reads_an_answer_as_its_chat_template_ends_it(folders, tmp_path, tokenizer):
+    shutil.copytree(folders / "reward", tmp_path / "reward")
+    chat = copy.deepcopy(tokenizer)
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    chat.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    chat.save_pretrained(tmp_path / "reward")
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("why?\nhow?\n")
+    job = compared(folders, tmp_path / "out", names=("good",), reference=None, prompts=str(prompts), steps=2)
+    said = [compare.Answer([], " yes", ended, "good") for ended in (True, False)]
+    reward = compare.RewardModel(str(tmp_path / "reward"), TextModelConfig())
+    expected = [
+        chat(f"<user>{text}<end><assistant> yes{end}")["input_ids"] for text, end in (("why?", "<end>"), ("how?", ""))
+    ]
+    assert job._scores(reward, job.prompts, said) == pytest.approx(reward.score(expected).tolist(), abs=1e-5)
+
+
 def test_models_of_other_tokenizers_answer_too(folders, tmp_path):
     job = compared(folders, tmp_path, names=("good", "other"), reference=str(folders / "reference"))
     other = AutoTokenizer.from_pretrained(folders / "other")
@@ -104,6 +129,10 @@ def test_the_best_of_n_is_the_one_that_the_reward_model_scores_highest(folders, 
         "score",
         lambda self, rows, size: scored.append((rows, score(self, rows, size))) or scored[-1][1],
     )
+    drawn, real = [], compare.answer
+    monkeypatch.setattr(
+        compare, "answer", lambda *of, **options: [drawn.append(sum(map(len, found := real(*of, **options)))), found][1]
+    )
     reward_model = str(folders / "reward")
     job = compared(folders, tmp_path, reward_model=reward_model, best_of_n=5, best_of_n_model="good", reference=None)
     candidates = scored[0][1].reshape(len(PROMPTS), 5)
@@ -119,7 +148,11 @@ def test_the_best_of_n_is_the_one_that_the_reward_model_scores_highest(folders, 
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits.item()
         assert answer.score == pytest.approx(expected, abs=1e-4)
-    rates = json.loads((tmp_path / "summary.json").read_text())["win_rates"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    speed, rates = summary["throughput"], summary["win_rates"]
+    said = sum(len(answer.ids) for name in ("reference", "good", "bad") for answer in job.answers[name])
+    said += drawn[-1]  # all of the samples, whichever was the best
+    assert speed["answer_tokens_per_second"] * speed["answer_seconds"] == pytest.approx(said)
     assert len(rates) == 6 and {rate["judge"] for rate in rates} == {"reward model"}
     assert all(rate["wins"] + rate["ties"] + rate["losses"] == len(PROMPTS) for rate in rates)
 

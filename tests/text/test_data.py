@@ -1,5 +1,7 @@
+import copy
 import gzip
 import json
+import re
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -111,6 +113,71 @@ def test_the_datas_own_test_split_is_used(tmp_path):
     assert len(pairs["train"]) + len(pairs["validation"]) == 60
 
 
+def saved(folder, **splits):
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(str(folder))
+    return folder
+
+
+def test_splits_are_known_by_the_first_word_of_their_names(tmp_path):
+    rows = write_pairs(90)
+    named = {"test_prefs": rows[60:80], "train_prefs": rows[:60], "validation_prefs": rows[80:]}
+    pairs = load(saved(tmp_path / "d", **named))
+    assert [len(pairs[split]) for split in ("train", "validation", "test")] == [60, 10, 20]
+    assert {row["chosen"].strip() for row in pairs["test"]} <= {row["chosen"].rpartition(A)[2].strip() for row in rows}
+    pairs = load(saved(tmp_path / "e", **{"test_prefs": rows[60:80], "train_prefs": rows[:60]}))
+    assert len(pairs["test"]) == 20 and len(pairs["train"]) + len(pairs["validation"]) == 60
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train", "heldout"), r"its split heldout is neither train nor .*found: train, heldout"),
+        (("train_prefs", "train_sft"), r"its split train_sft is not the only one for train .*save_to_disk"),
+        (("test", "validation"), r"no training split \(found: test, validation\)"),
+    ],
+)
+def test_splits_that_are_not_clearly_named_are_refused(tmp_path, names, message):
+    rows = write_pairs(20)
+    with pytest.raises(UserError, match=message):
+        load(saved(tmp_path / "d", **dict.fromkeys(names, rows)))
+
+
+def test_a_split_without_a_usable_pair_is_named(tmp_path):
+    same = [{"chosen": f"{H}q{A} same", "rejected": f"{H}q{A} same"}] * 3
+    with pytest.raises(UserError, match="no usable pair in its split test; mend that split"):
+        load(saved(tmp_path / "d", train=write_pairs(40), test=same))
+    with pytest.raises(UserError, match="no usable pair in its split train"):
+        load(saved(tmp_path / "e", train=same, validation=write_pairs(40), test=write_pairs(40)))
+    with pytest.raises(UserError, match=r"--validation_fraction 0.0001 .* split validation"):
+        load("chitchat", validation_fraction=0.0001)
+
+
+def test_what_no_split_has_is_counted(tmp_path):
+    """A split that is full takes part of its last conversation, and the rest of it is nobody's."""
+    rows = [
+        {"prompt": f"{H}{n}{A} Go on.{H}{k}{A}", "chosen": " a", "rejected": " b"} for n in range(9) for k in range(5)
+    ]
+    counts = load(
+        write_jsonl(tmp_path / "p.jsonl", rows), max_test_samples=7, test_fraction=0.3, max_eval_samples=5
+    ).counts
+    assert (counts["test"], counts["validation"], counts["left_out"], counts["train"]) == (7, 2, 6, 30)
+    assert load(write_jsonl(tmp_path / "q.jsonl", write_pairs(40))).counts["left_out"] == 0
+
+
+def test_a_column_group_of_the_users_own_is_not_looked_at(tmp_path):
+    rows = [row | {"prompt": f"The sky {n}", "group": 1} for n, row in enumerate(write_pairs(30))]
+    pairs = load(write_jsonl(tmp_path / "p.jsonl", rows))
+    assert len({group for split in pairs.splits.values() for group in split["group"]}) == 30
+
+
+@pytest.mark.parametrize("options", [{"dataset_data_dir": "harmless-base"}, {"dataset_revision": "v1"}])
+def test_what_a_single_file_has_not_is_refused(tmp_path, options):
+    ((flag, value),) = options.items()
+    for name in ("chitchat", write_jsonl(tmp_path / "p.jsonl", write_pairs(30))):
+        with pytest.raises(UserError, match=f"--{flag} {value}: .*{name}.*drop it"):
+            load(name, **options)
+
+
 def test_no_conversation_stands_in_two_splits(tmp_path):
     rows = [row for row in write_pairs(60) for _ in range(1)]
     # the same openings again, one exchange longer
@@ -153,8 +220,6 @@ TEMPLATE = (
 
 @pytest.mark.parametrize("explicit", [True, False])
 def test_conversations_go_through_the_chat_template(tmp_path, tokenizer, explicit):
-    import copy
-
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = TEMPLATE
     prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
@@ -174,6 +239,65 @@ def test_conversations_go_through_the_chat_template(tmp_path, tokenizer, explici
     assert pairs.ends_turns
     with pytest.raises(UserError, match="chat template"):
         load(name)
+
+
+def conversations(path, count=40):
+    """Pairs of conversations with a system message and one exchange before the question."""
+    rows = []
+    for n in range(count):
+        prompt = [
+            {"role": "system", "content": f"You are number {n // 2}."},
+            {"role": "user", "content": f"Hi {n}"},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": f"Question {n}"},
+        ]
+        sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        rows.append({"prompt": prompt, **sides})
+    return DataConfig(dataset_name=write_jsonl(path, rows), test_fraction=0.3)
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_the_split_does_not_depend_on_the_chat_template(tmp_path, tokenizer):
+    """A reward model with a template of its own is compared on the same pairs."""
+    config = conversations(tmp_path / "p.jsonl")
+    other = TEMPLATE.replace("<{{ message['role'] }}>", "[{{ message['role'] | upper }}] ")
+    first, second = (load_preferences(config, with_template(tokenizer, text)) for text in (TEMPLATE, other))
+    for split in ("train", "validation", "test"):
+        asked = [
+            [re.findall(r"Question \d+", prompt) for prompt in found[split]["prompt"]] for found in (first, second)
+        ]
+        assert asked[0] == asked[1]
+        first.check_same_pairs(second, split, "r")
+    assert first["test"]["prompt"][0] != second["test"]["prompt"][0]
+
+
+def test_a_template_that_leaves_other_pairs_is_refused(tmp_path, tokenizer):
+    config = conversations(tmp_path / "p.jsonl")
+    # a template that does not tell some pairs' sides apart
+    hides = TEMPLATE.replace(
+        "{{ message['content'] }}",
+        "{{ '' if message['role'] == 'assistant' and messages[1]['content'].endswith('3') else message['content'] }}",
+    )
+    first, second = (load_preferences(config, with_template(tokenizer, text)) for text in (TEMPLATE, hides))
+    assert second.counts["dropped"]["identical"] + second.counts["dropped"]["empty"] == 4
+    with pytest.raises(UserError, match="--reward_model r: its chat template leaves other pairs"):
+        for split in ("train", "validation", "test"):
+            first.check_same_pairs(second, split, "r")
+
+
+def test_a_template_that_refuses_what_came_before_only_keeps_turns_together(tmp_path, tokenizer):
+    """Many refuse a system message alone, or an answer at the end."""
+    refuses = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no user query') }}{% endif %}" + TEMPLATE
+    config = conversations(tmp_path / "p.jsonl")
+    free, strict = (load_preferences(config, with_template(tokenizer, text))["train"] for text in (TEMPLATE, refuses))
+    assert strict["prompt"][:] == free["prompt"][:]
+    assert [len(starts) for starts in free["turn_starts"]] == [3] * len(free)
+    assert [starts[1:] for starts in free["turn_starts"]] == strict["turn_starts"][:]
 
 
 def test_chitchat_is_in_hhs_form():

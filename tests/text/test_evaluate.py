@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -5,16 +7,19 @@ import torch
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import paired_difference
+from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.data import DataConfig
 from resdpo_trl.text.evaluate import (
     EvaluateConfig,
     answer_figures,
     answer_logps,
     distinct_ngrams,
+    evaluate,
     length_controlled,
     pair_figures,
 )
 from resdpo_trl.text.generate import answer
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, write_pairs
 
 
 def scores(chosen_tokens, rejected_tokens):
@@ -80,10 +85,30 @@ def test_the_kl_of_samples_is_the_exact_one(tokenizer):
     ratios = answer_logps(policy, [prompt] * count, answers, tokenizer, config)
     ratios = ratios - answer_logps(reference, [prompt] * count, answers, tokenizer, config)
     expected = (exact[0].exp() * (exact[0] - exact[1])).sum().item()
-    figures = answer_figures(answers, ratios, 1)
+    figures = answer_figures(answers, ratios, tokenizer)
     assert expected > 0.05
     assert figures["kl"] == pytest.approx(expected, abs=4.5 * ratios.std().item() / count**0.5)
     assert figures["length_tokens"] == 1
+
+
+def test_an_answer_that_ends_at_its_last_token_is_not_cut(tokenizer):
+    end = tokenizer.eos_token_id
+    figures = answer_figures([[5, 6, end], [5, 6, 7], [5, end], [end]], torch.zeros(4), tokenizer)
+    assert figures["cut"] == 1 / 4
+
+
+def test_answers_to_prompts_as_long_as_the_model_has_positions(tmp_path, tokenizer):
+    """The cap of the pairs may be all of them: the prompt of an answer loses what the answer needs."""
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in write_pairs(60)))
+    for seed, name in enumerate(("policy", "reference")):
+        tiny_model("gpt2", n_positions=48, seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    options = {"model": str(tmp_path / "policy"), "reference": str(tmp_path / "reference"), "max_length": 48}
+    data = DataConfig(dataset_name=str(tmp_path / "pairs.jsonl"))
+    figures = evaluate(EvaluateConfig(**options, num_samples=4, max_new_tokens=30), data, TextModelConfig())
+    assert figures["answers"]["n"] == 4 and figures["answers"]["length_tokens"] > 20
+    with pytest.raises(UserError, match="--max_new_tokens 48: must leave 8"):
+        evaluate(EvaluateConfig(**options, num_samples=4, max_new_tokens=48), data, TextModelConfig())
 
 
 def test_answers_end_with_the_end_of_text(tokenizer):

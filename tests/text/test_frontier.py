@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from resdpo_trl.sweep import Point, read_rows
+from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, read_rows
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import DataConfig
 from resdpo_trl.text.evaluate import EvaluateConfig
@@ -37,7 +37,7 @@ def test_every_checkpoint_is_measured_once_and_what_is_wrong_is_marked(tmp_path,
     frontier = Frontier(config, DataConfig(dataset_name=str(tmp_path / "pairs.jsonl")), TextModelConfig())
     path = tmp_path / "frontier.csv"
     frontier.measure(points, {points[2].name: "status 1, no memory"}, path)
-    rows = read_rows(path)
+    rows = read_rows(path, FRONTIER_COLUMNS)
     assert [(row["point"], row["step"]) for row in rows] == [
         ("reference", 0), ("b0.1", 5), ("b0.1", 10), ("b0.5", 5), ("b0.5", 10), ("b2.0", ""),
     ]  # fmt: skip
@@ -56,7 +56,7 @@ def test_every_checkpoint_is_measured_once_and_what_is_wrong_is_marked(tmp_path,
 
     monkeypatch.setattr(module, lambda *args, **kwargs: answered.append(1) or answer(*args, **kwargs))
     frontier.measure(points, {points[2].name: "status 1, no memory"}, path)
-    again = read_rows(path)
+    again = read_rows(path, FRONTIER_COLUMNS)
     assert len(answered) == 1
     assert again[:4] == rows[:4]
     assert again[4]["status"] == "done" and again[4]["reward"] != pytest.approx(rows[3]["reward"])

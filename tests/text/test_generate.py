@@ -2,9 +2,13 @@
 
 import random
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
-from resdpo_trl.text.generate import answer
+from resdpo_trl.text.generate import answer, answerable
+from resdpo_trl.text.model import base_model
 from tests.conftest import tiny_model
 
 
@@ -31,3 +35,30 @@ def test_sampling_follows_the_seed_and_the_temperature(tokenizer):
     assert answer(model, tokenizer, prompts, 4, temperature=1e-7, **options) == greedy * 60
     assert answer(model, tokenizer, prompts, 4, top_p=1e-9, **options) == greedy * 60
     assert answer(model, tokenizer, [], 4) == []
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_the_models_own_generation_config_asks_for_is_not_followed(tokenizer, adapted):
+    """The answers are of the distribution whose log-probabilities are computed."""
+    model, prompts = tiny_model("llama"), [[3, 4, 5]] * 20
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    plain = [answer(model, tokenizer, prompts, 8, sampled=sampled) for sampled in (False, True)]
+    asked = base_model(model).generation_config = GenerationConfig(
+        repetition_penalty=50.0, no_repeat_ngram_size=1, min_p=0.9, do_sample=True
+    )
+    assert [answer(model, tokenizer, prompts, 8, sampled=sampled) for sampled in (False, True)] == plain
+    assert base_model(model).generation_config is asked
+    ids = torch.tensor(prompts)
+    followed = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+    assert followed[0, 3:].tolist() != plain[0][0]  # it would have changed them
+
+
+def test_a_prompt_leaves_room_for_its_answer_in_the_models_positions(tokenizer):
+    model = tiny_model("gpt2", n_positions=32)
+    prompts = [list(range(1, 31)), [5, 6]]
+    with pytest.raises(IndexError):
+        answer(model, tokenizer, prompts, 12)
+    fitting = answerable(model, prompts, 12)
+    assert fitting == [prompts[0][-20:], [5, 6]]
+    assert [len(row) for row in answer(model, tokenizer, fitting, 12)] == [12, 12]

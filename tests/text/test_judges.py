@@ -200,7 +200,15 @@ def test_an_address_where_nothing_listens_is_refused():
 
 @pytest.mark.parametrize(
     "url",
-    ["localhost:8000", "file:///etc/passwd", "http://", f"http://u:{SECRET}@h/v1", f"https://h/v1?api_key={SECRET}"],
+    [
+        "localhost:8000",
+        "file:///etc/passwd",
+        "http://",
+        "http://[::1/v1",
+        "http://h:99999/v1",
+        f"http://u:{SECRET}@h/v1",
+        f"https://h/v1?api_key={SECRET}",
+    ],
 )
 def test_an_address_with_a_secret_or_without_a_scheme_is_refused_unseen(url):
     with pytest.raises(UserError, match="--judge_url") as refused:
@@ -264,6 +272,21 @@ def test_a_judge_with_trls_interface(monkeypatch):
     assert calls == [(["p", "p"], False), (["p"], False)]
     with pytest.raises(UserError, match="gave 2"):
         list(PythonJudge("judges_of_a_test:Wrong").verdicts(QUESTIONS))
+    module.Short = type("Short", (), {"judge": lambda self, p, c, shuffle_order: [0]})
+    module.Silent = type("Silent", (), {"judge": lambda self, p, c, shuffle_order: None})
+    for name, given in (("Short", r"\[0\]"), ("Silent", "None")):
+        with pytest.raises(UserError, match=f"judge\\(\\) gave {given} for 3 questions; a list of as many"):
+            list(PythonJudge(f"judges_of_a_test:{name}").verdicts(QUESTIONS))
     for name in ("judges_of_a_test", "judges_of_a_test:Nothing", "no_such_module:X", "types:SimpleNamespace"):
         with pytest.raises(UserError, match=f"--judge {name}: "):
             PythonJudge(name)
+
+
+def test_a_judge_of_the_working_directory_is_found(tmp_path, monkeypatch):
+    (tmp_path / "judge_right_here.py").write_text(
+        "class First:\n    def judge(self, prompts, completions, shuffle_order):\n        return [0] * len(prompts)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as a recipe has it
+    found = dict(PythonJudge("judge_right_here:First").verdicts(QUESTIONS))
+    assert [found[place].choice for place in range(3)] == ["first"] * 3

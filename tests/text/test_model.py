@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -73,6 +75,22 @@ def test_a_damaged_weights_file(tmp_path, tokenizer):
         load_model(str(tmp_path), TextModelConfig(), False, "--sft_checkpoint")
 
 
+def test_weights_of_another_shape_than_the_configurations(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+    with pytest.raises(UserError, match=r"--sft_checkpoint .*can't be loaded \(its weights have other shapes"):
+        load_model(str(tmp_path), TextModelConfig(), False, "--sft_checkpoint")
+
+
+@pytest.mark.parametrize("content", ["{}", "not JSON", '{"added_tokens": 5}', "[]", '{"added_tokens": [], "model": 1}'])
+def test_a_malformed_tokenizer(tmp_path, content):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"--sft_checkpoint .*can't be loaded"):
+        load_tokenizer(str(tmp_path), TextModelConfig(), False, "--sft_checkpoint")
+
+
 def test_tokenizers_of_other_families(tokenizer):
     other = train_tokenizer(["something else entirely"], 300)
     check_same_tokenizer(tokenizer, "--model_name_or_path", tokenizer, "--sft_checkpoint")
@@ -84,6 +102,9 @@ def test_a_cap_beyond_the_models_positions(tokenizer):
     check_fits(tiny_model("gpt2"), tokenizer, 256)
     with pytest.raises(UserError, match="--max_length 257: the model has 256 positions"):
         check_fits(tiny_model("gpt2"), tokenizer, 257)
+    check_fits(tiny_model("gpt2"), tokenizer, 256, max_new_tokens=248)
+    with pytest.raises(UserError, match="--max_new_tokens 249: must leave 8 of the model's 256 positions"):
+        check_fits(tiny_model("gpt2"), tokenizer, 256, max_new_tokens=249)
     with pytest.raises(UserError, match="do not belong together"):
         check_fits(tiny_model("gpt2", vocab_size=40), tokenizer, 64)
 

@@ -8,7 +8,7 @@ import pytest
 from resdpo_trl.errors import UserError
 from resdpo_trl.text import prompts
 from resdpo_trl.text.data import chitchat_pairs
-from resdpo_trl.text.prompts import load_prompts, prompt_ids, write_prompt
+from resdpo_trl.text.prompts import answer_end, load_prompts, prompt_ids, write_prompt
 
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEMPLATE = TURN + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -63,7 +63,9 @@ def test_messages_go_through_the_chat_template_or_become_a_dialogue(tokenizer, m
     assert text == "\n\nHuman: What is rain?\n\nAssistant: Water.\n\nHuman: Why?\n\nAssistant:"
     assert [text[start:][:9] for start in starts] == ["\n\nAssista", "\n\nHuman: "] and not rendered
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    assert write_prompt(MESSAGES, tokenizer) == ("<user>What is rain?<assistant>Water.<user>Why?<assistant>", [], True)
+    assert write_prompt(MESSAGES, tokenizer) == (
+        "<user>What is rain?<assistant>Water.<user>Why?<assistant>", [19, 36], True
+    )  # fmt: skip
 
 
 def test_the_oldest_turns_go_first(tokenizer):
@@ -76,6 +78,26 @@ def test_the_oldest_turns_go_first(tokenizer):
     assert tokenizer.decode(ids) == last and missing == len(whole[0]) - len(ids)
     (ids,), _ = prompt_ids([MESSAGES], tokenizer, 3)
     assert ids == whole[0][-3:]
+
+
+def test_the_oldest_turns_go_first_under_a_chat_template(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    last = "<user>Why?<assistant>"
+    (ids,), (missing,) = prompt_ids([MESSAGES], tokenizer, len(tokenizer(last)["input_ids"]) + 2)
+    assert tokenizer.decode(ids) == last and missing > 0
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role here') }}")
+    with pytest.raises(UserError, match=r"--prompts: .*What is rain.*no system role here"):
+        write_prompt(MESSAGES, tokenizer)
+
+
+def test_an_answer_ends_as_in_training(tokenizer, monkeypatch):
+    assert answer_end(MESSAGES, tokenizer) == [tokenizer.eos_token_id]
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE.replace("{% endfor %}", "<end>\n{% endfor %}"))
+    assert tokenizer.decode(answer_end(MESSAGES, tokenizer)) == "<end>\n"
+    assert answer_end("plain text", tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_the_quickstarts_prompts_are_held_out(monkeypatch):
@@ -95,6 +117,8 @@ def test_the_quickstarts_prompts_are_held_out(monkeypatch):
         ("p.jsonl", [{"question": "a"}], r"p\.jsonl, line 1: needs 'prompt'"),
         ("p.jsonl", [{"prompt": ""}], r"p\.jsonl, line 1: needs 'prompt'"),
         ("p.jsonl", [{"prompt": [{"role": "tool", "content": "x"}]}], r"p\.jsonl, line 1: needs 'prompt'"),
+        ("p.jsonl", [{"prompt": "half \ud83d"}], r"p\.jsonl, line 1: half of a surrogate pair"),
+        ("p.jsonl", ['{"prompt":' * 100_000], r"p\.jsonl, line 1: (nested too deeply|not JSON)"),
         ("p.jsonl", [{"chosen": "no marker"}], r"p\.jsonl, line 1: the dialogue has no"),
         ("p.txt", ["", " "], r"no prompt in it \(2 empty lines\)"),
         ("p.csv", ["a"], "neither .txt nor .jsonl"),
@@ -111,6 +135,11 @@ def test_files_that_can_not_be_read(tmp_path):
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 50)[:-12])
     with pytest.raises(UserError, match="gzip stream is damaged"):
         load_prompts(str(tmp_path / "torn.jsonl.gz"), None)
+    packed = bytearray(gzip.compress("".join(f'{{"prompt": "{n * 7919}"}}\n' for n in range(500)).encode()))
+    packed[200:260] = b"\xff" * 60
+    (tmp_path / "harmed.jsonl.gz").write_bytes(packed)
+    with pytest.raises(UserError, match="gzip stream is damaged"):
+        load_prompts(str(tmp_path / "harmed.jsonl.gz"), None)
     (tmp_path / "latin.txt").write_bytes(b"ok\n\xff\xfe\n")
     with pytest.raises(UserError, match="not UTF-8"):
         load_prompts(str(tmp_path / "latin.txt"), None)

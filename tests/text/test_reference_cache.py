@@ -4,9 +4,16 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from resdpo_trl.text import reference_cache
-from resdpo_trl.text.reference_cache import cache_folder, read_reference, weights_digest, write_reference
+from resdpo_trl.text.reference_cache import (
+    cache_folder,
+    forward_config,
+    read_reference,
+    weights_digest,
+    write_reference,
+)
 from tests.conftest import tiny_model
 from tests.text.test_trainer import tokenized, trainer
 
@@ -61,6 +68,26 @@ def test_another_forward_is_another_key(tmp_path, tokenizer, first):
     assert again(tmp_path, tokenizer, model=model).reference_pairs_read == 0
 
 
+def test_another_configuration_of_the_same_weights_is_another_key(tmp_path, tokenizer, first):
+    """RoPE's base, an epsilon: no weight shows them."""
+    assert again(tmp_path, tokenizer, model=tiny_model("gpt2", layer_norm_epsilon=1e-3)).reference_pairs_read == 0
+    moved = tiny_model("gpt2")
+    moved.config._name_or_path = "elsewhere"
+    assert again(tmp_path, tokenizer, model=moved).reference_pairs_read > 0
+
+
+def test_a_continued_adapters_scale_is_part_of_its_key():
+    said = []
+    for alpha in (8, 8, 16):
+        model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, task_type="CAUSAL_LM", lora_alpha=alpha))
+        new = forward_config(model)
+        model.add_adapter("ref", LoraConfig(r=4, task_type="CAUSAL_LM", lora_alpha=alpha))
+        said.append((new, forward_config(model)))
+    assert said[0] == said[1]
+    assert said[0][0] == said[2][0]  # a new adapter is no part of the reference
+    assert said[0][1] != said[2][1]
+
+
 @pytest.mark.parametrize("harm", ["torn", "empty", "flipped", "text"])
 def test_a_damaged_file_is_noticed_and_rebuilt(tmp_path, tokenizer, first, harm, monkeypatch):
     said = []
@@ -110,8 +137,6 @@ def test_the_digest_is_of_the_content():
 
 def test_an_adapters_reference_is_its_base(tmp_path, tokenizer):
     """Two new adapters with other random weights share the reference, which is the model without them."""
-    from peft import LoraConfig
-
     from resdpo_trl.text.trainer import TextDPOTrainer
     from tests.text.test_trainer import config
 

@@ -1,5 +1,6 @@
 """The reward model: TRL's loss is this project's, figures are exact, and text is read as in training."""
 
+import copy
 import math
 
 import pytest
@@ -87,6 +88,26 @@ def test_the_trainers_loss_is_bradley_terry_as_losses_has_it(tmp_path, tokenizer
     assert loss.item() == pytest.approx(by_formula, abs=1e-5)
 
 
+def test_rows_that_only_fill_up_a_batch_do_not_count(tmp_path, tokenizer):
+    """On several processes accelerate repeats rows in an epoch's last batch; `EveryRowOnce` notes how many are real."""
+    job = trainer(tmp_path, tokenizer, center_rewards_coefficient=0.3)
+    rows = list(rows_of(8, seed=3))
+    own, filled = job.data_collator(rows[:3]), job.data_collator([*rows[:3], *rows[3:]])
+    job.model.train()  # without dropout
+    losses = [job.compute_loss(job.model, own).item()]
+    figures = {name: values[-1] for name, values in job._metrics["train"].items()}
+    for everywhere in (3, 6):  # six: three more are another process's
+        losses.append(job.compute_loss(job.model, {**filled, "own_rows": 3, "all_rows": everywhere}).item())
+        again = {name: values[-1] for name, values in job._metrics["train"].items()}
+        tokens = again.pop("num_tokens") - figures["num_tokens"]
+        assert tokens == (len(losses) - 1) * sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows[:3])
+        assert again == pytest.approx(
+            {name: value for name, value in figures.items() if name != "num_tokens"}, abs=1e-5
+        )
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0] / 2, abs=1e-5)
+
+
 def test_evaluation_is_the_mean_over_pairs_not_over_batches(tmp_path, tokenizer):
     """Nine pairs in batches of four: TRL's mean of batch means would count the last pair four times."""
     job = trainer(tmp_path, tokenizer, center_rewards_coefficient=0.1)
@@ -155,6 +176,44 @@ def test_an_answer_that_was_cut_short_has_no_end(tmp_path, tokenizer):
     ids = tokenizer("\n\nHuman: hi\n\nAssistant:")["input_ids"] + tokenizer(" No idea.")["input_ids"]
     assert found.tolist() == pytest.approx([by_hand(model, [*ids, 0]), by_hand(model, ids)], abs=1e-5)
     assert abs(found[0] - found[1]) > 1e-3
+
+
+@pytest.mark.parametrize("padding", [7, None])
+def test_batches_are_padded_with_the_token_that_the_model_looks_for(tmp_path, tokenizer, padding):
+    """A configuration that names another padding than the tokenizer would otherwise be read at a padded place."""
+    model = tiny_reward_model(pad_token_id=padding)
+    model.save_pretrained(tmp_path / "r")
+    tokenizer.save_pretrained(tmp_path / "r")
+    sequences = [[5, 6, 8], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
+    found = RewardModel(str(tmp_path / "r"), MODEL).score(sequences, batch_size=3)
+    assert found.tolist() == pytest.approx([by_hand(model, ids) for ids in sequences], abs=1e-5)
+
+
+def test_an_answer_ends_as_its_chat_template_ended_it_in_training(tmp_path, tokenizer):
+    turn = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{{ '\\n' }}{% endfor %}"
+    model, tokenizer = tiny_reward_model(pad_token_id=1), copy.deepcopy(tokenizer)
+    tokenizer.chat_template = turn + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.pad_token_id = 1
+    model.save_pretrained(tmp_path / "r")
+    tokenizer.save_pretrained(tmp_path / "r")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Question {n}"}],
+            **{side: [{"role": "assistant", "content": f"{side} {n}."}] for side in ("chosen", "rejected")},
+        }
+        for n in range(30)
+    ]
+    Dataset.from_list(rows).to_json(tmp_path / "pairs.jsonl")
+    reward = RewardModel(str(tmp_path / "r"), MODEL)
+    pairs = load_preferences(DataConfig(dataset_name=str(tmp_path / "pairs.jsonl")), reward.tokenizer)
+    texts = pairs["train"]
+    said = [text.removesuffix("<end>\n") for text in texts["chosen"]]
+    assert said[0].endswith(".")
+    trained = reward.pair_rewards(texts, 64, None, pairs.ends_turns)[0]
+    ended = reward.answer_rewards(texts, said, [True] * len(said), 64, ends_turns=pairs.ends_turns)
+    assert ended.tolist() == pytest.approx(trained.tolist(), abs=1e-5)
+    cut = reward.answer_rewards(texts, said, [False] * len(said), 64, ends_turns=pairs.ends_turns)
+    assert (cut - ended).abs().min() > 1e-4
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path, tokenizer):

@@ -1,4 +1,6 @@
+import importlib
 import random
+import sys
 
 import pytest
 from datasets import Dataset
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, turn_starts
-from resdpo_trl.text.tokens import cap_counts, cap_prompt, sft_rows, tokenize
+from resdpo_trl.text.tokens import cache_key, cap_counts, cap_prompt, sft_rows, tokenize, tokenize_prompts
 
 
 def texts(rows):
@@ -79,6 +81,22 @@ def test_cap_prompt_by_hand():
     assert cap_prompt(prompt, [3, 6], 6) == (prompt[6:], 2)
     assert cap_prompt(prompt, [3, 6], 2) == (prompt[8:], 2)
     assert cap_prompt(prompt, [], 2) == (prompt[8:], 0)
+    # the beginning counts, and is not doubled where a turn brings it
+    assert cap_prompt(prompt, [3, 6], 8, [0]) == ([0, *prompt[3:]], 1)
+    assert cap_prompt(prompt, [3, 6], 7, [0]) == ([0, *prompt[6:]], 2)
+    assert cap_prompt(prompt, [3, 6], 2, [0]) == ([0, 9], 2)
+    assert cap_prompt(prompt, [3, 6], 7, [5]) == (prompt[3:], 1)
+    assert cap_prompt([0, 1, 2, 0, 3, 4], [3], 4, [0]) == ([0, 3, 4], 1)
+
+
+def test_a_changed_function_is_another_key(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows, found = Dataset.from_list([{"a": 1}]), []
+    for source in ("def add(batch): return batch", "def add(batch): return {'a': [2]}"):
+        (tmp_path / "changing.py").write_text(source)
+        sys.modules.pop("changing", None)
+        found += [cache_key(importlib.import_module("changing").add, rows, option) for option in (1, 1, 2)]
+    assert found[0] == found[1] and len(set(found)) == 4
 
 
 def test_counts_add_up(tokenizer, dialogues, tmp_path):
@@ -112,6 +130,21 @@ def test_a_beginning_of_text_stays_in_front(dialogues):
         assert capped["prompt_ids"][0] == tokenizer.bos_token_id
         assert tokenizer.bos_token_id not in capped["prompt_ids"][1:]
         assert len(capped["prompt_ids"]) + len(capped["chosen_ids"]) <= max_length
+
+
+def test_a_beginning_that_a_template_wrote_stays_in_front(tokenizer):
+    bos = tokenizer.bos_token
+    turn = "<user>" + "a b c " * 20 + "<end>"
+    row = {"prompt": f"{bos}{turn}{turn}<user>last<end>", "chosen": "b<end>", "rejected": "c<end>"}
+    starts = [len(bos + turn), len(bos + turn + turn)]
+    rows = Dataset.from_list([row | {"turn_starts": starts}])
+    whole, last = tokenizer(row["prompt"])["input_ids"], tokenizer("<user>last<end>")["input_ids"]
+    for max_length, kept in ((len(whole) + 40, whole), (40, [tokenizer.bos_token_id, *last])):
+        (capped,) = tokenize(rows, tokenizer, max_length, ends_turns=True)
+        assert capped["prompt_ids"] == kept
+        assert capped["prompt_tokens_dropped"] == len(whole) - len(kept)
+        (asked,), (lost,) = tokenize_prompts([row["prompt"]], [starts], tokenizer, max_length - 10, [True])
+        assert (asked, lost) == (kept, len(whole) - len(kept))
 
 
 def test_a_templates_end_of_turn_is_not_doubled(tokenizer):

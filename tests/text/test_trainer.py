@@ -324,3 +324,47 @@ def test_sft_has_an_optimizer_of_its_own(tmp_path):
     assert (own.optim, own.optim_args) == ("adamw_torch", None)
     with pytest.raises(UserError, match="--sft_optim_args needs --sft_optim"):
         SFTStageConfig(sft_optim_args="momentum=0.9")
+
+
+def test_the_sft_stage_takes_what_both_stages_have(tmp_path):
+    options = {
+        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}, "eval_delay": 2,
+        "logging_first_step": True, "dataloader_prefetch_factor": 3, "dataloader_num_workers": 1, "project": "p",
+        "ddp_bucket_cap_mb": 5, "optim_target_modules": ["a"],
+    }  # fmt: skip
+    own = {"max_steps": 7, "label_smoothing": 0.1, "label_smoothing_factor": 0.1, "loss_type": ["sigmoid"]}
+    own |= {"push_to_hub": True, "hub_model_id": "a/b", "metric_for_best_model": "eval_rewards/margins"}
+    stage = sft_stage(config(tmp_path, **options | own), SFTStageConfig(sft_epochs=3.0, sft_learning_rate=5e-4))
+    plain = TextSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert {name: getattr(stage, name) for name in options} == options
+    assert (stage.num_train_epochs, stage.learning_rate, stage.max_length, stage.seed) == (3.0, 5e-4, 128, 42)
+    for name in (
+        "max_steps",
+        "label_smoothing_factor",
+        "loss_type",
+        "push_to_hub",
+        "hub_model_id",
+        "metric_for_best_model",
+    ):
+        assert getattr(stage, name) == getattr(plain, name), name
+
+
+@pytest.mark.parametrize("asked", [None, "last"])
+def test_the_sft_stage_is_the_same_whether_or_not_the_reference_moves(tmp_path, asked):
+    shared = {"select": asked, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    stages = [
+        sft_stage(config(tmp_path, **shared, reference_update=update), SFTStageConfig()).to_dict()
+        for update in ("frozen", "polyak")
+    ]
+    assert stages[0] == stages[1]
+    assert stages[0]["select"] == (asked or "best")
+
+
+def test_the_references_batch_is_the_references_alone(tmp_path, tokenizer):
+    job = trainer(tmp_path, tokenizer, precompute_ref_batch_size=2, per_device_eval_batch_size=5)
+    sizes, collate = [], job.data_collator
+    job.data_collator = lambda rows: sizes.append(len(rows)) or collate(rows)
+    job.add_reference(tokenized(6))
+    assert sizes == [2, 2, 2]
+    job.score(job.eval_dataset)
+    assert sizes[3:] == [5, 4]
