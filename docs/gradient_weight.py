@@ -1,8 +1,7 @@
 """The figure of docs/method.md, from the files of a text run: what the sigmoid's weight does while DPO trains.
 
-    accelerate launch recipes/dpo_hh.py --use_cpu --bf16 false --max_train_samples 1200 --max_eval_samples 64 \\
-      --max_test_samples 64 --num_samples 0 --num_train_epochs 2 --output_dir runs/method
-    python docs/gradient_weight.py runs/method docs/gradient_weight.svg
+    make quickstart
+    python docs/gradient_weight.py runs/quickstart docs/gradient_weight.svg
 """
 
 import math
