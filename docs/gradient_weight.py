@@ -1,7 +1,7 @@
 """The figure of docs/method.md, from the files of a text run: what the sigmoid's weight does while DPO trains.
 
-    make quickstart
-    python docs/gradient_weight.py runs/quickstart docs/gradient_weight.svg
+make quickstart
+python docs/gradient_weight.py runs/quickstart docs/gradient_weight.svg
 """
 
 import math
