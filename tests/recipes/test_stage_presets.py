@@ -18,6 +18,10 @@ def parsed(monkeypatch, recipe, kinds, arguments):
     return found
 
 
+def without_the_folder(arguments):
+    return {name: value for name, value in arguments.to_dict().items() if name not in ("output_dir", "run_name")}
+
+
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("hh/*.yaml")), ids=lambda path: path.stem)
 def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
     from resdpo_trl.arguments import RunConfig
@@ -40,11 +44,7 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
         (*shared, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
     ).parse(given=arguments)
     assert alone.learning_rate == stage.sft_learning_rate and alone.num_train_epochs == stage.sft_epochs
-    of_the_run = sft_stage(dpo, stage).to_dict()
-    of_the_folder = {"output_dir", "logging_dir", "run_name", "project"}
-    assert {name: value for name, value in alone.to_dict().items() if name not in of_the_folder} == {
-        name: value for name, value in of_the_run.items() if name not in of_the_folder
-    }
+    assert without_the_folder(alone) == without_the_folder(sft_stage(dpo, stage))
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("cifar/*.yaml")), ids=lambda path: path.stem)
@@ -68,8 +68,4 @@ def test_cross_entropy_is_the_first_stage_of_an_image_preset(preset, monkeypatch
         (*shared, ReferenceStageConfig, ClassifierDPOConfig, RunConfig)
     ).parse(given=arguments)
     assert alone.learning_rate == stage.reference_learning_rate and alone.num_train_epochs == stage.reference_epochs
-    of_the_run = reference_stage(dpo, stage).to_dict()
-    of_the_folder = {"output_dir", "logging_dir", "run_name", "project"}
-    assert {name: value for name, value in alone.to_dict().items() if name not in of_the_folder} == {
-        name: value for name, value in of_the_run.items() if name not in of_the_folder
-    }
+    assert without_the_folder(alone) == without_the_folder(reference_stage(dpo, stage))
