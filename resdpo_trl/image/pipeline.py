@@ -398,7 +398,7 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
         ]
     rows.append(describe_seconds(summary["throughput"]))
     rows.append(("files", str(path)))
-    return as_table(rows) + (describe_comparison(summary) if "dpo" in summary else "")
+    return as_table(rows) + ("\n" + describe_comparison(summary) if "dpo" in summary else "")
 
 
 def describe_comparison(summary: dict[str, Any]) -> str:
