@@ -22,6 +22,9 @@ OF_DPO = ("beta", "output_dir", "learning_rate", "num_train_epochs")
 OF_SFT = {
     "sft_epochs": "num_train_epochs",
     "sft_learning_rate": "learning_rate",
+    "sft_batch_size": "per_device_train_batch_size",
+    "sft_optim": "optim",
+    "sft_optim_args": "optim_args",
     "sft_responses": "responses",
     "sft_completion_only_loss": "completion_only_loss",
 }

@@ -96,8 +96,11 @@ def load_rows(name: str, data_dir: str | None, revision: str | None, quickstart:
         raise UserError(f"{flag}: no such file or folder")
     for file in sorted(path.rglob("*.json*")) if path.is_dir() else ():
         _check_lines(file)
+    saved_whole = path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists())
+    if saved_whole and data_dir is not None:
+        raise UserError(f"--dataset_data_dir {data_dir}: {name} is what save_to_disk wrote, in one piece; drop it")
     try:
-        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        if saved_whole:
             loaded = load_from_disk(str(path))
         else:
             with _quiet():

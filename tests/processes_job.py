@@ -107,8 +107,8 @@ def figures_of(trainer) -> dict:
 
 
 TRAININGS = (
-    "sft", "dpo", "dpo, read from the cache", "dpo, accumulated", "dpo, polyak", "reward", "cross-entropy",
-    "images, all", "images, random",
+    "sft", "sft, both", "sft, both, in rows", "dpo", "dpo, read from the cache", "dpo, accumulated", "dpo, polyak",
+    "reward", "cross-entropy", "images, all", "images, random",
 )  # fmt: skip
 
 
@@ -129,6 +129,15 @@ def text(folder: Path) -> dict:
         processing_class=tokenizer,
     )
     found = {"sft": figures_of(sft)}
+    for name, options in {"sft, both": {}, "sft, both, in rows": {"prefix_sharing": False}}.items():
+        sft = TextSFTTrainer(
+            model=language_model(),
+            args=TextSFTConfig(**shared(folder / "sft", eval_on_start=True, **options), max_length=128),
+            train_dataset=train,
+            eval_dataset=sft_rows(validation, True, "both"),
+            processing_class=tokenizer,
+        )
+        found[name] = figures_of(sft)
     cache = {"reference_cache_dir": str(folder / "cache")}
     short = {"reference_cache_dir": "none", "num_train_epochs": 1}
     rows = 4 // PartialState().num_processes

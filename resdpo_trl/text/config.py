@@ -173,6 +173,13 @@ class ShortDialogues(OneMachine):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Not supported: batches are padded to their longest row."}
     )
+    prefix_sharing: bool = field(
+        default=True,
+        metadata={
+            "help": "Run a pair's prompt once for both responses, in DPO and where SFT learns both; the numbers are "
+            "the same."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.max_length is None or self.max_length < SHORTEST:
@@ -188,9 +195,6 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
 
     output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of DPO."})
-    prefix_sharing: bool = field(
-        default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}
-    )
     precompute_ref_log_probs: bool = field(
         default=True,
         metadata={

@@ -192,15 +192,15 @@ class TextRun(Job):
         own = self.training
         args = self._arguments("sft", own if isinstance(own, TextSFTConfig) else sft_stage(own, self.sft))
         args = dataclasses.replace(args, eval_on_start=checkpoint is None)
-        rows = {
-            split: sft_rows(pairs[split], args.completion_only_loss is not False, args.responses)
-            for split in ("train", "validation")
-        }
+        as_rows = partial(
+            sft_rows, completion_only_loss=args.completion_only_loss is not False, responses=args.responses
+        )
+        held_out = as_rows(pairs["validation"])
         trainer = TextSFTTrainer(
             model=model,
             args=args,
-            train_dataset=rows["train"],
-            eval_dataset=rows["validation"],
+            train_dataset=pairs["train"] if args.responses == "both" else as_rows(pairs["train"]),
+            eval_dataset=held_out,
             processing_class=self.tokenizer,
             peft_config=get_peft_config(self.model),
         )
@@ -218,7 +218,7 @@ class TextRun(Job):
                 "validation": {
                     "loss_before": before and before["loss"],
                     "loss_after": after,
-                    "n": len(rows["validation"]),
+                    "n": len(held_out),
                 },
                 "steps": trainer.state.global_step,
                 "seconds": seconds,

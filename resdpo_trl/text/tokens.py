@@ -132,7 +132,7 @@ def cap_counts(tokenized: Dataset) -> dict[str, int]:
 def sft_rows(tokenized: Dataset, completion_only_loss: bool, responses: str = "chosen") -> Dataset:
     """Rows of TRL's `SFTTrainer`: a prompt with its response, labels on the response (or on everything).
 
-    A pair gives one row, with its `chosen` response, or two, with `both`.
+    A pair gives one row, with its `chosen` response, or two, with `both`; its prompt has labels once.
     """
     from datasets import Features, List, Value
 
@@ -148,6 +148,17 @@ def sft_rows(tokenized: Dataset, completion_only_loss: bool, responses: str = "c
         new_fingerprint=cache_key(_sft_batch, tokenized, options),
         desc="Rows for SFT",
     )
+
+
+def rows_of_pair(
+    prompt: list[int], responses: Sequence[list[int]], completion_only_loss: bool
+) -> list[dict[str, list[int]]]:
+    """A row of input_ids and labels for each response; a prompt that is learned too has its labels in the first row."""
+    rows: list[dict[str, list[int]]] = []
+    for response in responses:
+        learned = prompt if not rows and not completion_only_loss else [-100] * len(prompt)
+        rows.append({"input_ids": prompt + response, "labels": learned + response})
+    return rows
 
 
 def cap_prompt(
@@ -280,8 +291,8 @@ def _written_beginning(tokenizer: PreTrainedTokenizerBase, rendered: bool) -> li
 def _sft_batch(batch: dict[str, list[Any]], completion_only_loss: bool, sides: list[str]) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
     for prompt, *responses in zip(batch["prompt_ids"], *(batch[side] for side in sides), strict=True):
-        for response in responses:
-            out["input_ids"].append(prompt + response)
-            out["labels"].append([-100] * len(prompt) + response if completion_only_loss else prompt + response)
-            out["length"].append(len(prompt) + len(response))
+        for row in rows_of_pair(prompt, responses, completion_only_loss):
+            for name in ("input_ids", "labels"):
+                out[name].append(row[name])
+            out["length"].append(len(row["input_ids"]))
     return out

@@ -24,7 +24,7 @@ from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
 from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
-from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.batch import PairCollator, SFTCollator
 from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
 from resdpo_trl.text.model import base_model
 from resdpo_trl.text.reference_cache import (
@@ -118,11 +118,11 @@ class _TextTrainer(EveryRowOnce, Resumable):
 
 
 class TextSFTTrainer(_TextTrainer, SFTTrainer):
-    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`.
+    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`, or on pairs, whose both responses it learns.
 
     What differs from TRL's: the plain loss goes through the response head, without the vocabulary-wide metrics of a
-    training step (benchmarks/LOG.md has what that saves); evaluation, which has them, is the mean over all tokens
-    with a label, not over batches.
+    training step (benchmarks/LOG.md has what that saves), and then the prompt of a pair runs once (`prefix_sharing`);
+    evaluation, which has those metrics and takes rows, is the mean over all tokens with a label, not over batches.
     """
 
     def __init__(self, model: PreTrainedModel, args: TextSFTConfig, **options: Any):
@@ -132,6 +132,13 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
             add_response_head(base_model(model))
         super().__init__(model=model, args=args, compute_metrics=_token_means, **options)
         self._plain = self._plain and not self.aux_loss_enabled
+        pairs = "chosen_ids" in self.train_dataset.column_names
+        shared = self._plain and args.prefix_sharing
+        self._rows_of_one = 2 if pairs and not shared else 1
+        if pairs and shared:
+            check_prefix_sharing(base_model(model), max(self.train_dataset["length"][:]))
+        trls: Any = self.data_collator
+        self.data_collator = SFTCollator(trls, args.completion_only_loss is not False, shared)
 
     def compute_loss(
         self,
@@ -145,19 +152,25 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
+        column = column + 1  # a row's first token is not predicted
+        before = inputs["predicted_from"][row, column] if "predicted_from" in inputs else column - 1
         logps = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            predicted_at=row * labels.shape[1] + column,
-            predicted=labels[row, column + 1],
+            **{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs},
+            predicted_at=row * labels.shape[1] + before,
+            predicted=labels[row, column],
             use_cache=False,
         )
-        self._note_tokens(inputs["attention_mask"])
+        self._note_tokens(_real(inputs["attention_mask"]))
         if num_items_in_batch is None:
             return -logps.sum() / max(len(row), 1)
         # DDP averages the gradients over processes, and `num_items_in_batch` counts the tokens of all
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return -logps.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns.extend({"prompt_ids", "chosen_ids", "rejected_ids"} - set(columns))
 
     def prediction_step(
         self,
@@ -175,7 +188,7 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
 
     def _keep(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:
         # the loss is over the tokens with a label on all processes: a row without any changes nothing
-        batch = {name: value[: max(own, 1)] for name, value in batch.items()}
+        batch = {name: value[: max(own, 1) * self._rows_of_one] for name, value in batch.items()}
         if own == 0:
             batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
@@ -396,8 +409,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         self._means.add(figures)
         mask = inputs["attention_mask"]
         mask = mask[: len(losses) * len(mask) // len(inputs["chosen_tokens"])]  # one row a pair, or two
-        # (R, T): with sharing a real key is one that the last query or the row's rejected part sees
-        self._note_tokens(mask.any(dim=2).squeeze(1) if mask.ndim == 4 else mask)
+        self._note_tokens(_real(mask))
 
     def log_state(self) -> dict[str, Any]:
         return super().log_state() | {"means": self._means.state()}
@@ -410,6 +422,12 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         if not any(name.startswith("eval_") for name in logs):
             logs.update(self._means.take(self.accelerator.reduce))
         super().log(logs, start_time)
+
+
+def _real(mask: Tensor) -> Tensor:
+    """(R, T), True where a token is not padding, of an attention mask (R, T) or (R, 1, T, T)."""
+    # with sharing a real key is one that the last query or the row's rejected part sees
+    return mask.any(dim=2).squeeze(1) if mask.ndim == 4 else mask
 
 
 def _token_means(rows: EvalPrediction) -> dict[str, float]:

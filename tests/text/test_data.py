@@ -95,6 +95,8 @@ def test_every_file_format_gives_the_same_pairs(tmp_path):
     for name in ("p.jsonl.gz", "p.parquet", "saved"):
         assert load(tmp_path / name)["train"]["chosen"][:] == expected
     assert load(tmp_path / "folder", dataset_data_dir="part")["train"]["chosen"][:] == expected
+    with pytest.raises(UserError, match=r"--dataset_data_dir part: .*saved is what save_to_disk wrote.*drop it"):
+        load(tmp_path / "saved", dataset_data_dir="part")
 
 
 def test_explicit_prompts(tmp_path):

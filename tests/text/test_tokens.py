@@ -164,15 +164,18 @@ def test_sft_learns_the_response_or_everything(tokenizer):
 
 def test_sft_on_both_responses_has_a_row_for_each(tokenizer):
     pairs = tokenize(texts([{"prompt": f"\n\nHuman: a{MARKER}", "chosen": " b", "rejected": " c d"}]), tokenizer, 64)
-    (pair,), rows = pairs, sft_rows(pairs, True, "both")
+    (pair,), rows, whole = pairs, sft_rows(pairs, True, "both"), sft_rows(pairs, False, "both")
+    prompt = pair["prompt_ids"]
     assert list(rows) == [
         {
-            "input_ids": pair["prompt_ids"] + pair[side],
-            "labels": [-100] * len(pair["prompt_ids"]) + pair[side],
-            "length": len(pair["prompt_ids"]) + len(pair[side]),
+            "input_ids": prompt + pair[side],
+            "labels": [-100] * len(prompt) + pair[side],
+            "length": len(prompt) + len(pair[side]),
         }
         for side in ("chosen_ids", "rejected_ids")
     ]
+    assert whole["input_ids"] == rows["input_ids"]
+    assert whole["labels"] == [prompt + pair["chosen_ids"], rows["labels"][1]], "a prompt is learned once a pair"
 
 
 @pytest.mark.parametrize(("length", "response"), [(15, None), (32, 25), (32, 0)])

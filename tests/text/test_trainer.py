@@ -316,6 +316,52 @@ def test_sft_follows_trls_trainer(tmp_path, tokenizer, completion_only_loss, opt
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.parametrize("completion_only_loss", [True, False])
+@pytest.mark.parametrize("options", [{}, {"prefix_sharing": False}, {"loss_type": "dft"}])
+def test_sft_on_both_responses_follows_trls_trainer(tmp_path, tokenizer, completion_only_loss, options):
+    """Four pairs a step, their prompts run once or twice, are TRL's eight rows a step."""
+    pairs = tokenized(10)
+    rows = sft_rows(pairs, completion_only_loss, "both")
+    shared = {
+        "use_cpu": True, "bf16": False, "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-3,
+        "disable_tqdm": True, "report_to": "none", "num_train_epochs": 2, "max_length": 128,
+        "train_sampling_strategy": "sequential", "loss_type": options.get("loss_type", "nll"),
+        "completion_only_loss": completion_only_loss,
+    }  # fmt: skip
+    models = [tiny_model("gpt2") for _ in range(2)]
+    for model in models:
+        disable_dropout_in_model(model)
+    ours = TextSFTTrainer(
+        model=models[0],
+        args=TextSFTConfig(
+            output_dir=str(tmp_path / "ours"), per_device_train_batch_size=4, select="last", eval_strategy="no",
+            prefix_sharing=options.get("prefix_sharing", True), **shared,
+        ),
+        train_dataset=pairs,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    theirs = SFTTrainer(
+        model=models[1],
+        args=SFTConfig(
+            output_dir=str(tmp_path / "theirs"), per_device_train_batch_size=8, gradient_checkpointing=False, **shared
+        ),
+        train_dataset=rows.remove_columns("length"),
+        eval_dataset=rows.remove_columns("length"),
+        processing_class=tokenizer,
+    )
+    (batch,) = next(zip(ours.get_train_dataloader(), strict=False))
+    once = not options
+    assert len(batch["input_ids"]) == (4 if once else 8)
+    assert batch["attention_mask"].ndim == (4 if once else 2)
+    assert train_losses(ours) == pytest.approx(train_losses(theirs), rel=1e-4)
+    for own, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+    figures, expected = ours.evaluate(), theirs.evaluate()
+    if not options.get("loss_type"):  # TRL's mean of batches is a mean of all in one batch
+        assert figures["eval_loss"] == pytest.approx(expected["eval_loss"], rel=2e-2)
+
+
 def test_sft_has_an_optimizer_of_its_own(tmp_path):
     """--sft_optim with its arguments; by default the second stage's."""
     dpo = config(tmp_path, optim="sgd", optim_args="momentum=0.9")
