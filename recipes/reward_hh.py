@@ -12,7 +12,7 @@ accelerate launch recipes/reward_hh.py --config recipes/configs/hh/gpt2.yaml --n
 # then: its accuracy beside the implicit reward's, on the same held-out pairs
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
   --reward_model runs/reward/reward_model --max_length 128 --max_eval_samples 200 --max_test_samples 512 \\
-  --beta 0.05
+  --beta 0.04
 """
 
 from command_line import RecipeParser, run
@@ -26,9 +26,10 @@ def main() -> None:
     parser = RecipeParser(
         (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextRewardConfig, RunConfig), description=__doc__
     )
-    # the presets are dpo_hh.py's: its β and its folder are not a reward model's
+    # the presets are dpo_hh.py's: how DPO trains, and where to, is not how a reward model is trained
     (data, model, scratch, sft, reward, options), preset = parser.parse(
-        default_preset="hh/quickstart.yaml", not_from_presets=("beta", "output_dir")
+        default_preset="hh/quickstart.yaml",
+        not_from_presets=("beta", "output_dir", "learning_rate", "unfrozen_parameters"),
     )
 
     # heavy imports wait until the command line is known to be right

@@ -18,7 +18,7 @@ from resdpo_trl.text.config import SamplesConfig, ScratchConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig
 
 # the presets are dpo_hh.py's: what they say of its first stage is this recipe's training
-OF_DPO = ("beta", "output_dir", "learning_rate", "num_train_epochs")
+OF_DPO = ("beta", "output_dir", "learning_rate", "num_train_epochs", "unfrozen_parameters")
 OF_SFT = {
     "sft_epochs": "num_train_epochs",
     "sft_learning_rate": "learning_rate",

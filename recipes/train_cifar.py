@@ -27,6 +27,11 @@ OF_REFERENCE = {
     "reference_learning_rate": "learning_rate",
     "reference_warmup_steps": "warmup_steps",
     "reference_label_smoothing": "label_smoothing_factor",
+    "reference_optim": "optim",
+    "reference_optim_args": "optim_args",
+    "reference_weight_decay": "weight_decay",
+    "reference_bias_learning_rate_scale": "bias_learning_rate_scale",
+    "reference_muon_learning_rate": "muon_learning_rate",
 }
 
 

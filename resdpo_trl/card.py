@@ -105,7 +105,8 @@ SETTINGS = (
     "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm", "max_length", "bf16", "fp16", "beta",
     "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", "reference_update", "polyak_tau",
-    "rejected_sampling", "sft_responses", "responses", "completion_only_loss", "metric_for_best_model", "seed",
+    "rejected_sampling", "unfrozen_parameters", "sft_responses", "responses", "completion_only_loss",
+    "metric_for_best_model", "seed",
 )  # fmt: skip
 # what is known of the licences of the data and models that the presets name
 LICENCES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -203,6 +204,13 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
         },
     )
 
+    unfrozen_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expressions: DPO trains the parameters in whose names one is found, and no other "
+            "(wte: GPT-2's embeddings); all by default. With few pairs fewer parameters can rank better."
+        },
+    )
     reference_cache_dir: str = field(
         default="auto",
         metadata={
@@ -215,6 +223,11 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         refuse(self, REFUSED)
+        for pattern in self.unfrozen_parameters or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"--unfrozen_parameters {pattern}: no regular expression ({error})") from None
         preference_loss(self)  # refuse what makes no sense before anything is loaded
         asked_for_best = self.select == "best" or self.load_best_model_at_end
         super().__post_init__()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,28 @@ def build_model(
             )
         )
     return with_faster_parts(model)
+
+
+def unfrozen(model: torch.nn.Module, patterns: Sequence[str], adapter: bool) -> set[str]:
+    """The names of the parameters in which one of the regular expressions is found.
+
+    Raises:
+        UserError: there is none, or the model gets an `adapter`, which is trained alone.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+    if not found:
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+        raise UserError(
+            f"--unfrozen_parameters {' '.join(patterns)}: in no parameter's name; the model has "
+            f"{', '.join(modules[:3])}, … {', '.join(modules[-2:])}"
+        )
+    if adapter and len(found) < len(names):
+        raise UserError(
+            f"--unfrozen_parameters {' '.join(patterns)}: an adapter (--use_peft) is trained alone; pass "
+            "--unfrozen_parameters . with it"
+        )
+    return found
 
 
 def positions_of(model: PreTrainedModel) -> int | None:

@@ -41,6 +41,7 @@ from resdpo_trl.text.model import (
     load_model,
     load_tokenizer,
     train_tokenizer,
+    unfrozen,
 )
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows, save_reward_model, untrained_reward_model
 from resdpo_trl.text.tokens import cap_counts, sft_rows, tokenize
@@ -229,6 +230,8 @@ class TextRun(Job):
     def _check_fits(self, model: Any) -> None:
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
+        if isinstance(self.training, TextDPOConfig) and self.training.unfrozen_parameters is not None:
+            unfrozen(model, self.training.unfrozen_parameters, self.model.use_peft)
 
     def _sft_loss(self, trainer: TextSFTTrainer) -> float:
         """Validation loss of the weights that are kept."""
@@ -292,6 +295,10 @@ class TextRun(Job):
         set_seed(self.training.seed)  # an adapter is drawn before the trainer sets it
         trainer = self._dpo_trainer(pairs)
         args = trainer.args
+        if args.unfrozen_parameters is not None:
+            sizes = [(each.numel(), each.requires_grad) for each in trainer.model.parameters()]
+            trained = sum(size for size, learns in sizes if learns)
+            self.say(f"DPO trains {trained} of {sum(size for size, _ in sizes)} parameters (--unfrozen_parameters)")
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
         self.push_saves(trainer, "text-generation")
         test = pairs["test"]

@@ -26,7 +26,7 @@ from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
 from resdpo_trl.text.batch import PairCollator, SFTCollator
 from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
-from resdpo_trl.text.model import base_model
+from resdpo_trl.text.model import base_model, unfrozen
 from resdpo_trl.text.reference_cache import (
     cache_folder,
     forward_config,
@@ -280,6 +280,11 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.preference_loss = preference_loss(args)
+        if args.unfrozen_parameters is not None:
+            adapter = peft_config is not None or hasattr(model, "peft_config")
+            trained = unfrozen(model, args.unfrozen_parameters, adapter)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trained and (parameter.requires_grad or not adapter))
         bases = [base_model(each) for each in (model, ref_model) if each is not None]
         for base in bases:
             add_response_head(base)

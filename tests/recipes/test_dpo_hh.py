@@ -314,6 +314,8 @@ def refused(result, *words):
         (["--sft_epochs", "0"], ["--sft_epochs 0", "--model_name_or_path"]),
         (["--max_new_tokens", "505"], ["--max_new_tokens 505", "512 positions"]),
         (["--load_in_4bit"], ["--load_in_4bit", "--use_peft"]),
+        (["--unfrozen_parameters", "embed"], ["--unfrozen_parameters embed", "transformer.wte"]),
+        (["--use_peft"], ["--unfrozen_parameters wte attn", "pass --unfrozen_parameters ."]),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml", "hh/quickstart.yaml"]),
         (["--overwrite_output_dir", "--resume_from_checkpoint"], ["exclude each other"]),
     ],

@@ -43,6 +43,7 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
     (_, _, _, stage, dpo, *_), _ = command_line.RecipeParser(
         (*shared, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
     ).parse(given=arguments)
+    assert set(importlib.import_module("sft_hh").OF_SFT) == set(vars(stage)) - {"sft_checkpoint"}
     assert alone.learning_rate == stage.sft_learning_rate and alone.num_train_epochs == stage.sft_epochs
     assert without_the_folder(alone) == without_the_folder(sft_stage(dpo, stage))
 
@@ -67,5 +68,6 @@ def test_cross_entropy_is_the_first_stage_of_an_image_preset(preset, monkeypatch
     (_, _, _, stage, dpo, _), _ = command_line.RecipeParser(
         (*shared, ReferenceStageConfig, ClassifierDPOConfig, RunConfig)
     ).parse(given=arguments)
+    assert set(importlib.import_module("train_cifar").OF_REFERENCE) == set(vars(stage)) - {"reference_model"}
     assert alone.learning_rate == stage.reference_learning_rate and alone.num_train_epochs == stage.reference_epochs
     assert without_the_folder(alone) == without_the_folder(reference_stage(dpo, stage))

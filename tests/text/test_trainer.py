@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -279,6 +280,32 @@ def test_the_methods_of_trl_that_are_overridden_still_exist(method):
 def test_bfloat16_is_chosen_where_the_hardware_has_it(tmp_path):
     assert TextDPOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 == has_bfloat16(use_cpu=True)
     assert TextDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False).bf16 is False
+
+
+def test_only_what_is_unfrozen_learns(tmp_path, tokenizer):
+    model = tiny_model("gpt2")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    job = trainer(tmp_path, tokenizer, model, unfrozen_parameters=["wte", r"h\.0\.attn"], max_steps=3)
+    job.train()
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "wte" in name or "h.0.attn" in name}
+    assert len(moved) < len(before)
+
+
+def test_what_can_not_be_unfrozen(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"--unfrozen_parameters embed_tokens: .* the model has transformer\.wte, "):
+        trainer(tmp_path, tokenizer, unfrozen_parameters=["embed_tokens"])
+    with pytest.raises(UserError, match=r"--unfrozen_parameters \(: no regular expression"):
+        config(tmp_path, unfrozen_parameters=["("])
+    with pytest.raises(UserError, match=r"wte: an adapter .* pass --unfrozen_parameters \."):
+        TextDPOTrainer(
+            model=tiny_model("gpt2"),
+            args=config(tmp_path, unfrozen_parameters=["wte"]),
+            train_dataset=tokenized(),
+            eval_dataset=None,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM"),
+        )
 
 
 @pytest.mark.parametrize("completion_only_loss", [True, False])
