@@ -1,10 +1,11 @@
 """A reward model by Bradley–Terry on preference pairs, from the SFT checkpoint that DPO starts from too.
 
 # two CPU cores, no network: the quickstart's pairs, and the reference of a finished run of dpo_hh.py
-accelerate launch recipes/reward_hh.py --sft_checkpoint runs/quickstart/reference --output_dir runs/reward
+accelerate launch recipes/reward_hh.py --sft_checkpoint runs/quickstart/reference --learning_rate 1e-4 \\
+  --output_dir runs/reward
 
 # the same without a finished run: SFT first
-accelerate launch recipes/reward_hh.py
+accelerate launch recipes/reward_hh.py --learning_rate 1e-4
 
 # GPT-2 on 3,000 pairs of Anthropic HH, on a GPU
 accelerate launch recipes/reward_hh.py --config recipes/configs/hh/gpt2.yaml --num_train_epochs 1
