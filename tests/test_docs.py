@@ -14,7 +14,7 @@ def test_the_examples_of_extending_run(tmp_path, monkeypatch):
     monkeypatch.setattr("resdpo_trl.losses.LOSSES", LOSSES)
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     names: dict = {"__name__": "extending"}
     try:
         for block in blocks:

@@ -283,8 +283,9 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         if args.unfrozen_parameters is not None:
             adapter = peft_config is not None or hasattr(model, "peft_config")
             trained = unfrozen(model, args.unfrozen_parameters, adapter)
-            for name, parameter in model.named_parameters() if not adapter else ():
-                parameter.requires_grad_(name in trained)
+            if not adapter:
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(name in trained)
         bases = [base_model(each) for each in (model, ref_model) if each is not None]
         for base in bases:
             add_response_head(base)
