@@ -71,7 +71,8 @@ class RecipeParser(TrlParser):
             default_preset: preset (below recipes/configs) to use where neither --config nor --model_name_or_path is.
             given: the command line; `sys.argv` by default.
             not_from_presets: fields of recipes/configs that are another recipe's; in any other file they count.
-            renamed_in_presets: fields of recipes/configs that are this recipe's by another name, as a stage's.
+            renamed_in_presets: fields of recipes/configs that are this recipe's by another name, as a stage's; what
+                has that name there is the other stage's.
         """
         flags = list(sys.argv[1:] if given is None else given)
         if "-h" in flags or "--help" in flags:
@@ -133,9 +134,10 @@ class RecipeParser(TrlParser):
             raise UserError(f"--config {preset}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             raise UserError(f"--config {preset}: must be a mapping of fields to values")
+        replaced = {renamed[name] for name in content if name in renamed}
         words: list[str] = []
         for name, value in content.items():
-            if name in without:
+            if name in without or name in replaced:
                 continue
             if name == "help":  # a flag, but no field
                 raise UserError(f"--config {preset}: unknown field help")

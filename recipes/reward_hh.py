@@ -12,8 +12,8 @@ accelerate launch recipes/reward_hh.py --config recipes/configs/hh/gpt2.yaml --n
 
 # then: its accuracy beside the implicit reward's, on the same held-out pairs
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
-  --reward_model runs/reward/reward_model --max_length 128 --max_eval_samples 200 --max_test_samples 512 \\
-  --beta 0.04
+  --reward_model runs/reward/reward_model --max_length 192 --max_eval_samples 200 --max_test_samples 512 \\
+  --beta 0.03
 """
 
 from command_line import RecipeParser, run
@@ -30,7 +30,7 @@ def main() -> None:
     # the presets are dpo_hh.py's: how DPO trains, and where to, is not how a reward model is trained
     (data, model, scratch, sft, reward, options), preset = parser.parse(
         default_preset="hh/quickstart.yaml",
-        not_from_presets=("beta", "output_dir", "learning_rate", "unfrozen_parameters"),
+        not_from_presets=("beta", "output_dir", "learning_rate", "optim", "optim_args", "unfrozen_parameters", "select"),
     )
 
     # heavy imports wait until the command line is known to be right

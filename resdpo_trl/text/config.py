@@ -103,7 +103,8 @@ class ScratchConfig:
 
     _argument_group_name = "model from scratch"
 
-    scratch_vocab_size: int = field(default=4096, metadata={"help": "Tokens of its BPE, trained on the pairs."})
+    # a thousand pairs show each of so few tokens often (docs/results/text.md, "Fewer tokens, a longer cap and SGD")
+    scratch_vocab_size: int = field(default=1024, metadata={"help": "Tokens of its BPE, trained on the pairs."})
     scratch_width: int = field(default=256, metadata={"help": "Width of its residual stream."})
     scratch_layers: int = field(default=4, metadata={"help": "Its layers."})
     scratch_heads: int = field(default=4, metadata={"help": "Its attention heads."})

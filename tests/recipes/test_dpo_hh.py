@@ -406,6 +406,6 @@ def test_every_preset_parses(recipe, tmp_path, preset, monkeypatch):
     )
     (_, _, _, _, dpo, _, _), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
     assert used == preset
-    assert dpo.beta in (0.04, 0.1, 0.3)
+    assert dpo.beta in (0.03, 0.1, 0.3)
     assert preset.read_text().startswith("#")
     assert os.path.isabs(preset)
