@@ -96,14 +96,8 @@ class Whitening(nn.Module):
         self.register_buffer("weight", torch.zeros(self.channels, 3, 2, 2))
 
     @torch.no_grad()
-    def fit(self, images: Tensor, epsilon: float = 5e-2) -> None:
-        """Set the weights from (N, 3, H, W) normalized images.
-
-        Args:
-            images: with unit variance, about; 5,000 are enough.
-            epsilon: added to each direction's variance. airbench has 5e-4; in images that were JPEG half of the
-                directions are little but noise, which that would blow up (docs/fast_network.md).
-        """
+    def fit(self, images: Tensor, epsilon: float = 5e-4) -> None:
+        """Set the weights from (N, 3, H, W) normalized images; `epsilon` is added to the variance of each direction."""
         patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12).double()
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))
         # grey images vary along four of the twelve; a channel that never varies would come out of a batch norm with a
