@@ -22,15 +22,16 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig, TextModelConfig, TextRewardConfig
 from resdpo_trl.text.data import DataConfig
 
+# the presets are dpo_hh.py's: how DPO trains, and where to, is not how a reward model is trained
+OF_DPO = ("beta", "output_dir", "learning_rate", "optim", "optim_args", "select", "unfrozen_parameters")
+
 
 def main() -> None:
     parser = RecipeParser(
         (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextRewardConfig, RunConfig), description=__doc__
     )
-    # the presets are dpo_hh.py's: how DPO trains, and where to, is not how a reward model is trained
     (data, model, scratch, sft, reward, options), preset = parser.parse(
-        default_preset="hh/quickstart.yaml",
-        not_from_presets=("beta", "output_dir", "learning_rate", "optim", "optim_args", "unfrozen_parameters", "select"),
+        default_preset="hh/quickstart.yaml", not_from_presets=OF_DPO
     )
 
     # heavy imports wait until the command line is known to be right

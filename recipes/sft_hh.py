@@ -6,9 +6,10 @@ accelerate launch recipes/sft_hh.py --config recipes/configs/hh/quickstart.yaml
 # the SFT stage of GPT-2 on 3,000 pairs of Anthropic HH, on a GPU
 accelerate launch recipes/sft_hh.py --config recipes/configs/hh/gpt2.yaml
 
-# any causal language model on your own pairs; then DPO from it
+# any causal language model on your own pairs; then DPO from it (the name again, or the quickstart's preset counts)
 accelerate launch recipes/sft_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --output_dir runs/sft
-accelerate launch recipes/dpo_hh.py --sft_checkpoint runs/sft/reference --dataset_name pairs.jsonl
+accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --sft_checkpoint runs/sft/reference \\
+  --dataset_name pairs.jsonl
 """
 
 from command_line import RecipeParser, run
