@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GO_ON = "what was written stays: a run goes on with the same command and --resume_from_checkpoint"
 PRESETS = Path(__file__).resolve().parent / "configs"
+LIMITS = ("max_train_samples", "max_eval_samples", "max_test_samples")
 LARGEST_PRESET = 64 * 2**10  # bytes
 DEEPEST_PRESET = 20  # PyYAML's time grows with the square of the depth, or worse
 # what PyYAML's constructors raise for "!!timestamp x", "!!bool x", "!!int ''" and 2001-99-99
@@ -83,7 +84,9 @@ class RecipeParser(TrlParser):
         if preset is None and default_preset is not None and "__model_name_or_path" not in named:
             preset = PRESETS / default_preset
         ours = preset is not None and PRESETS in preset.resolve().parents
-        without, renamed = (not_from_presets, renamed_in_presets or {}) if ours else ((), {})
+        without, renamed = (list(not_from_presets), renamed_in_presets or {}) if ours else ([], {})
+        if ours and "__dataset_name" in named:
+            without += LIMITS  # which are of the preset's own data
         defaults = self._flags_of(preset, without, renamed) if preset is not None else []
         self._check(defaults, f"{preset}: ")
         self._check(flags, "")

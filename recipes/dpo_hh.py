@@ -16,21 +16,21 @@ accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_
 from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
-from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig
 
 
 def main() -> None:
     parser = RecipeParser(
-        (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig),
+        (DataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig),
         description=__doc__,
     )
-    (data, model, scratch, sft, dpo, samples, options), preset = parser.parse(default_preset="hh/quickstart.yaml")
+    (data, model, sft, dpo, samples, options), preset = parser.parse(default_preset="hh/quickstart.yaml")
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun
 
-    job = TextRun(data, model, scratch, samples, options, dpo, sft, preset)
+    job = TextRun(data, model, samples, options, dpo, sft, preset)
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)

@@ -15,7 +15,7 @@ accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --sft_chec
 from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
-from resdpo_trl.text.config import SamplesConfig, ScratchConfig, TextModelConfig, TextSFTConfig
+from resdpo_trl.text.config import SamplesConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import DataConfig
 
 # the presets are dpo_hh.py's: what they say of its first stage is this recipe's training
@@ -32,17 +32,13 @@ OF_SFT = {
 
 
 def main() -> None:
-    parser = RecipeParser(
-        (DataConfig, TextModelConfig, ScratchConfig, TextSFTConfig, SamplesConfig, RunConfig), description=__doc__
-    )
-    (data, model, scratch, sft, samples, options), preset = parser.parse(
-        not_from_presets=OF_DPO, renamed_in_presets=OF_SFT
-    )
+    parser = RecipeParser((DataConfig, TextModelConfig, TextSFTConfig, SamplesConfig, RunConfig), description=__doc__)
+    (data, model, sft, samples, options), preset = parser.parse(not_from_presets=OF_DPO, renamed_in_presets=OF_SFT)
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun
 
-    job = TextRun(data, model, scratch, samples, options, sft, preset=preset)
+    job = TextRun(data, model, samples, options, sft, preset=preset)
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)

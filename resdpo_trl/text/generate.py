@@ -9,7 +9,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from resdpo_trl.text.data import end_of_turn
 from resdpo_trl.text.model import base_model, positions_of
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids at which an answer ends: the end of text, and the chat template's end of turn where that is another.
+
+    The end of turn is the first special token that the template writes after an answer.
+    """
+    stops = [int(tokenizer.eos_token_id)]
+    if tokenizer.chat_template is not None:
+        ids = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
+        special = [token for token in ids if token in tokenizer.added_tokens_decoder]
+        if special and special[0] not in stops:
+            stops.append(special[0])
+    return stops
 
 
 def answerable(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -30,7 +45,7 @@ def answer(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> list[list[int]]:
-    """Token ids of one answer a prompt; an answer that was not cut short ends with the end-of-text token.
+    """Token ids of one answer a prompt; an answer that was not cut short ends with one of `stop_tokens`.
 
     Prompts of like length share a batch. What is sampled depends on the seed and on the batches. What the model's own
     generation_config.json asks for (a repetition penalty, min_p, …) is not followed: the answers would be drawn from
@@ -43,12 +58,13 @@ def answer(
         sampled: draw from the model's own distribution by `seed` where True, take the likeliest token where False.
         temperature, top_p: what the distribution is sharpened by and cut at where it is sampled.
     """
+    stops = stop_tokens(tokenizer)
     distribution = {"temperature": temperature, "top_k": 0, "top_p": top_p} if sampled else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampled,
         **distribution,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
     )
     training, base = model.training, base_model(model)
@@ -77,7 +93,7 @@ def answer(
                 )
                 steps.update(number * max_new_tokens - steps.n)  # a batch whose answers have all ended stops early
                 for place, row in zip(places, out[:, width:].tolist(), strict=True):
-                    answers[place] = _until_end(row, tokenizer.eos_token_id)
+                    answers[place] = _until_end(row, stops)
     finally:
         base.generation_config = own_config
     model.train(training)
@@ -95,6 +111,7 @@ class _Progress(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _until_end(tokens: list[int], end: int) -> list[int]:
-    """The tokens up to the first end-of-text token, with it; what follows is padding."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def _until_end(tokens: list[int], stops: list[int]) -> list[int]:
+    """The tokens up to the first of the stop tokens, with it; what follows is padding."""
+    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[: end + 1]

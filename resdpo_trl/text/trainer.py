@@ -24,9 +24,9 @@ from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
 from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
-from resdpo_trl.text.batch import PairCollator, SFTCollator
+from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
-from resdpo_trl.text.model import base_model, unfrozen
+from resdpo_trl.text.model import base_model
 from resdpo_trl.text.reference_cache import (
     cache_folder,
     forward_config,
@@ -118,11 +118,11 @@ class _TextTrainer(EveryRowOnce, Resumable):
 
 
 class TextSFTTrainer(_TextTrainer, SFTTrainer):
-    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`, or on pairs, whose both responses it learns.
+    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`.
 
     What differs from TRL's: the plain loss goes through the response head, without the vocabulary-wide metrics of a
-    training step (benchmarks/LOG.md has what that saves), and then the prompt of a pair runs once (`prefix_sharing`);
-    evaluation, which has those metrics and takes rows, is the mean over all tokens with a label, not over batches.
+    training step (benchmarks/LOG.md has what that saves); evaluation, which has those metrics, is the mean over all
+    tokens with a label, not over batches.
     """
 
     def __init__(self, model: PreTrainedModel, args: TextSFTConfig, **options: Any):
@@ -132,13 +132,6 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
             add_response_head(base_model(model))
         super().__init__(model=model, args=args, compute_metrics=_token_means, **options)
         self._plain = self._plain and not self.aux_loss_enabled
-        pairs = "chosen_ids" in self.train_dataset.column_names
-        shared = self._plain and args.prefix_sharing
-        self._rows_of_one = 2 if pairs and not shared else 1
-        if pairs and shared:
-            check_prefix_sharing(base_model(model), max(self.train_dataset["length"][:]))
-        trls: Any = self.data_collator
-        self.data_collator = SFTCollator(trls, args.completion_only_loss is not False, shared)
 
     def compute_loss(
         self,
@@ -152,12 +145,10 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
-        column = column + 1  # a row's first token is not predicted
-        before = inputs["predicted_from"][row, column] if "predicted_from" in inputs else column - 1
         logps = model(
             **{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs},
-            predicted_at=row * labels.shape[1] + before,
-            predicted=labels[row, column],
+            predicted_at=row * labels.shape[1] + column,
+            predicted=labels[row, column + 1],
             use_cache=False,
         )
         self._note_tokens(_real(inputs["attention_mask"]))
@@ -166,11 +157,6 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         # DDP averages the gradients over processes, and `num_items_in_batch` counts the tokens of all
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return -logps.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        columns.extend({"prompt_ids", "chosen_ids", "rejected_ids"} - set(columns))
 
     def prediction_step(
         self,
@@ -188,7 +174,7 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
 
     def _keep(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:
         # the loss is over the tokens with a label on all processes: a row without any changes nothing
-        batch = {name: value[: max(own, 1) * self._rows_of_one] for name, value in batch.items()}
+        batch = {name: value[: max(own, 1)] for name, value in batch.items()}
         if own == 0:
             batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
@@ -280,12 +266,6 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.preference_loss = preference_loss(args)
-        if args.unfrozen_parameters is not None:
-            adapter = peft_config is not None or hasattr(model, "peft_config")
-            trained = unfrozen(model, args.unfrozen_parameters, adapter)
-            if not adapter:
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(name in trained)
         bases = [base_model(each) for each in (model, ref_model) if each is not None]
         for base in bases:
             add_response_head(base)
