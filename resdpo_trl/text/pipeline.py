@@ -385,7 +385,7 @@ class TextRun(Job):
             return
         shown = pairs["test"].select(range(count))
         models: dict[str, Callable[[], Any]] = {}
-        if self.base:
+        if self.base and self.run.summary["sft"].get("skipped") != self.base:  # else the reference is the base
             models["base"] = self._base_model
         for name, folder in (("reference", self.run.reference), ("policy", self.run.policy)):
             if folder.is_dir():
