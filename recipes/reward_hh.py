@@ -23,7 +23,7 @@ from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextModelConfi
 from resdpo_trl.text.data import DataConfig
 
 # the presets are dpo_hh.py's: how DPO trains, and where to, is not how a reward model is trained
-OF_DPO = ("beta", "output_dir", "learning_rate", "optim", "optim_args", "select", "unfrozen_parameters")
+OF_DPO = ("beta", "output_dir", "learning_rate", "select", "eval_strategy", "save_strategy")
 
 
 def main() -> None:
