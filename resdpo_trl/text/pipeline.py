@@ -281,7 +281,7 @@ class TextRun(Job):
                 str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
             )
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
-        validation = trainer.score(trainer.eval_dataset, "Validation")
+        validation = trainer.validation_scores(epochs(trainer)["kept_step"])
         scores = trainer.score(test, "Test")
         figures = {
             split: with_intervals(preference_metrics(found, loss) | raw_accuracy(found))
