@@ -1,12 +1,13 @@
 """SFT on the preferred answers makes the reference, DPO makes the policy; both are judged on held-out pairs.
 
-# two CPU cores, no network, minutes: a small GPT-2 from scratch on people's chit-chat
+# two CPU cores, no network, minutes: SmolLM2-135M on people's chit-chat
 accelerate launch recipes/dpo_hh.py
 
-# the same small model on your own pairs
+# the same model on your own pairs
 accelerate launch recipes/dpo_hh.py --dataset_name pairs.jsonl
 
-# GPT-2 on 3,000 pairs of Anthropic HH, on a GPU
+# the same model on Anthropic HH, and GPT-2 on 3,000 of its pairs, on a GPU
+accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/smollm2.yaml
 accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/gpt2.yaml
 
 # LoRA on any causal language model

@@ -36,6 +36,8 @@ from resdpo_trl.text.attention import CPU_ATTENTION
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.tokens import SHORTEST
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # what a folder with a tokenizer has one of
+
 
 def local_model(name: str, flag: str) -> str:
     """The folder of `smollm2` or of a .gguf file, converted where that has not happened yet; any other name as it is.
@@ -117,6 +119,10 @@ def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, f
             name, revision=model.model_revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # of a malformed tokenizer.json: KeyError, TypeError, and tokenizers' bare Exception
+        if Path(name).is_dir() and not any(any(Path(name).glob(each)) for each in TOKENIZER_FILES):
+            raise UserError(
+                f"{flag} {name}: the folder has no tokenizer; write the model's into it with its save_pretrained"
+            ) from None
         raise not_a_model(name, flag, error) from None
     if tokenizer.eos_token is None:
         raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token (eos_token)")

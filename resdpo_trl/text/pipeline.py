@@ -281,7 +281,7 @@ class TextRun(Job):
                 str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
             )
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
-        validation = trainer.score(trainer.eval_dataset, "Validation")
+        validation = trainer.validation_scores(epochs(trainer)["kept_step"])
         scores = trainer.score(test, "Test")
         figures = {
             split: with_intervals(preference_metrics(found, loss) | raw_accuracy(found))
@@ -385,7 +385,7 @@ class TextRun(Job):
             return
         shown = pairs["test"].select(range(count))
         models: dict[str, Callable[[], Any]] = {}
-        if self.base:
+        if self.base and self.run.summary["sft"].get("skipped") != self.base:  # else the reference is the base
             models["base"] = self._base_model
         for name, folder in (("reference", self.run.reference), ("policy", self.run.policy)):
             if folder.is_dir():

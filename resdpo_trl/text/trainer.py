@@ -274,6 +274,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             for base in bases:
                 check_prefix_sharing(base, longest)
         self._means = RunningMeans()  # of the steps since the last log
+        self._evaluated: tuple[int, LogProbs] | None = None  # the step of the last evaluation, and its scores
         self.reference_seconds = 0.0  # spent on the reference's log-probabilities before training
         self.reference_pairs_read = 0  # pairs whose log-probabilities an earlier run had left on disk
         self._cache = cache_folder(args.reference_cache_dir)
@@ -301,7 +302,17 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         return self._over_pairs(dataset, self._batch_logps, description)
 
     def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
-        return preference_metrics(self.score(dataset, description), self.preference_loss)
+        scores = self.score(dataset, description)
+        if dataset is self.eval_dataset:
+            self._evaluated = self.state.global_step, scores
+        return preference_metrics(scores, self.preference_loss)
+
+    def validation_scores(self, step: int) -> LogProbs:
+        """`score` of the validation pairs under the weights of `step`, which the model holds; not computed again where
+        the last evaluation was of these weights."""
+        if self._evaluated is not None and self._evaluated[0] == step and not self.moves_reference:
+            return self._evaluated[1]
+        return self.score(self.eval_dataset, "Validation")
 
     def add_reference(self, dataset: Dataset, description: str = "Reference log-probabilities") -> Dataset:
         """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
