@@ -18,8 +18,7 @@ from resdpo_trl.text.compare import Comparison
 from resdpo_trl.text.comparison_page import compared_words
 from resdpo_trl.text.config import CompareConfig, TextModelConfig
 from resdpo_trl.text.judges import Verdict
-from resdpo_trl.text.model import train_tokenizer
-from tests.conftest import ANSWERS, TURNS, tiny_model
+from tests.conftest import ANSWERS, TURNS, tiny_model, train_tokenizer
 from tests.test_report import HOSTILE
 
 PROMPTS = [f"\n\nHuman: {turn}\n\nAssistant:" for turn in TURNS]

@@ -4,17 +4,10 @@ import pytest
 import torch
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.config import ScratchConfig, TextModelConfig
+from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.generate import answer
-from resdpo_trl.text.model import (
-    build_model,
-    check_fits,
-    check_same_tokenizer,
-    load_model,
-    load_tokenizer,
-    train_tokenizer,
-)
-from tests.conftest import tiny_model
+from resdpo_trl.text.model import check_fits, check_same_tokenizer, load_model, load_tokenizer
+from tests.conftest import tiny_model, train_tokenizer
 
 
 def test_any_text_round_trips_through_the_trained_tokenizer(tokenizer, tmp_path):
@@ -27,14 +20,6 @@ def test_any_text_round_trips_through_the_trained_tokenizer(tokenizer, tmp_path)
         assert ids == tokenizer(text)["input_ids"]
         assert loaded.decode(ids) == text
     assert loaded.eos_token == "<|endoftext|>"
-
-
-def test_the_model_from_scratch_is_drawn_by_its_seed(tokenizer):
-    config = ScratchConfig(scratch_width=32, scratch_layers=1, scratch_heads=2)
-    first, again, other = (build_model(config, tokenizer, 64, seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
-    assert first["transformer.wte.weight"].shape == (len(tokenizer), 32)
 
 
 def test_answers_do_not_depend_on_the_batch(tokenizer):
@@ -107,14 +92,6 @@ def test_a_cap_beyond_the_models_positions(tokenizer):
         check_fits(tiny_model("gpt2"), tokenizer, 256, max_new_tokens=249)
     with pytest.raises(UserError, match="do not belong together"):
         check_fits(tiny_model("gpt2", vocab_size=40), tokenizer, 64)
-
-
-@pytest.mark.parametrize(
-    "options", [{"scratch_vocab_size": 100}, {"scratch_width": 30, "scratch_heads": 4}, {"scratch_layers": 0}]
-)
-def test_impossible_shapes(options):
-    with pytest.raises(UserError, match="--scratch"):
-        ScratchConfig(**options)
 
 
 def test_the_fused_gelu_is_gpt2s(tmp_path):

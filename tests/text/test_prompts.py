@@ -59,12 +59,13 @@ def test_lines_of_text_are_questions(tmp_path, tokenizer):
 
 
 def test_messages_go_through_the_chat_template_or_become_a_dialogue(tokenizer, monkeypatch):
-    text, starts, rendered = write_prompt(MESSAGES, tokenizer)
+    text, starts, header_end = write_prompt(MESSAGES, tokenizer)
     assert text == "\n\nHuman: What is rain?\n\nAssistant: Water.\n\nHuman: Why?\n\nAssistant:"
-    assert [text[start:][:9] for start in starts] == ["\n\nAssista", "\n\nHuman: "] and not rendered
+    assert [text[start:][:9] for start in starts] == ["\n\nAssista", "\n\nHuman: "]
+    assert header_end == 0
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     assert write_prompt(MESSAGES, tokenizer) == (
-        "<user>What is rain?<assistant>Water.<user>Why?<assistant>", [19, 36], True
+        "<user>What is rain?<assistant>Water.<user>Why?<assistant>", [19, 36], 0
     )  # fmt: skip
 
 
@@ -94,10 +95,9 @@ def test_a_conversation_that_the_template_refuses_is_named(tokenizer, monkeypatc
 
 
 def test_an_answer_ends_as_in_training(tokenizer, monkeypatch):
-    assert answer_end(MESSAGES, tokenizer) == [tokenizer.eos_token_id]
+    assert answer_end(tokenizer) == [tokenizer.eos_token_id]
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE.replace("{% endfor %}", "<end>\n{% endfor %}"))
-    assert tokenizer.decode(answer_end(MESSAGES, tokenizer)) == "<end>\n"
-    assert answer_end("plain text", tokenizer) == [tokenizer.eos_token_id]
+    assert tokenizer.decode(answer_end(tokenizer)) == "<end>\n"
 
 
 def test_the_quickstarts_prompts_are_held_out(monkeypatch):

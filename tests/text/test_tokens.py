@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, turn_starts
 from resdpo_trl.text.tokens import cache_key, cap_counts, cap_prompt, sft_rows, tokenize, tokenize_prompts
+from tests.conftest import train_tokenizer
 
 
 def texts(rows):
-    return Dataset.from_list([row | {"turn_starts": turn_starts(row["prompt"]), "group": "g"} for row in rows])
+    return Dataset.from_list([row | {"turn_starts": turn_starts(row["prompt"]), "header_end": 0} for row in rows])
 
 
 def dialogue(words, generator):
@@ -118,8 +119,6 @@ def test_counts_add_up(tokenizer, dialogues, tmp_path):
 def test_a_beginning_of_text_stays_in_front(dialogues):
     from tokenizers.processors import TemplateProcessing
 
-    from resdpo_trl.text.model import train_tokenizer
-
     tokenizer = train_tokenizer(["a b c"], 300)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
@@ -137,13 +136,13 @@ def test_a_beginning_that_a_template_wrote_stays_in_front(tokenizer):
     turn = "<user>" + "a b c " * 20 + "<end>"
     row = {"prompt": f"{bos}{turn}{turn}<user>last<end>", "chosen": "b<end>", "rejected": "c<end>"}
     starts = [len(bos + turn), len(bos + turn + turn)]
-    rows = Dataset.from_list([row | {"turn_starts": starts}])
+    rows = Dataset.from_list([row | {"turn_starts": starts, "header_end": 0}])
     whole, last = tokenizer(row["prompt"])["input_ids"], tokenizer("<user>last<end>")["input_ids"]
     for max_length, kept in ((len(whole) + 40, whole), (40, [tokenizer.bos_token_id, *last])):
         (capped,) = tokenize(rows, tokenizer, max_length, ends_turns=True)
         assert capped["prompt_ids"] == kept
         assert capped["prompt_tokens_dropped"] == len(whole) - len(kept)
-        (asked,), (lost,) = tokenize_prompts([row["prompt"]], [starts], tokenizer, max_length - 10, [True])
+        (asked,), (lost,) = tokenize_prompts([row["prompt"]], [starts], [0], tokenizer, max_length - 10, True)
         assert (asked, lost) == (kept, len(whole) - len(kept))
 
 
@@ -160,22 +159,6 @@ def test_sft_learns_the_response_or_everything(tokenizer):
     assert row["input_ids"] == whole["input_ids"] == whole["labels"] == pair["prompt_ids"] + pair["chosen_ids"]
     assert row["labels"] == [-100] * prompt + pair["chosen_ids"]
     assert row["labels"][-1] == tokenizer.eos_token_id
-
-
-def test_sft_on_both_responses_has_a_row_for_each(tokenizer):
-    pairs = tokenize(texts([{"prompt": f"\n\nHuman: a{MARKER}", "chosen": " b", "rejected": " c d"}]), tokenizer, 64)
-    (pair,), rows, whole = pairs, sft_rows(pairs, True, "both"), sft_rows(pairs, False, "both")
-    prompt = pair["prompt_ids"]
-    assert list(rows) == [
-        {
-            "input_ids": prompt + pair[side],
-            "labels": [-100] * len(prompt) + pair[side],
-            "length": len(prompt) + len(pair[side]),
-        }
-        for side in ("chosen_ids", "rejected_ids")
-    ]
-    assert whole["input_ids"] == rows["input_ids"]
-    assert whole["labels"] == [prompt + pair["chosen_ids"], rows["labels"][1]], "a prompt is learned once a pair"
 
 
 @pytest.mark.parametrize(("length", "response"), [(15, None), (32, 25), (32, 0)])
