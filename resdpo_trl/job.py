@@ -215,7 +215,7 @@ def describe_seconds(throughput: dict[str, float]) -> tuple[str, str]:
 
 
 def _say(text: str) -> None:
-    print(printable(text, kept="\n"))
+    print(printable(text, kept="\n"), flush=True)
 
 
 def free(trainer: Any) -> None:

@@ -234,7 +234,8 @@ class PairTrainer(_TextTrainer, Trainer):
         training = model.training
         model.eval()
         parts = []
-        for inputs in tqdm(loader, desc=description, leave=False, disable=not self.is_world_process_zero()):
+        hidden = not self.is_world_process_zero() or None  # None: where stderr is no terminal
+        for inputs in tqdm(loader, desc=description, leave=False, delay=0, disable=hidden):  # a batch may take seconds
             pairs = function(model, self._prepare_inputs(inputs))
             gathered = self.accelerator.gather_for_metrics(list(vars(pairs).values()))
             parts.append(LogProbs(*(value.cpu() for value in gathered)))
