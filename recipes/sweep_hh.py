@@ -39,7 +39,7 @@ from resdpo_trl.text.data import DataConfig
 RECIPE = Path(__file__).resolve().parent / "dpo_hh.py"
 ONE_RUN = (
     "betas", "learning_rates", "seeds", "sft_epochs_list", "jobs", "print_commands", "output_dir",
-    "resume_from_checkpoint", "reward_model", "frontier_samples",
+    "resume_from_checkpoint", "reward_model", "frontier_samples", "verbose",
 )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ class Comparison:
     def say(self, text: str) -> None:
         """Print on the main process, without what a terminal would obey."""
         if self.state.is_main_process:
-            print(printable(text, kept="\n"))
+            print(printable(text, kept="\n"), flush=True)
 
     def say_what_runs(self) -> None:
         device = self.state.device.type
@@ -227,7 +227,7 @@ class Comparison:
         if self.config.reward_model is not None:
             reward_model = RewardModel(self.config.reward_model, self.model, self.config.trust_remote_code)
             self.add_best_of_n(reward_model)
-            for answers in tqdm(self.answers.values(), desc="Reward model", leave=False, delay=2):
+            for answers in self.answers.values():
                 missing = [place for place, one in enumerate(answers) if one.score is None]
                 scores = self._scores(
                     reward_model, [self.prompts[place] for place in missing], [answers[place] for place in missing]

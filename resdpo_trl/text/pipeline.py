@@ -177,6 +177,7 @@ class TextRun(Job):
             processing_class=self.tokenizer,
             peft_config=get_peft_config(self.model),
         )
+        del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if not isinstance(self.training, TextDPOConfig):
             self.push_saves(trainer, "text-generation")

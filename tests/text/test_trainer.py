@@ -1,5 +1,6 @@
 import inspect
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
+from resdpo_trl.job import free
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
 from resdpo_trl.text.config import REFUSED, SFTStageConfig, TextDPOConfig, TextSFTConfig, sft_stage
@@ -55,6 +57,17 @@ def trainer(path, tokenizer, model=None, ref_model=None, train=None, evaluation=
 def train_losses(trained):
     trained.train()
     return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+
+
+def test_a_stage_that_has_ended_leaves_nothing_in_memory(tmp_path, tokenizer):
+    """Weights and AdamW's moments go while the trainer's name is still there."""
+    job = trainer(tmp_path, tokenizer, eval_strategy="epoch")
+    job.train()
+    moments = [each["exp_avg"] for each in job.optimizer.optimizer.state.values()]
+    held = [weakref.ref(each) for each in (job.model, *job.model.parameters(), *moments)]
+    del moments
+    free(job)
+    assert len(held) > 20 and [each() for each in held] == [None] * len(held)
 
 
 def test_everything_starts_at_zero_margin(tmp_path, tokenizer):
