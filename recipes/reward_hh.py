@@ -12,8 +12,7 @@ accelerate launch recipes/reward_hh.py --config recipes/configs/hh/gpt2.yaml --n
 
 # then: its accuracy beside the implicit reward's, on the same held-out pairs
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
-  --reward_model runs/reward/reward_model --max_length 192 --max_eval_samples 200 --max_test_samples 512 \\
-  --beta 0.03
+  --reward_model runs/reward/reward_model --max_length 160 --max_eval_samples 64 --max_test_samples 256
 """
 
 from command_line import RecipeParser, run

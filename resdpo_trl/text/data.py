@@ -572,7 +572,10 @@ def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Me
 
 
 def _render(pair: _Pair, template: Any) -> _Pair:
-    """A pair through the tokenizer's chat template, with its roles repaired where the template refuses them."""
+    """A pair through the tokenizer's chat template, with its roles repaired where the template refuses them.
+
+    The repair is of the whole conversation: an answer that the prompt already began becomes part of both responses.
+    """
     from trl.data_utils import apply_chat_template
 
     messages, (chosen, rejected) = pair.messages, pair.responses
@@ -586,10 +589,12 @@ def _render(pair: _Pair, template: Any) -> _Pair:
     try:
         text: Any = apply_chat_template({"prompt": messages, "chosen": chosen, "rejected": rejected}, template)
     except Exception:
-        repaired = alternating(messages)
-        if repaired == messages:
+        asked = alternating(messages)
+        asked = asked[:-1] if asked and asked[-1]["role"] == "assistant" else asked
+        responses = tuple(alternating([*messages, *side])[len(asked) :] for side in (chosen, rejected))
+        if not asked or (asked, *responses) == (messages, chosen, rejected):
             raise
-        messages, status = repaired, "roles_repaired"
+        messages, (chosen, rejected), status = asked, responses, "roles_repaired"
         text = apply_chat_template({"prompt": messages, "chosen": chosen, "rejected": rejected}, template)
     if text["chosen"].strip() == text["rejected"].strip():
         status = "identical"

@@ -34,6 +34,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, check_model_folder, first_line
 from resdpo_trl.text.attention import CPU_ATTENTION
 from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.fused import use_fused_layers
 from resdpo_trl.text.tokens import SHORTEST
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # what a folder with a tokenizer has one of
@@ -165,15 +166,18 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
 
 
 def with_faster_parts(model: PreTrainedModel, chosen: bool = True) -> PreTrainedModel:
-    """GPT-2's GELU as PyTorch's one kernel (transformers' eight take a tenth of a step), and on the CPU the attention
-    of `resdpo_trl.text.attention` where it is ours to choose.
+    """GPT-2's GELU as PyTorch's one kernel (transformers' eight take a tenth of a step), and on the CPU the layers of
+    `resdpo_trl.text.fused` and the attention of `resdpo_trl.text.attention` where it is ours to choose.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, GELUTanh())
     base = base_model(model)
-    if chosen and PartialState().device.type == "cpu" and base.config._attn_implementation == "sdpa":
+    on_cpu = PartialState().device.type == "cpu"
+    if on_cpu:
+        use_fused_layers(base)
+    if chosen and on_cpu and base.config._attn_implementation == "sdpa":
         base.set_attn_implementation(CPU_ATTENTION)
     return model
 

@@ -177,6 +177,7 @@ class TextRun(Job):
             processing_class=self.tokenizer,
             peft_config=get_peft_config(self.model),
         )
+        del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if not isinstance(self.training, TextDPOConfig):
             self.push_saves(trainer, "text-generation")
@@ -281,7 +282,7 @@ class TextRun(Job):
                 str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
             )
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
-        validation = trainer.score(trainer.eval_dataset, "Validation")
+        validation = trainer.validation_scores(epochs(trainer)["kept_step"])
         scores = trainer.score(test, "Test")
         figures = {
             split: with_intervals(preference_metrics(found, loss) | raw_accuracy(found))
