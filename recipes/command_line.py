@@ -31,7 +31,7 @@ TAG_ERRORS = (AttributeError, KeyError, IndexError, ValueError)
 ADVICE = (
     "bitsandbytes.backends.cpu.ops",  # a kernel for 4-bit inference is not installed; it is not used here
     "torch.distributed.elastic.multiprocessing.redirects",  # macOS and Windows do not redirect output
-    "transformers.generation",  # fields of a generation_config.json that this project does not follow
+    "transformers.generation.configuration_utils",  # fields of a generation_config.json that answers do not follow
     "transformers.tokenization_utils_base",  # a text is longer than the model's positions, before the cap shortens it
     "transformers.trainer_utils",  # the model's special tokens became the tokenizer's
 )
