@@ -694,9 +694,7 @@ def test_a_limit_takes_a_pair_of_each_conversation_before_a_second_of_any(tmp_pa
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def taken(limit):
-        config = DataConfig(
-            dataset_name=str(tmp_path), max_train_samples=limit, max_test_samples=3, max_eval_samples=4
-        )
+        config = DataConfig(dataset_name=str(tmp_path), max_train_samples=limit, max_test_samples=3, max_eval_samples=4)
         return load_preferences(config)
 
     whole = {limit: taken(limit) for limit in (5, 9, 14)}
