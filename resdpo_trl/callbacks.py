@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
@@ -66,7 +66,12 @@ class BarCallback(ProgressCallback):
     """One bar a stage, with the newest figures behind it; where no bar can be seen, one line an evaluation."""
 
     # by names that leave room for all of them in 80 columns
-    shown = {"loss": "loss", "eval_loss": "eval_loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+    shown: ClassVar = {
+        "loss": "loss",
+        "eval_loss": "eval_loss",
+        "rewards/accuracies": "acc",
+        "rewards/margins": "margin",
+    }
     validated = ("loss", "accuracy", "rewards/accuracies", "rewards/margins")
 
     def __init__(self, description: str):

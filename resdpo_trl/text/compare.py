@@ -244,7 +244,9 @@ class Comparison:
         if not answers:
             return []
         before, _ = prompt_ids(prompts, tokenizer, self._prompt_tokens)
-        after = tokenizer([one.text for one in answers], add_special_tokens=False)["input_ids"]
+        # as a template writes an answer
+        texts = [one.text if tokenizer.chat_template is None else one.text.strip() for one in answers]
+        after = tokenizer(texts, add_special_tokens=False)["input_ids"]
         ending = answer_end(tokenizer)
         # another tokenizer may need more tokens for the same text
         rows = [
@@ -490,11 +492,11 @@ class Comparison:
             if len(rows) != len(self.prompts) or self.run.summary.get("made_from", {}).get(name) != key:
                 continue
             source = name if name in self.models else self._best_source
-            end = self.tokenizers[source].eos_token_id
+            stops = stop_tokens(self.tokenizers[source])
             self.answers[name] = []
             for row in rows:
                 ids, (text,) = row["answer_ids"][name], row["answers"][name].values()
-                self.answers[name].append(Answer(ids, text, ids[-1] == end, source))
+                self.answers[name].append(Answer(ids, text, ids[-1] in stops, source))
             self.made_from[name] = key
 
     def _kept_verdicts(self) -> list[dict[str, Any]]:

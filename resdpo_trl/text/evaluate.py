@@ -270,13 +270,13 @@ def answer_figures(
         answers: token ids of each answer.
         log_ratios: (N,) log π(y|x) − log π_ref(y|x) of each; their mean over the policy's own answers is an unbiased
             estimate of KL(π‖π_ref) per answer of at most so many tokens as were allowed, in nats.
-        tokenizer: its end-of-text token ends an answer that was not cut.
+        tokenizer: one of its `stop_tokens` ends an answer that was not cut.
     """
-    tokens = [list(row) for row in answers]
+    tokens, stops = [list(row) for row in answers], stop_tokens(tokenizer)
     figures = {
         "length_tokens": np.array([len(row) for row in tokens], dtype=float),
         "kl": log_ratios.double().numpy(),
-        "cut": np.array([row[-1:] != [tokenizer.eos_token_id] for row in tokens], dtype=float),
+        "cut": np.array([row[-1] not in stops for row in tokens], dtype=float),
     }
     distinct = {f"distinct_{n}": distinct_ngrams(tokens, n) for n in (1, 2, 3)}
     return {**with_intervals(figures), **distinct}

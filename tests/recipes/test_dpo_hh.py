@@ -282,6 +282,91 @@ def test_eight_bit_adam_trains(recipe, tmp_path, pairs_file, llama_folder):
     assert json.loads((tmp_path / "d" / "summary.json").read_text())["dpo"]["test"]["rewards/margins"] != 0
 
 
+# --- chat templates --------------------------------------------------------------------------------------------------
+
+CHAT = ["--num_samples", "2", "--max_new_tokens", "6", "--max_train_samples", "32", "--max_length", "128", "--use_cpu"]
+CHAT += ["--sft_epochs", "0", "--learning_rate", "1e-3"]
+
+
+def shown_pair(said):
+    """The first pair that a run prints: prompt, chosen and rejected."""
+    lines = said.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("dialogue format: "))
+    words = [line.split(maxsplit=1) for line in lines[at + 1 : at + 4]]
+    assert [name for name, _ in words] == ["prompt", "chosen", "rejected"]
+    return lines[at], [text for _, text in words]
+
+
+def test_a_chat_model_from_its_template_to_its_answers(recipe, tmp_path, pairs_file, chat_model_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+    arguments = [
+        "--dataset_name",
+        pairs_file,
+        "--model_name_or_path",
+        chat_model_folder,
+        "--output_dir",
+        tmp_path / "d",
+    ]
+    status, said, wrong = recipe("dpo_hh.py", *arguments, *CHAT)
+    assert status == 0, wrong
+    how, (prompt, chosen, rejected) = shown_pair(said)
+    assert how == "dialogue format: the tokenizer's chat template; the first training pair as the model sees it"
+    assert prompt.lstrip("…").startswith("<|im_start|>") and prompt.endswith("<|im_end|>\\n<|im_start|>assistant\\n")
+    assert chosen.endswith("<|im_end|>\\n") and rejected.endswith("<|im_end|>\\n") and chosen != rejected
+    assert "Human:" not in prompt + chosen + rejected
+    counts = json.loads((tmp_path / "d" / "summary.json").read_text())["data"]
+    assert counts["dialogue_format"] == "chat" and counts["cap"]["train"]["pairs_lost"] == 0
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "d" / "policy")
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for name in ("reference", "policy"):
+        stops = GenerationConfig.from_pretrained(tmp_path / "d" / name).eos_token_id
+        assert stops == [tokenizer.eos_token_id, end_of_turn]
+    for row in rows_of(tmp_path / "d" / "samples.jsonl"):
+        assert row["prompt"].startswith("\n\nHuman: ") or "Human" not in row["prompt"]  # the latter lost turns
+        assert "<|im_" not in json.dumps(row)
+
+    # transformers' own pipeline takes messages, and stops where the template ends a turn
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "d" / "policy")
+    asked = [{"role": "user", "content": "Why is the sky blue?"}]
+    chat = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    (found,) = chat(asked, max_new_tokens=5, do_sample=False)
+    assert found["generated_text"][:-1] == asked and found["generated_text"][-1]["role"] == "assistant"
+    last = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    free = model.generate(**last, max_new_tokens=5, do_sample=False)[0, last["input_ids"].shape[1] :].tolist()
+    weight = model.get_output_embeddings().weight
+    weight.data[end_of_turn] = 3 * weight.data[free[0]]  # now the likeliest token
+    ended = model.generate(**last, max_new_tokens=5, do_sample=False)[0, last["input_ids"].shape[1] :].tolist()
+    assert ended == [end_of_turn] and len(free) == 5
+
+
+def test_plain_dialogues_leave_a_policy_without_a_template(recipe, tmp_path, pairs_file, chat_model_folder):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    folder = tmp_path / "d"
+    arguments = ["--dataset_name", pairs_file, "--model_name_or_path", chat_model_folder, "--output_dir", folder]
+    status, said, wrong = recipe("dpo_hh.py", *arguments, *CHAT, "--dialogue_format", "plain", "--bf16", "false")
+    assert status == 0, wrong
+    how, (prompt, chosen, _) = shown_pair(said)
+    assert how.startswith("dialogue format: plain text (Human:, Assistant:);")
+    assert prompt.endswith("\\n\\nAssistant:") and chosen.endswith("<|endoftext|>") and "<|im_" not in prompt + chosen
+    for name in ("reference", "policy"):
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        assert tokenizer.chat_template is None and not (folder / name / "chat_template.jinja").exists()
+        assert GenerationConfig.from_pretrained(folder / name).eos_token_id == tokenizer.eos_token_id
+    status, _, wrong = recipe(
+        "evaluate_hh.py", "--model", folder / "policy", "--reference", folder / "reference", "--dataset_name",
+        pairs_file, "--max_length", 128, "--num_samples", 0, "--bf16", "false", "--output", tmp_path / "f.json",
+    )  # fmt: skip
+    assert status == 0, wrong
+    figures = json.loads((tmp_path / "f.json").read_text())
+    test = json.loads((folder / "summary.json").read_text())["dpo"]["test"]
+    assert figures["data"]["dialogue_format"] == "plain"
+    assert figures["pairs"]["rewards/margins"] == pytest.approx(test["rewards/margins"], abs=1e-5)
+    assert test["rewards/margins"] != 0
+
+
 # --- bad input: status 2 and one line ------------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
     arguments = ["--config", str(preset)]
     of_sft = (*shared, TextSFTConfig, SamplesConfig, RunConfig)
     if "sft_epochs: 0\n" in preset.read_text():
-        with pytest.raises(UserError, match="--num_train_epochs 0.0: must be above 0"):
+        with pytest.raises(UserError, match=r"--num_train_epochs 0\.0: must be above 0"):
             parsed(monkeypatch, "sft_hh", of_sft, arguments)
         return
     *_, alone, _, _ = parsed(monkeypatch, "sft_hh", of_sft, arguments)

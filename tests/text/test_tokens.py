@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, turn_starts
+from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, rendered_turns, turn_starts
 from resdpo_trl.text.tokens import cache_key, cap_counts, cap_prompt, sft_rows, tokenize, tokenize_prompts
 from tests.conftest import train_tokenizer
 
@@ -150,6 +150,79 @@ def test_a_templates_end_of_turn_is_not_doubled(tokenizer):
     row = {"prompt": "<user>a<end>", "chosen": "b<end>", "rejected": "c<end>"}
     (capped,) = tokenize(texts([row]), tokenizer, 64, ends_turns=True)
     assert tokenizer.eos_token_id not in capped["chosen_ids"]
+
+
+def rendered(messages, tokenizer):
+    """A conversation as `load_preferences` renders it, with two answers."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    header_end, starts = rendered_turns(messages, text, tokenizer)
+    sides = {side: f"{side}<|im_end|>\n" for side in ("chosen", "rejected")}
+    return Dataset.from_list([{"prompt": text, **sides, "turn_starts": starts, "header_end": header_end}])
+
+
+def conversation(words, system, generator):
+    turns = [
+        {
+            "role": "user" if (len(words) - n) % 2 else "assistant",
+            "content": " ".join(generator.choices(["ab", "cde", "fgh"], k=count)),
+        }
+        for n, count in enumerate(words)
+    ]
+    return ([{"role": "system", "content": system}] if system else []) + turns
+
+
+@given(
+    words=st.lists(st.integers(1, 25), min_size=1, max_size=6),
+    system=st.sampled_from([None, "Be kind.", "a b " * 40]),
+    max_length=st.sampled_from([48, 64, 96, 160]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_truncated_prompt_is_the_rendering_of_the_turns_that_are_left(
+    _chat_tokenizer, words, system, max_length, seed
+):
+    """The system turn stays, the template's own or the conversation's, and the oldest turns go, as few as will do."""
+    tokenizer = _chat_tokenizer
+    messages = conversation(words, system, random.Random(seed))
+    turns = messages[1:] if system else messages
+    rows = rendered(messages, tokenizer)
+    (capped,) = tokenize(rows, tokenizer, max_length, ends_turns=True)
+    budget = max_length - max(len(capped["chosen_ids"]), len(capped["rejected_ids"]))
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    whole, header = ids_of(rows[0]["prompt"]), ids_of(rows[0]["prompt"][: rows[0]["header_end"]])
+    assert tokenizer.decode(header) == (f"<|im_start|>system\n{system or 'You are helpful'}<|im_end|>\n")
+    head = messages[:1] if system else []
+    left = [
+        ids_of(tokenizer.apply_chat_template(head + turns[n:], tokenize=False, add_generation_prompt=True))
+        for n in range(len(turns))
+    ]
+    kept = capped["prompt_ids"]
+    if 2 * len(header) > budget:  # it would leave the turns less than it takes
+        left = [left[0], *(ids[len(header) :] for ids in left[1:])]
+    fitting = next((n for n, ids in enumerate(left) if len(ids) <= budget), None)
+    if fitting is not None:
+        assert kept == left[fitting]
+        assert capped["turns_dropped"] == fitting
+    else:  # the newest turn alone is too long
+        stays = header if 2 * len(header) <= budget else []
+        assert kept == stays + whole[len(whole) - (budget - len(stays)) :]
+        assert len(kept) == budget
+    assert capped["prompt_tokens_dropped"] == len(whole) - len(kept)
+    (asked,), (lost,) = tokenize_prompts(
+        rows["prompt"][:], rows["turn_starts"][:], rows["header_end"][:], tokenizer, budget, True
+    )
+    assert (asked, lost) == (kept, len(whole) - len(kept))
+
+
+def test_a_header_of_more_than_half_the_budget_is_not_kept():
+    header, prompt = [90, 91, 92, 93], [90, 91, 92, 93, *range(20)]
+    assert cap_prompt(prompt, [14], 8, header) == (header + prompt[-4:], 1)
+    assert cap_prompt(prompt, [14], 7, header) == (prompt[-7:], 1)
+    assert cap_prompt(prompt, [14], 14, header) == (header + prompt[14:], 1)
+    assert cap_prompt(prompt, [14], 24, header) == (prompt, 0)
 
 
 def test_sft_learns_the_response_or_everything(tokenizer):
