@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GO_ON = "what was written stays: a run goes on with the same command and --resume_from_checkpoint"
 PRESETS = Path(__file__).resolve().parent / "configs"
-LIMITS = ("max_train_samples", "max_eval_samples", "max_test_samples")
+# fields of a preset that are about its own data set
+OF_ITS_DATA = ("dataset_data_dir", "dataset_revision", "max_train_samples", "max_eval_samples", "max_test_samples")
 LARGEST_PRESET = 64 * 2**10  # bytes
 DEEPEST_PRESET = 20  # PyYAML's time grows with the square of the depth, or worse
 # what PyYAML's constructors raise for "!!timestamp x", "!!bool x", "!!int ''" and 2001-99-99
@@ -30,7 +31,7 @@ TAG_ERRORS = (AttributeError, KeyError, IndexError, ValueError)
 ADVICE = (
     "bitsandbytes.backends.cpu.ops",  # a kernel for 4-bit inference is not installed; it is not used here
     "torch.distributed.elastic.multiprocessing.redirects",  # macOS and Windows do not redirect output
-    "transformers.generation",  # fields of a generation_config.json that this project does not follow
+    "transformers.generation.configuration_utils",  # fields of a generation_config.json that answers do not follow
     "transformers.tokenization_utils_base",  # a text is longer than the model's positions, before the cap shortens it
     "transformers.trainer_utils",  # the model's special tokens became the tokenizer's
 )
@@ -111,7 +112,7 @@ class RecipeParser(TrlParser):
         ours = preset is not None and PRESETS in preset.resolve().parents
         without, renamed = (list(not_from_presets), renamed_in_presets or {}) if ours else ([], {})
         if ours and "__dataset_name" in named:
-            without += LIMITS  # which are of the preset's own data
+            without += OF_ITS_DATA
         defaults = self._flags_of(preset, without, renamed) if preset is not None else []
         self._check(defaults, f"{preset}: ")
         self._check(flags, "")

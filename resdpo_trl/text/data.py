@@ -693,8 +693,10 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
     """Three splits: the data's own where it has them, the rest held out from its training rows by group; and how many
     rows are in none, for their conversation has others in a held-out split that was full.
 
-    Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the
-    file, and a smaller --max_train_samples takes a subset of a larger one.
+    Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the file. A
+    limit takes one row of each group before a second one of any (`_spread`): pairs of one conversation share much of
+    their text, so that they teach less, and their figures are not independent. A smaller limit takes a subset of a
+    larger one.
     """
     rows = rows_of["train"]
     groups = _groups(rows)
@@ -708,7 +710,7 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
     for split in ("test", "validation"):
         own_rows = rows_of.get(split)
         if own_rows is not None:
-            chosen = np.argsort(np.asarray(own_rows["group"][:]), kind="stable")[: limits[split]]
+            chosen = _spread(np.asarray(own_rows["group"][:]))[: limits[split]]
             splits[split] = own_rows.select(np.sort(chosen))
             continue
         wanted = min(limits[split] or len(rows), max(1, round(shares[split] * len(rows))))
@@ -721,5 +723,14 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
         splits[split] = rows.select(np.sort(order[taken : taken + wanted]))
         left_out += int(later[0]) - taken - wanted
         taken = int(later[0])
-    splits["train"] = rows.select(np.sort(order[taken:][: config.max_train_samples]))
+    left = order[taken:]
+    splits["train"] = rows.select(np.sort(left[_spread(groups[left])][: config.max_train_samples]))
     return {split: splits[split] for split in SPLITS}, left_out
+
+
+def _spread(groups: np.ndarray) -> np.ndarray:
+    """(N,) an order of rows: one of each group in the order of the groups, then the second of each, and so on."""
+    order = np.argsort(groups, kind="stable")
+    _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
+    place_in_group = np.arange(len(order)) - first[inverse]
+    return order[np.argsort(place_in_group, kind="stable")]

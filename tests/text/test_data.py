@@ -681,3 +681,28 @@ def test_a_hub_id_without_network():
 def test_senseless_numbers(options):
     with pytest.raises(UserError, match="--"):
         DataConfig(**options)
+
+
+def test_a_limit_takes_a_pair_of_each_conversation_before_a_second_of_any(tmp_path):
+    """Nested for growing limits, in every split that the data bring."""
+    for split, count in (("train", 9), ("validation", 3), ("test", 3)):
+        rows = [
+            {"prompt": f"\n\nHuman: {split} {opening}\n\nAssistant: ok\n\nHuman: {turn}\n\nAssistant:",
+             "chosen": f" yes {turn}", "rejected": " no"}
+            for opening in range(count) for turn in range(4)
+        ]  # fmt: skip
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def taken(limit):
+        config = DataConfig(
+            dataset_name=str(tmp_path), max_train_samples=limit, max_test_samples=3, max_eval_samples=4
+        )
+        return load_preferences(config)
+
+    whole = {limit: taken(limit) for limit in (5, 9, 14)}
+    groups = {limit: pairs["train"]["group"][:] for limit, pairs in whole.items()}
+    assert [len(set(groups[limit])) for limit in (5, 9, 14)] == [5, 9, 9]
+    prompts = [set(whole[limit]["train"]["prompt"][:]) for limit in (5, 9, 14)]
+    assert prompts[0] < prompts[1] < prompts[2]
+    assert len(set(whole[5]["test"]["group"][:])) == 3
+    assert len(set(whole[5]["validation"]["group"][:])) == 3
