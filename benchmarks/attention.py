@@ -3,7 +3,7 @@
     python benchmarks/attention.py [--rounds 5]
 
 One JSON line a row: forward and backward pass of one layer, a causal boolean mask, the two in turn, medians.
-`speedup` compares them. Shapes: (rows, heads, tokens, width of a head).
+`speedup` compares them. Shapes: (rows, query heads, key heads, tokens, width of a head).
 """
 
 import argparse
@@ -18,15 +18,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from resdpo_trl.run import hardware, use_the_cores
 from resdpo_trl.text.attention import cpu_attention
 
-SHAPES = {"quickstart": (16, 4, 128, 64), "GPT-2, cap 128": (16, 12, 170, 64), "GPT-2, cap 256": (8, 12, 300, 64)}
+SHAPES = {
+    "SmolLM2-135M, cap 128": (16, 9, 3, 130, 64),
+    "GPT-2, cap 128": (16, 12, 12, 170, 64),
+    "GPT-2, cap 256": (8, 12, 12, 300, 64),
+}
 
 
-def seconds(attention: Callable, qkv: torch.Tensor, heads: int, mask: torch.Tensor, module: torch.nn.Module) -> float:
-    """Of one pass forward and back from (B, T, 3·H·D), the output of a GPT-2's projection."""
+def seconds(
+    attention: Callable, qkv: torch.Tensor, heads: tuple[int, ...], mask: torch.Tensor, module: torch.nn.Module
+) -> float:
+    """Of one pass forward and back from (B, T, H·D) queries, keys and values side by side; `heads` of each."""
     qkv.grad = None
     started = time.perf_counter()
-    rows, tokens, _ = qkv.shape
-    query, key, value = (part.view(rows, tokens, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+    width = qkv.shape[2] // sum(heads)
+    parts = qkv.split([count * width for count in heads], dim=2)
+    query, key, value = (part.unflatten(2, (-1, width)).transpose(1, 2) for part in parts)
     attention(module, query, key, value, mask)[0].sum().backward()
     return time.perf_counter() - started
 
@@ -38,9 +45,11 @@ def main() -> None:
     use_the_cores()
     module = torch.nn.Module()
     engines = {"sdpa": sdpa_attention_forward, "ours": cpu_attention}
-    for name, (rows, heads, tokens, width) in SHAPES.items():
+    for name, (rows, query_heads, key_heads, tokens, width) in SHAPES.items():
+        heads = (query_heads, key_heads, key_heads)
+        module.num_key_value_groups = query_heads // key_heads
         for dtype in (torch.bfloat16, torch.float32):
-            qkv = torch.randn(rows, tokens, 3 * heads * width, dtype=dtype, requires_grad=True)
+            qkv = torch.randn(rows, tokens, sum(heads) * width, dtype=dtype, requires_grad=True)
             mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(rows, 1, tokens, tokens)
             found: dict[str, list[float]] = {engine: [] for engine in engines}
             for turn in range(options.rounds + 1):

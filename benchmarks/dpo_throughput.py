@@ -1,6 +1,6 @@
 """Pairs per second of a DPO step: ours against TRL's trainer and the usual hand-written loop, model and data the same.
 
-    python benchmarks/dpo_throughput.py [--model FOLDER] [--dataset_name PAIRS.jsonl.gz] [--max_length 256] [--batch 8]
+    python benchmarks/dpo_throughput.py [--model NAME] [--dataset_name PAIRS.jsonl.gz] [--max_length 128] [--batch 16]
         [--dtype float32|bfloat16] [--steps 6] [--rounds 1] [--engines ours trl trl_precomputed plain] [--torch_compile]
 
 One JSON line an engine. Every engine runs in a process of its own, `--rounds` times in turn; a figure is the median
@@ -18,7 +18,7 @@ measured in the same process.
 --torch_compile compiles the model of ours and of TRL's; `first_pass_seconds` is ours over its batches for the first
 time, compilation included, to hold against `--steps` × `--batch` / `step_pairs_per_second`.
 
-Without --model a GPT-2 of 124M parameters with random weights, without --dataset_name the quickstart's pairs.
+Without --model SmolLM2-135M-Instruct, without --dataset_name the quickstart's pairs, as plain text for every engine.
 """
 
 import argparse
@@ -52,19 +52,6 @@ def read_pairs(name: str | None, count: int) -> list[dict[str, str]]:
         return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
     with gzip.open(name, "rt") if name.endswith(".gz") else open(name, encoding="utf-8") as file:
         return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
-
-
-def write_model(folder: Path) -> None:
-    """GPT-2's shape with random weights and a BPE of the quickstart's text."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from resdpo_trl.text.data import chitchat_pairs
-    from resdpo_trl.text.model import train_tokenizer
-
-    tokenizer = train_tokenizer(chitchat_pairs()["train"]["chosen"], 8000)
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(eos_token_id=0, bos_token_id=0, pad_token_id=0)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 class StepClock(TrainerCallback):
@@ -143,7 +130,9 @@ def evenly_spread(pairs, batch: int, steps: int):
 def useful_flops(model: torch.nn.Module, pairs: list[dict]) -> float:
     """What an epoch over the pairs can't do without: 3 forward passes' worth for the policy, 1 for the reference."""
     body, head = matrices(model)
-    width, layers = model.config.hidden_size, model.config.num_hidden_layers
+    config = model.config
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)  # of all queries of a token
     total = 0.0
     for row in pairs:
         prompt, chosen, rejected = (len(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
@@ -291,10 +280,10 @@ def _peak_resident_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dataset_name")
-    parser.add_argument("--max_length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=1)
@@ -306,28 +295,26 @@ def main() -> None:
         worker(options)
         return
     from resdpo_trl.arguments import has_bfloat16
+    from resdpo_trl.text.model import local_model
 
     options.dtype = options.dtype or ("bfloat16" if has_bfloat16() else "float32")
-    with tempfile.TemporaryDirectory() as scratch:
-        if options.model is None:
-            options.model = f"{scratch}/gpt2"
-            write_model(Path(options.model))
-        results: dict[str, list[dict]] = {engine: [] for engine in options.engines}
-        for turn in range(options.rounds):
-            for engine in options.engines:
-                flags = [
-                    "--model", options.model, "--max_length", options.max_length, "--batch", options.batch,
-                    "--dtype", options.dtype, "--steps", options.steps, "--worker", engine,
-                ]  # fmt: skip
-                flags += ["--dataset_name", options.dataset_name] if options.dataset_name else []
-                flags += ["--torch_compile"] if options.torch_compile else []
-                done = subprocess.run([sys.executable, __file__, *map(str, flags)], capture_output=True, text=True)
-                lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-                if not lines:
-                    sys.exit(f"{engine} failed:\n{done.stderr[-3000:]}")
-                results[engine].append(json.loads(lines[-1].removeprefix("RESULT ")))
-                if turn == options.rounds - 1:
-                    print(json.dumps(row_of(engine, results[engine], options, results.get("ours"))), flush=True)
+    options.model = local_model(options.model, "--model")
+    results: dict[str, list[dict]] = {engine: [] for engine in options.engines}
+    for turn in range(options.rounds):
+        for engine in options.engines:
+            flags = [
+                "--model", options.model, "--max_length", options.max_length, "--batch", options.batch,
+                "--dtype", options.dtype, "--steps", options.steps, "--worker", engine,
+            ]  # fmt: skip
+            flags += ["--dataset_name", options.dataset_name] if options.dataset_name else []
+            flags += ["--torch_compile"] if options.torch_compile else []
+            done = subprocess.run([sys.executable, __file__, *map(str, flags)], capture_output=True, text=True)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                sys.exit(f"{engine} failed:\n{done.stderr[-3000:]}")
+            results[engine].append(json.loads(lines[-1].removeprefix("RESULT ")))
+            if turn == options.rounds - 1:
+                print(json.dumps(row_of(engine, results[engine], options, results.get("ours"))), flush=True)
 
 
 def row_of(engine: str, runs: list[dict], options: argparse.Namespace, own: list[dict] | None) -> dict:

@@ -1,11 +1,11 @@
 """Seconds that the reference's log-probabilities take in a first run and in a second one that finds them on disk.
 
-    python benchmarks/reference_cache.py [--model FOLDER] [--dataset_name PAIRS.jsonl.gz] [--max_length 128]
+    python benchmarks/reference_cache.py [--model NAME] [--dataset_name PAIRS.jsonl.gz] [--max_length 128]
         [--pairs 64] [--rounds 3]
 
 One JSON line a row. Both runs load the model and digest its weights; the first also runs it over every pair. The rounds
-take turns, each from an empty cache. Without --model a GPT-2 of 124M parameters with random weights, without
---dataset_name the quickstart's pairs.
+take turns, each from an empty cache. Without --model SmolLM2-135M-Instruct, without --dataset_name the quickstart's
+pairs.
 """
 
 import argparse
@@ -18,19 +18,20 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from dpo_throughput import read_pairs, write_model
+from dpo_throughput import read_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resdpo_trl.run import hardware, use_the_cores
 from resdpo_trl.text.config import TextDPOConfig
 from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.model import local_model
 from resdpo_trl.text.tokens import tokenize
 from resdpo_trl.text.trainer import TextDPOTrainer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dataset_name")
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=64)
@@ -38,10 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     use_the_cores()
     seconds: dict[str, list[float]] = {"first": [], "second": []}
+    options.model = local_model(options.model, "--model")
     with tempfile.TemporaryDirectory() as scratch:
-        if options.model is None:
-            options.model = f"{scratch}/gpt2"
-            write_model(Path(options.model))
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         path = Path(scratch) / "pairs.jsonl"

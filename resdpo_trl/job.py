@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from resdpo_trl.files import ASIDE, replace_folder, step_of, torn
 from resdpo_trl.hub import Hub
 from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
 from resdpo_trl.report import write_report
-from resdpo_trl.run import RunFolder, use_the_cores
+from resdpo_trl.run import RunFolder, trim_heap, use_the_cores
 
 
 class Job:
@@ -147,6 +145,7 @@ class Job:
         if self.run.main_process and aside.exists():
             shutil.rmtree(aside)
         PartialState().wait_for_everyone()
+        trim_heap()  # what is written takes room that the last step's activations no longer need
         with self.run.writing(str(folder.relative_to(self.run.path))):
             save(str(aside))
             PartialState().wait_for_everyone()
@@ -228,11 +227,7 @@ def free(trainer: Any) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        # glibc keeps freed activations, over a gigabyte, for blocks of other sizes than the next stage asks for
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+    trim_heap()
 
 
 def as_table(rows: list[tuple[str, str]]) -> str:

@@ -29,6 +29,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import disk_trouble, last_whole, not_written, read_manifest, replace_folder, write_manifest
+from resdpo_trl.run import trim_heap
 from resdpo_trl.signals import AfterTheStep, Interrupted
 
 UNFINISHED = "unfinished"  # the folder beside the checkpoints in which the next one is written
@@ -112,6 +113,7 @@ class Resumable(Trainer):
         folder, step = Path(self._get_output_dir(trial)), self.state.global_step
         target, aside = folder / f"checkpoint-{step}", folder / UNFINISHED
         best = self.state.best_model_checkpoint
+        trim_heap()  # what is written takes room that the last step's activations no longer need
         with self._writing(target, aside):
             if self.args.should_save and aside.exists():
                 shutil.rmtree(aside)

@@ -1,12 +1,12 @@
 """Layers of Llama-type models with fewer passes over memory, for mixed precision on the CPU.
 
 A Llama layer keeps its residual stream in float32 under autocast. transformers' RMSNorm then takes six kernels and
-leaves a float32 result, which each linear layer after it casts to bfloat16 and keeps for itself; the MLP keeps both
+leaves a float32 result, which each linear layer after it casts to bfloat16 and keeps for itself; the MLP keeps
 silu(gate) and its product with up. The modules here write bfloat16 once, and keep only what the backward pass cannot
-compute again in one kernel.
+compute again by cheap kernels.
 
-`use_fused_layers` changes the class of a module and nothing else: parameters keep their names, linear layers are called
-as modules (so that LoRA's are), and a saved folder is transformers' own. docs/speed.md says what each gives.
+`use_fused_layers` changes the class of a module and nothing else: parameters keep their names, a linear layer with an
+adapter is called as it is, and a saved folder is transformers' own. docs/speed.md says what each gives.
 """
 
 from __future__ import annotations
@@ -48,21 +48,22 @@ class _RMSNorm(torch.autograd.Function):
         exact = _exact(values)
         mean_square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(exact.shape[-1])
         scale = mean_square.add_(epsilon).rsqrt_()
-        ctx.save_for_backward(values, weight, scale)
-        return (exact * scale).mul_(weight).to(kind)
+        normed = exact * scale
+        ctx.save_for_backward(normed.to(kind, copy=True), weight, scale)  # not the values: twice the bytes
+        ctx.kind = values.dtype
+        return normed.mul_(weight).to(kind)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        values, weight, scale = ctx.saved_tensors
-        normed = _exact(values) * scale
-        exact = gradient.to(normed.dtype)
+        normed, weight, scale = ctx.saved_tensors
+        normed, exact = normed.to(scale.dtype), gradient.to(scale.dtype)
         product = exact * normed
         of_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None, None
         mean = product.mul_(weight).mean(-1, keepdim=True)
-        of_values = torch.mul(exact, weight, out=product).sub_(normed.mul_(mean)).mul_(scale)
-        return of_values.to(values.dtype), of_weight, None, None
+        of_values = torch.mul(exact, weight, out=product).addcmul_(normed, mean, value=-1).mul_(scale)
+        return of_values.to(ctx.kind), of_weight, None, None
 
 
 class SwiGLU(torch.nn.Module):
@@ -73,24 +74,42 @@ class SwiGLU(torch.nn.Module):
     down_proj: torch.nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SiLUProduct.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        if type(down) is not torch.nn.Linear:  # with an adapter
+            return down(F.silu(gate) * up)
+        operands: list[Tensor | None] = [gate, up, down.weight, down.bias]
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            kind = torch.get_autocast_dtype(device)
+            operands = [each if each is None else each.to(kind) for each in operands]
+        return _DownProjection.apply(*operands)
 
 
-class _SiLUProduct(torch.autograd.Function):
-    """silu(gate) ∘ up, with silu(z) = z·σ(z). silu(gate) is computed again in the backward pass.
+class _DownProjection(torch.autograd.Function):
+    """(…, I) gate and up, (D, I) weight, (D,) bias or None -> (…, D): W·(silu(gate) ∘ up) + b, silu(z) = z·σ(z).
 
-    With the result's gradient g: ∂up = g∘silu(gate), ∂gate = g∘up∘silu'(gate), silu'(z) = σ(z)·(1 + z·(1 − σ(z))).
+    The product is computed again in the backward pass. With the result's gradient g and p = Wᵀ·g:
+        ∂up = p∘silu(gate),   ∂gate = p∘up∘silu'(gate) with silu'(z) = σ(z)·(1 + z·(1 − σ(z))),
+        ∂W = Σ g·(silu(gate)∘up)ᵀ,   ∂b = Σ g.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        activated = F.silu(gate)
+        of_weight = of_bias = None
+        if ctx.needs_input_grad[2]:
+            of_weight = gradient.flatten(0, -2).T @ (activated * up).flatten(0, -2)
+        if ctx.needs_input_grad[3]:
+            of_bias = gradient.flatten(0, -2).sum(0)
+        of_product = gradient @ weight
+        of_gate = torch.ops.aten.silu_backward(of_product * up, gate)
+        return of_gate, activated.mul_(of_product), of_weight, of_bias
 
 
 def use_fused_layers(model: torch.nn.Module) -> None:

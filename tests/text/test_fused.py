@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
 
-from resdpo_trl.text.fused import RMSNorm, SwiGLU, _RMSNorm, _SiLUProduct, use_fused_layers
+from resdpo_trl.text.fused import RMSNorm, SwiGLU, _DownProjection, _RMSNorm, use_fused_layers
 from tests.conftest import tiny_model
 
 FAMILIES = ["llama", "qwen3", "mistral"]
@@ -53,8 +53,9 @@ def test_the_gradients_are_the_numerical_ones():
     values, weight = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     inputs = (values.requires_grad_(), weight.requires_grad_())
     torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-5, torch.float64), inputs)
-    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    torch.autograd.gradcheck(_SiLUProduct.apply, (gate, up))
+    shapes = ((2, 3, 4), (2, 3, 4), (5, 4), (5,))
+    inputs = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    torch.autograd.gradcheck(_DownProjection.apply, inputs)
 
 
 @pytest.mark.parametrize("part", ["norm", "mlp"])
@@ -120,10 +121,11 @@ def test_a_whole_model_scores_and_learns_the_same(kind, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, plain(ids).logits)
 
 
-def test_lora_learns_through_it_as_through_transformers():
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj", "down_proj"], ["q_proj", "up_proj"]])
+def test_lora_learns_through_it_as_through_transformers(targets):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False)
+    config = LoraConfig(target_modules=targets, init_lora_weights=False)
     plain = tiny_model("llama")
     own = copy.deepcopy(plain)
     use_fused_layers(own)
@@ -134,7 +136,7 @@ def test_lora_learns_through_it_as_through_transformers():
         adapted = get_peft_model(model, config)
         adapted(input_ids=ids, labels=ids).loss.backward()
         gradients.append({name: each.grad for name, each in adapted.named_parameters() if each.grad is not None})
-    assert {name.split(".")[-4] for name in gradients[0]} == {"q_proj", "gate_proj", "down_proj"}
+    assert {name.split(".")[-4] for name in gradients[0]} == set(targets)
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
