@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
+from resdpo_trl.text.data import end_of_turn
 from resdpo_trl.text.model import base_model, positions_of
 
 
@@ -16,6 +19,17 @@ def answerable(model: Any, prompts: list[list[int]], max_new_tokens: int) -> lis
     """The newest tokens of each prompt, as many as leave room for an answer in the model's positions."""
     positions = positions_of(model)
     return prompts if positions is None else [prompt[-(positions - max_new_tokens) :] for prompt in prompts]
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids at which an answer ends: the end of text, and the chat template's end of turn where that is a token of
+    its own ("<|im_end|>" of many models whose end of text is "<|endoftext|>").
+    """
+    ends = [int(tokenizer.eos_token_id)]
+    if tokenizer.chat_template is not None:
+        after = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
+        ends += [token for token in after[:1] if token in tokenizer.added_tokens_decoder and token not in ends]
+    return ends
 
 
 def answer(
@@ -29,8 +43,10 @@ def answer(
     description: str = "Answering",
     temperature: float = 1.0,
     top_p: float = 1.0,
+    stop_string: str | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """Token ids of one answer a prompt; an answer that was not cut short ends with the end-of-text token.
+    """Token ids of one answer a prompt; an answer that was not cut short ends with one of `stop_tokens`.
 
     Prompts of like length share a batch. What is sampled depends on the seed and on the batches. What the model's own
     generation_config.json asks for (a repetition penalty, min_p, …) is not followed: the answers would be drawn from
@@ -42,13 +58,17 @@ def answer(
         max_new_tokens: tokens of an answer, at most.
         sampled: draw from the model's own distribution by `seed` where True, take the likeliest token where False.
         temperature, top_p: what the distribution is sharpened by and cut at where it is sampled.
+        stop_string: a text that ends an answer, too; the answer has it at its end.
+        streamer: gets the tokens of a single prompt's answer one by one, in the place of the progress bar.
     """
     distribution = {"temperature": temperature, "top_k": 0, "top_p": top_p} if sampled else {}
+    ends = stop_tokens(tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampled,
         **distribution,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
+        stop_strings=stop_string,
         pad_token_id=tokenizer.pad_token_id,
     )
     training, base = model.training, base_model(model)
@@ -58,8 +78,9 @@ def answer(
     answers: list[list[int]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
     steps = tqdm(
-        total=math.ceil(len(prompts) / batch_size) * max_new_tokens, desc=description, unit="step", leave=False
-    )
+        total=math.ceil(len(prompts) / batch_size) * max_new_tokens, desc=description, unit="step", leave=False,
+        disable=streamer is not None,
+    )  # fmt: skip
     try:
         with steps, torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
@@ -74,10 +95,12 @@ def answer(
                     attention_mask=mask.to(model.device),
                     generation_config=config,
                     stopping_criteria=StoppingCriteriaList([_Progress(steps)]),
+                    tokenizer=tokenizer,
+                    streamer=streamer,
                 )
                 steps.update(number * max_new_tokens - steps.n)  # a batch whose answers have all ended stops early
                 for place, row in zip(places, out[:, width:].tolist(), strict=True):
-                    answers[place] = _until_end(row, tokenizer.eos_token_id)
+                    answers[place] = _until_end(row, ends)
     finally:
         base.generation_config = own_config
     model.train(training)
@@ -95,6 +118,7 @@ class _Progress(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _until_end(tokens: list[int], end: int) -> list[int]:
-    """The tokens up to the first end-of-text token, with it; what follows is padding."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def _until_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens up to the first one that ends an answer, with it; what follows is padding."""
+    last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]

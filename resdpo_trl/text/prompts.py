@@ -64,8 +64,8 @@ def write_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[st
             text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is a program: it may raise anything
             raise UserError(
-                f"--prompts: the tokenizer's chat template does not take the conversation that begins "
-                f"{str(prompt)[:80]} ({first_line(error)}): mend or drop it"
+                f"the tokenizer's chat template does not take the conversation that begins {str(prompt)[:80]} "
+                f"({first_line(error)}): fix or drop it"
             ) from None
         return text, rendered_turn_starts(prompt, text, tokenizer), True
     text = dialogue(prompt)

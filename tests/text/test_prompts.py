@@ -89,7 +89,7 @@ def test_the_oldest_turns_go_first_under_a_chat_template(tokenizer, monkeypatch)
 
 def test_a_conversation_that_the_template_refuses_is_named(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role here') }}")
-    with pytest.raises(UserError, match=r"--prompts: .*What is rain.*no system role here"):
+    with pytest.raises(UserError, match=r"does not take the conversation.*What is rain.*no system role here"):
         write_prompt(MESSAGES, tokenizer)
 
 
