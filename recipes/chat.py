@@ -11,6 +11,7 @@ python recipes/chat.py runs/quickstart --prompt "How do I keep basil alive in wi
 echo "How do I keep basil alive in winter?" | python recipes/chat.py --models policy=runs/quickstart/policy --prompt -
 """
 
+import os
 import sys
 
 from command_line import RecipeParser, on_one_process, run
@@ -30,13 +31,17 @@ def main() -> None:
     from resdpo_trl.text.chat import Chat
 
     chat = Chat(config, model, options.run)
-    if message is None:
-        chat.talk()
-    else:
-        chat.ask(message)
+    try:
+        if message is None:
+            chat.talk()
+        else:
+            chat.ask(message)
+    except BrokenPipeError:  # the reader has what it wanted, as `| head` does; Python would flush stdout again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def message_of_stdin() -> str:
+    """The message that stdin holds; a UserError where there is none."""
     try:
         message = sys.stdin.read().strip()
     except UnicodeDecodeError:

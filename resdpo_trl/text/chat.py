@@ -24,8 +24,9 @@ from resdpo_trl.text.prompts import SPEAKERS, prompt_ids
 NEXT_TURN = f"\n\n{SPEAKERS['user']}:"  # how a model without a chat template begins to write the user's next message
 HELP = """/reset  forget the conversation
 /help   show this list
-/quit   end the chat, as Ctrl-D does, and Ctrl-C at the prompt
-Ctrl-C stops an answer. What was written stays in the conversation; a model that had not begun forgets the message.
+/quit   end the chat; Ctrl-D does so, too, and Ctrl-C at the prompt
+Ctrl-C stops an answer. The conversation keeps what was written of it; a model
+that had not begun to answer forgets the message.
 A message that begins with / needs a space before it."""
 
 
@@ -51,9 +52,12 @@ class AnswerStreamer(BaseStreamer):
     @property
     def text(self) -> str:
         """The answer so far."""
-        ids = [token for token in self.ids if token not in self.ends]
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return (text.partition(self.stop)[0] if self.stop else text).strip()
+        return self._decoded().partition(self.stop)[0].strip() if self.stop else self._decoded().strip()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model has ended the answer."""
+        return self.ids[-1] in self.ends or (self.stop is not None and self.stop in self._decoded())
 
     def put(self, value: torch.Tensor) -> None:
         """Take (1, T) the prompt, which `generate` hands over first, or (1,) the next token."""
@@ -66,6 +70,10 @@ class AnswerStreamer(BaseStreamer):
     def end(self) -> None:
         """Write what was held back."""
         self._write(self.text)
+
+    def _decoded(self) -> str:
+        ids = [token for token in self.ids if token not in self.ends]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _write(self, text: str) -> None:
         self.write(text[self.written :])
@@ -132,9 +140,8 @@ class Speaker:
         An answer that Ctrl-C stops is remembered as far as it went. Returns whether --max_new_tokens cut it.
         """
         config = self.config
-        ends = stop_tokens(self.tokenizer)
         stop = NEXT_TURN if self.tokenizer.chat_template is None else None
-        streamer = AnswerStreamer(self.tokenizer, ends, stop, write)
+        streamer = AnswerStreamer(self.tokenizer, stop_tokens(self.tokenizer), stop, write)
         try:
             answer(
                 self.model, self.tokenizer, [ids], config.max_new_tokens, sampled=config.do_sample, seed=seed,
@@ -146,7 +153,7 @@ class Speaker:
         finally:
             if streamer.ids:
                 self.history.append((message, streamer.text))
-        return len(streamer.ids) == config.max_new_tokens and streamer.ids[-1] not in ends
+        return not streamer.ended
 
 
 class Chat:
@@ -154,7 +161,7 @@ class Chat:
 
     def __init__(self, config: ChatConfig, model: ChatModelConfig, run: str | None = None):
         if (run is None) == (config.models is None):
-            raise UserError("name either the folder of a run or --models NAME=PATH")
+            raise UserError("name either the folder of a run, e.g. runs/quickstart, or --models NAME=PATH")
         use_the_cores()
         self.config = config
         self.speakers = [

@@ -1,13 +1,14 @@
-"""Answers in batches: the same as one at a time, in the order asked for."""
+"""Answers in batches: the same as one at a time, in the order asked for; where they end."""
 
+import copy
 import random
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import AddedToken, GenerationConfig
 
-from resdpo_trl.text.generate import answer, answerable
+from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model
 from tests.conftest import tiny_model
 
@@ -62,3 +63,35 @@ def test_a_prompt_leaves_room_for_its_answer_in_the_models_positions(tokenizer):
     fitting = answerable(model, prompts, 12)
     assert fitting == [prompts[0][-20:], [5, 6]]
     assert [len(row) for row in answer(model, tokenizer, fitting, 12)] == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("<|im_end|>\n", ["<|endoftext|>", "<|im_end|>"]),
+        ("<|endoftext|>", ["<|endoftext|>"]),
+        ("</s>\n", ["<|endoftext|>"]),  # text, not a token
+        ("\n<|im_end|>", ["<|endoftext|>"]),  # a blank comes first, which any answer may have
+        ("", ["<|endoftext|>"]),
+    ],
+)
+def test_an_answer_ends_at_the_end_of_text_and_at_the_templates_end_of_turn(tokenizer, end, expected):
+    assert stop_tokens(tokenizer) == [tokenizer.eos_token_id]
+    chatty = copy.deepcopy(tokenizer)
+    chatty.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    chatty.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + end + "{% endfor %}"
+    assert chatty.convert_ids_to_tokens(stop_tokens(chatty)) == expected
+
+
+def test_answers_of_a_batch_end_at_their_own_end_of_turn(tokenizer):
+    """Each is the answer without a template up to the first token that ends it."""
+    model, prompts = tiny_model("gpt2").double().eval(), [[3, 4, 5], [7, 8, 9, 10], [11]]
+    plain = [answer(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    token = plain[0][2]
+    chatty = copy.deepcopy(tokenizer)
+    chatty.add_tokens(AddedToken(tokenizer.convert_ids_to_tokens(token), special=True))
+    end = tokenizer.decode([token])
+    chatty.chat_template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    assert stop_tokens(chatty) == [tokenizer.eos_token_id, token]
+    cut = [row[: row.index(token) + 1] if token in row else row for row in plain]
+    assert cut != plain and answer(model, chatty, prompts, 12) == cut
