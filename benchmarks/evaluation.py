@@ -4,7 +4,7 @@
         [--rounds 3]
 
 One JSON line a row. Both load nothing inside the time that is taken, and take turns. `ratio` compares medians with the
-reference pass. Without --model a GPT-2 of the quickstart's size with random weights, without --dataset_name the
+reference pass. --model is a folder, a Hub id, or by default SmolLM2-135M-Instruct. --dataset_name is by default the
 quickstart's pairs.
 """
 
@@ -21,31 +21,29 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 
 from resdpo_trl.run import hardware, use_the_cores
-from resdpo_trl.text.config import ScratchConfig, TextDPOConfig, TextModelConfig
+from resdpo_trl.sources import SMOLLM2
+from resdpo_trl.text.config import TextDPOConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig, load_preferences
 from resdpo_trl.text.evaluate import EvaluateConfig, score_pairs
-from resdpo_trl.text.model import build_model, load_model, load_tokenizer, train_tokenizer
+from resdpo_trl.text.model import load_model, load_tokenizer
 from resdpo_trl.text.tokens import tokenize
 from resdpo_trl.text.trainer import TextDPOTrainer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
+    parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--dataset_name", default=DataConfig.dataset_name)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     use_the_cores()
-    texts = load_preferences(DataConfig(dataset_name=options.dataset_name, max_train_samples=options.pairs))["train"]
-    if options.model is None:
-        tokenizer = train_tokenizer([*texts["prompt"], *texts["chosen"]], ScratchConfig().scratch_vocab_size)
-        model = build_model(ScratchConfig(), tokenizer, options.max_length, seed=0)
-    else:
-        tokenizer = load_tokenizer(options.model, TextModelConfig(), False, "--model")
-        model = load_model(options.model, TextModelConfig(), False, "--model")
-    pairs = tokenize(texts, tokenizer, options.max_length)
+    tokenizer = load_tokenizer(options.model, TextModelConfig(), False, "--model")
+    model = load_model(options.model, TextModelConfig(), False, "--model")
+    data = DataConfig(dataset_name=options.dataset_name, max_train_samples=options.pairs)
+    texts = load_preferences(data, tokenizer)
+    pairs = tokenize(texts["train"], tokenizer, options.max_length, ends_turns=texts.ends_turns)
     config = EvaluateConfig(model="m", reference="r", max_length=options.max_length)
     seconds: dict[str, list[float]] = {"reference pass of training": [], "evaluation": []}
     with tempfile.TemporaryDirectory() as scratch:

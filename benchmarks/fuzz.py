@@ -6,8 +6,9 @@ One JSON line a kind: rows tried, how many were read and how many refused, the s
 but a `UserError` that comes out of a reader is a crash: its traceback and the seed that remakes it go to stderr, and
 the exit status is 1. Kinds:
 
-    pairs     rows of a .jsonl and .jsonl.gz file of dialogues, prompts and conversations, read, parsed and split
-    cap       dialogues of hostile characters, tokenized and capped; no pair may be lost
+    pairs     rows of a .jsonl and .jsonl.gz file of dialogues, prompts and conversations, read, parsed, rendered with
+              a chat template or without one, and split
+    cap       dialogues of hostile characters, plain and rendered, tokenized and capped; no pair may be lost
     config    presets of dpo_hh.py and dpo_cifar.py; a fifth of --rows, for each is a whole parse
     images    encoded images and labels
     metrics   a run's metrics.jsonl, run.json and summary.json, as a resumed run reads them
@@ -33,7 +34,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "benchmarks")]
+
+from tiny import byte_tokenizer  # noqa: E402
 
 from resdpo_trl.errors import UserError  # noqa: E402
 
@@ -49,6 +52,15 @@ VALUES = (
     {}, [[]], [None], {"": None}, {"a": {"b": [1, {"c": 2}]}}, [1, "a", None, {}], [{"role": "user"}],
     [{"role": "user", "content": None}], [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
 )  # fmt: skip
+# none: plain text; one that takes any roles; one that wants user and assistant by turns, as Gemma's
+FREE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + FREE
+)
 RAW = (
     b"",
     b"\n",
@@ -132,10 +144,8 @@ def dialogue(generator: random.Random, number: int) -> dict[str, str]:
 
 def pairs(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
     from resdpo_trl.text.data import DataConfig, load_preferences
-    from resdpo_trl.text.model import train_tokenizer
 
-    tokenizer = train_tokenizer([HUMAN + ASSISTANT] * 20, 300)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    tokenizer = byte_tokenizer()
     forms = {
         "dialogue": dialogue,
         "prompt": lambda generator, n: {"prompt": f"The sky {n} is", "chosen": " blue.", "rejected": " green."},
@@ -162,7 +172,8 @@ def pairs(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[i
         packed = gzip.compress(bytes(content)) if name.endswith(".gz") else bytes(content)
         path.write_bytes(data(generator, packed) if generator.random() < 0.05 else packed)
 
-        def call(path: Path = path) -> None:
+        def call(path: Path = path, template: str | None = generator.choice((None, FREE, STRICT))) -> None:
+            tokenizer.chat_template = template
             load_preferences(DataConfig(dataset_name=str(path), test_fraction=0.2), tokenizer)
             path.unlink()
 
@@ -173,20 +184,22 @@ def pairs(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[i
 def cap(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
     from datasets import Dataset
 
-    from resdpo_trl.text.data import _parse
-    from resdpo_trl.text.model import train_tokenizer
+    from resdpo_trl.text.data import DataConfig, _parse
     from resdpo_trl.text.tokens import cap_counts, tokenize
 
-    tokenizer = train_tokenizer([HUMAN + ASSISTANT + "question Go on. More? Yes No"] * 20, 320)
+    tokenizer = byte_tokenizer()
     for done in range(0, rows, 100):
         count = min(100, rows - done)
         found = [{k: text(generator, v) for k, v in dialogue(generator, number).items()} for number in range(count)]
         found = [{k: v.encode("utf-8", "replace").decode() for k, v in row.items()} for row in found]
-        length = generator.choice((16, 24, 64, 128))
+        length, template = generator.choice((16, 24, 64, 128)), generator.choice((None, FREE, STRICT))
 
-        def call(found: list[dict[str, str]] = found, length: int = length) -> None:
-            kept, _ = _parse(Dataset.from_list(found), "dialogue", None, "chosen")
-            tokens = tokenize(kept, tokenizer, length, generator.choice((None, 1, length // 2)))
+        def call(found: list[dict[str, str]] = found, length: int = length, template: str | None = template) -> None:
+            tokenizer.chat_template = template
+            its = None if template is None else tokenizer
+            kept, _ = _parse(Dataset.from_list(found), "dialogue", its, DataConfig(), "train")
+            longest_response = generator.choice((None, 1, length // 2))
+            tokens = tokenize(kept, tokenizer, length, longest_response, ends_turns=template is not None)
             for row in tokens:
                 longer = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
                 assert len(row["prompt_ids"]) + longer <= length
@@ -203,12 +216,10 @@ def config(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[
     from resdpo_trl.image.augment import AugmentConfig
     from resdpo_trl.image.config import ClassifierDPOConfig, ImageModelConfig, ReferenceStageConfig
     from resdpo_trl.image.data import ImageDataConfig
-    from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+    from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
     from resdpo_trl.text.data import DataConfig
 
-    text_parser = RecipeParser(
-        (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
-    )
+    text_parser = RecipeParser((DataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig))
     image_parser = RecipeParser(
         (ImageDataConfig, AugmentConfig, ImageModelConfig, ReferenceStageConfig, ClassifierDPOConfig, RunConfig)
     )

@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 
 import psutil
+from tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = [
-    "recipes/dpo_hh.py", "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--max_length", "64",
+    "recipes/dpo_hh.py", "--max_length", "64",
     "--max_train_samples", "400", "--num_train_epochs", "1000", "--logging_steps", "1", "--eval_strategy", "no",
     "--save_strategy", "no", "--load_best_model_at_end", "false", "--per_device_train_batch_size", "4",
 ]  # fmt: skip
@@ -33,6 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         launch = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file"]
         command = [*launch, "accelerate_configs/multi_cpu.yaml", *TRAINING, "--output_dir", f"{folder}/run"]
+        command += ["--model_name_or_path", save_tiny_model(f"{folder}/model")]
         job = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         step = _wait_for_training(job, Path(folder) / "run" / "metrics.jsonl")
         children = psutil.Process(job.pid).children(recursive=True)

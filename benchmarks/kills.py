@@ -35,9 +35,7 @@ def main() -> None:
     for number, kind in enumerate(given.kinds):
         recipe, arguments = KINDS[kind]
         whole = folder / "whole"
-        usual = server.run(
-            recipe, [*arguments, "--dataset_name", data[recipe], "--output_dir", whole], folder / "whole.log"
-        )
+        usual = server.run(recipe, [*arguments, *data[recipe], "--output_dir", whole], folder / "whole.log")
         if usual["status"] != 0:
             sys.exit((folder / "whole.log").read_text())
         wanted = (given.kills - total["kills"]) // (len(given.kinds) - number)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import psutil
+from tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -25,8 +26,7 @@ SMALL = [
 ]  # fmt: skip
 JOBS = {
     "text DPO": [
-        "dpo_hh.py", "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size",
-        "400", "--sft_epochs", "0.2", "--max_length", "64", "--num_samples", "0", "--max_train_samples", "400",
+        "dpo_hh.py", "--sft_epochs", "0.2", "--max_length", "64", "--num_samples", "0", "--max_train_samples", "400",
         "--per_device_train_batch_size", "8", "--do_polyak",
     ],
     "image DPO": ["dpo_cifar.py", "--arch", "fast", "--widths", "24", "24", "--per_device_train_batch_size", "16",
@@ -54,6 +54,8 @@ def main() -> None:
             sys.executable, ROOT / "recipes" / recipe, *arguments, *SMALL, "--max_steps", given.steps,
             "--output_dir", folder / "run",
         ]  # fmt: skip
+        if recipe == "dpo_hh.py":
+            command += ["--model_name_or_path", save_tiny_model(str(folder / "model"))]
         with open(folder / "log", "wb") as log:
             process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
             seen: dict[int, float] = {}

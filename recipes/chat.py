@@ -25,12 +25,12 @@ def main() -> None:
     parser = RecipeParser((ChatConfig, ChatModelConfig), description=__doc__)
     parser.usage = "%(prog)s [RUN] [--models NAME=PATH ...] [--field value ...]"
     parser.add_argument("run", nargs="?", metavar="RUN", help="the --output_dir of a run of dpo_hh.py or sft_hh.py")
-    (config, model, options), _ = parser.parse()
+    (config, model), _ = parser.parse()
     message = message_of_stdin() if config.prompt == "-" else config.prompt
 
     from resdpo_trl.text.chat import Chat
 
-    chat = Chat(config, model, options.run)
+    chat = Chat(config, model, parser.added.run)
     try:
         if message is None:
             chat.talk()

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,22 +20,45 @@ from typing import Any, NoReturn
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GO_ON = "what was written stays: a run goes on with the same command and --resume_from_checkpoint"
 PRESETS = Path(__file__).resolve().parent / "configs"
+# fields of a preset that are about its own data set
+OF_ITS_DATA = ("dataset_data_dir", "dataset_revision", "max_train_samples", "max_eval_samples", "max_test_samples")
 LARGEST_PRESET = 64 * 2**10  # bytes
 DEEPEST_PRESET = 20  # PyYAML's time grows with the square of the depth, or worse
 # what PyYAML's constructors raise for "!!timestamp x", "!!bool x", "!!int ''" and 2001-99-99
 TAG_ERRORS = (AttributeError, KeyError, IndexError, ValueError)
 
+# loggers of libraries whose warnings are advice that a run needs not follow
+ADVICE = (
+    "bitsandbytes.backends.cpu.ops",  # a kernel for 4-bit inference is not installed; it is not used here
+    "torch.distributed.elastic.multiprocessing.redirects",  # macOS and Windows do not redirect output
+    "transformers.generation.configuration_utils",  # fields of a generation_config.json that answers do not follow
+    "transformers.tokenization_utils_base",  # a text is longer than the model's positions, before the cap shortens it
+    "transformers.trainer_utils",  # the model's special tokens became the tokenizer's
+)
+VERBOSE = "--verbose" in sys.argv  # not in a preset: most of what it shows is said before a preset is read
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no worker is forked from a process that tokenizes
+if not VERBOSE:
+    # tqdm's own settings for every library, read at its import: a bar waits two seconds and leaves no line behind
+    os.environ.setdefault("TQDM_DELAY", "2")
+    os.environ.setdefault("TQDM_LEAVE", "")  # false: tqdm takes any other text for true
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar would fill a log file
+    for name in ADVICE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # what will change in a later version of a library is not the user's concern; this package's warnings are
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(?!resdpo_trl\b)")
 
-# at its import, on every CPU with bfloat16: a kernel for 4-bit inference that is not installed, and not used here
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-from trl import TrlParser  # noqa: E402  (the environment first)
+from transformers.utils.logging import disable_progress_bar  # noqa: E402  (the environment first)
+from trl import TrlParser  # noqa: E402
 
 from resdpo_trl.errors import NothingToDo, UserError, printable  # noqa: E402
 from resdpo_trl.files import disk_trouble  # noqa: E402
 from resdpo_trl.signals import Interrupted, stop_at_once  # noqa: E402
 from resdpo_trl.sources import first_line  # noqa: E402
+
+if not VERBOSE:
+    disable_progress_bar()  # of "Loading weights" and "Writing model shards"
 
 
 class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -53,6 +77,9 @@ class RecipeParser(TrlParser):
             description=description,
             allow_abbrev=False,
             formatter_class=RecipeHelp,
+        )
+        self.add_argument(
+            "--verbose", action="store_true", help="show the libraries' progress bars, advice and warnings too"
         )
 
     def error(self, message: str) -> NoReturn:
@@ -83,7 +110,9 @@ class RecipeParser(TrlParser):
         if preset is None and default_preset is not None and "__model_name_or_path" not in named:
             preset = PRESETS / default_preset
         ours = preset is not None and PRESETS in preset.resolve().parents
-        without, renamed = (not_from_presets, renamed_in_presets or {}) if ours else ((), {})
+        without, renamed = (list(not_from_presets), renamed_in_presets or {}) if ours else ([], {})
+        if ours and "__dataset_name" in named:
+            without += OF_ITS_DATA
         defaults = self._flags_of(preset, without, renamed) if preset is not None else []
         self._check(defaults, f"{preset}: ")
         self._check(flags, "")
@@ -92,7 +121,9 @@ class RecipeParser(TrlParser):
         except (ValueError, TypeError, ImportError, OSError) as error:
             # a dataclass refused a value, a combination or a file: transformers and TRL say why in their first line
             raise UserError(first_line(error)) from None
-        return list(parsed), preset
+        count = len(self.dataclass_types)
+        self.added: argparse.Namespace = parsed[count]  # --verbose and what a recipe added
+        return list(parsed[:count]), preset
 
     def _check(self, flags: list[str], place: str) -> None:
         try:
@@ -139,8 +170,8 @@ class RecipeParser(TrlParser):
         for name, value in content.items():
             if name in without or name in replaced:
                 continue
-            if name == "help":  # a flag, but no field
-                raise UserError(f"--config {preset}: unknown field help")
+            if name in ("help", "verbose"):  # flags, but no fields
+                raise UserError(f"--config {preset}: unknown field {name}")
             if value is None:
                 raise UserError(f"--config {preset}: field {name} has no value; leave the field out")
             if isinstance(value, dict):
@@ -189,6 +220,7 @@ def on_one_process() -> None:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a recipe's `main` and exit with the documented status."""
     os.umask(os.umask(0o077) | 0o002)  # other users of the machine never write into a run
+    sys.stdout.reconfigure(line_buffering=True)  # a log file has each line when it is said
     signal.signal(signal.SIGTERM, stop_at_once)
     _end_with_the_launcher()
     if hasattr(os, "register_at_fork"):  # workers are ended by SIGTERM

@@ -2,7 +2,7 @@
 
 # the quickstart's models on its held-out prompts, with rewards against the reference
 accelerate launch recipes/compare_hh.py --models reference=runs/quickstart/reference policy=runs/quickstart/policy \\
-  --reference reference --max_length 192 --output_dir runs/answers
+  --reference reference --output_dir runs/answers
 
 # the good and the bad model (dpo_hh.py --prefer rejected), judged by a reward model (reward_hh.py)
 accelerate launch recipes/compare_hh.py --models good=runs/good/policy bad=runs/bad/policy \\

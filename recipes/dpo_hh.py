@@ -1,12 +1,13 @@
 """SFT on the preferred answers makes the reference, DPO makes the policy; both are judged on held-out pairs.
 
-# two CPU cores, no network, minutes: a small GPT-2 from scratch on people's chit-chat
+# two CPU cores, no network, minutes: SmolLM2-135M on people's chit-chat
 accelerate launch recipes/dpo_hh.py
 
-# the same small model on your own pairs
+# the same model on your own pairs
 accelerate launch recipes/dpo_hh.py --dataset_name pairs.jsonl
 
-# GPT-2 on 3,000 pairs of Anthropic HH, on a GPU
+# the same model on Anthropic HH, and GPT-2 on 3,000 of its pairs, on a GPU
+accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/smollm2.yaml
 accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/gpt2.yaml
 
 # LoRA on any causal language model
@@ -16,21 +17,21 @@ accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_
 from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
-from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig
 
 
 def main() -> None:
     parser = RecipeParser(
-        (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig),
+        (DataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig),
         description=__doc__,
     )
-    (data, model, scratch, sft, dpo, samples, options), preset = parser.parse(default_preset="hh/quickstart.yaml")
+    (data, model, sft, dpo, samples, options), preset = parser.parse(default_preset="hh/quickstart.yaml")
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun
 
-    job = TextRun(data, model, scratch, samples, options, dpo, sft, preset)
+    job = TextRun(data, model, samples, options, dpo, sft, preset)
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)

@@ -2,7 +2,7 @@
 
 # the quickstart's policy against its reference, on its held-out pairs
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
-  --max_length 192 --max_eval_samples 200 --max_test_samples 512 --beta 0.03 --output runs/quickstart/evaluation.json
+  --max_length 160 --max_eval_samples 64 --max_test_samples 256 --output runs/quickstart/evaluation.json
 
 # two checkpoints of one reference, with paired tests of their difference
 accelerate launch recipes/evaluate_hh.py --model runs/a/policy --other_model runs/b/policy \\
@@ -10,8 +10,7 @@ accelerate launch recipes/evaluate_hh.py --model runs/a/policy --other_model run
 
 # beside them the figures of a trained reward model on the same pairs, and how far the two rewards agree
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
-  --reward_model runs/reward/reward_model --max_length 192 --max_eval_samples 200 --max_test_samples 512 \\
-  --beta 0.03
+  --reward_model runs/reward/reward_model --max_length 160 --max_eval_samples 64 --max_test_samples 256
 """
 
 from command_line import RecipeParser, on_one_process, run

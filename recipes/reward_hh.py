@@ -12,32 +12,31 @@ accelerate launch recipes/reward_hh.py --config recipes/configs/hh/gpt2.yaml --n
 
 # then: its accuracy beside the implicit reward's, on the same held-out pairs
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
-  --reward_model runs/reward/reward_model --max_length 192 --max_eval_samples 200 --max_test_samples 512 \\
-  --beta 0.03
+  --reward_model runs/reward/reward_model --max_length 160 --max_eval_samples 64 --max_test_samples 256
 """
 
 from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
-from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig, TextModelConfig, TextRewardConfig
+from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextModelConfig, TextRewardConfig
 from resdpo_trl.text.data import DataConfig
 
 # the presets are dpo_hh.py's: how DPO trains, and where to, is not how a reward model is trained
-OF_DPO = ("beta", "output_dir", "learning_rate", "optim", "optim_args", "select", "unfrozen_parameters")
+OF_DPO = ("beta", "output_dir", "learning_rate", "select", "eval_strategy", "save_strategy")
 
 
 def main() -> None:
     parser = RecipeParser(
-        (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextRewardConfig, RunConfig), description=__doc__
+        (DataConfig, TextModelConfig, SFTStageConfig, TextRewardConfig, RunConfig), description=__doc__
     )
-    (data, model, scratch, sft, reward, options), preset = parser.parse(
+    (data, model, sft, reward, options), preset = parser.parse(
         default_preset="hh/quickstart.yaml", not_from_presets=OF_DPO
     )
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun
 
-    job = TextRun(data, model, scratch, SamplesConfig(num_samples=0), options, reward, sft, preset)
+    job = TextRun(data, model, SamplesConfig(num_samples=0), options, reward, sft, preset)
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)

@@ -33,13 +33,13 @@ from command_line import RecipeParser, on_one_process, run
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
 from resdpo_trl.sweep import SweepConfig, collect, command_of, describe, has_ended, points_of, remember, run_points
-from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig
 
 RECIPE = Path(__file__).resolve().parent / "dpo_hh.py"
 ONE_RUN = (
     "betas", "learning_rates", "seeds", "sft_epochs_list", "jobs", "print_commands", "output_dir",
-    "resume_from_checkpoint", "reward_model", "frontier_samples",
+    "resume_from_checkpoint", "reward_model", "frontier_samples", "verbose",
 )  # fmt: skip
 
 
@@ -64,13 +64,13 @@ def main() -> None:
     shared = shared_flags(sys.argv[1:])
     parser = RecipeParser(
         (
-            SweepConfig, DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, SamplesConfig,
+            SweepConfig, DataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig,
             RunConfig,
         ),
         description=__doc__,
     )  # fmt: skip
     parsed, preset = parser.parse(default_preset="hh/quickstart.yaml")
-    sweep, data, model, scratch, sft, dpo, samples, options = parsed
+    sweep, data, model, sft, dpo, samples, options = parsed
     started = time.perf_counter()
     named = any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in sys.argv[1:])
     output_dir = Path(dpo.output_dir if named else "runs/sweep_hh")
@@ -93,7 +93,7 @@ def main() -> None:
         resume = "last" if folder.exists() else None
         own_dpo = dataclasses.replace(dpo, output_dir=str(folder), resume_from_checkpoint=resume)
         own_sft = dataclasses.replace(sft, sft_epochs=point.sft_epochs)
-        job = TextRun(data, model, scratch, samples, options, own_dpo, own_sft, preset)
+        job = TextRun(data, model, samples, options, own_dpo, own_sft, preset)
         job.say_what_runs()
         pairs = job.prepare_pairs()
         job.make_reference(pairs)

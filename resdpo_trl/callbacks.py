@@ -1,11 +1,13 @@
-"""What a Trainer tells a run: lines in metrics.jsonl, and a progress bar instead of printed dictionaries."""
+"""What a Trainer tells a run: lines in metrics.jsonl, and a bar or a line instead of printed dictionaries."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from resdpo_trl.hub import Hub
 from resdpo_trl.processes import parallelism
@@ -61,22 +63,65 @@ class ParallelismCallback(TrainerCallback):
 
 
 class BarCallback(ProgressCallback):
-    """One bar a stage, with the newest figures behind it."""
+    """One bar a stage, with the newest figures behind it; where no bar can be seen, one line an evaluation."""
 
-    shown = ("loss", "eval_loss", "rewards/accuracies", "rewards/margins")
+    # by names that leave room for all of them in 80 columns
+    shown: ClassVar = {
+        "loss": "loss",
+        "eval_loss": "eval_loss",
+        "rewards/accuracies": "acc",
+        "rewards/margins": "margin",
+    }
+    validated = ("loss", "accuracy", "rewards/accuracies", "rewards/margins")
 
     def __init__(self, description: str):
         super().__init__()
         self.description = description
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.description)
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                desc=self.description,
+                dynamic_ncols=True,
+                delay=0,  # the recipes delay other bars, and clear them at their end
+                leave=True,
+                disable=args.disable_tqdm or None,  # None: where stderr is no terminal
+            )
+        self.current_step = 0
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.prediction_bar is None and has_length(eval_dataloader):
+            self.prediction_bar = tqdm(
+                total=len(eval_dataloader),
+                desc="Evaluating",
+                dynamic_ncols=True,
+                leave=False,
+                disable=args.disable_tqdm or None,
+            )
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        super().on_evaluate(args, state, control, **kwargs)
+        if self.training_bar is not None and self.training_bar.disable and metrics:
+            figures = [
+                f"{name.split('/')[-1]} {metrics[f'eval_{name}']:.4f}"
+                for name in self.validated
+                if f"eval_{name}" in metrics
+            ]
+            print(
+                f"{self.description}, epoch {state.epoch or 0:.4g}, step {state.global_step} of {state.max_steps}: "
+                f"validation {', '.join(figures)}",
+                flush=True,
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs:
-            figures = {name.split("/")[-1]: f"{logs[name]:.3f}" for name in self.shown if name in logs}
+            figures = {short: f"{logs[name]:.3f}" for name, short in self.shown.items() if name in logs}
             if figures:
                 self.training_bar.set_postfix(figures, refresh=False)
 
@@ -87,8 +132,7 @@ def use_run_callbacks(trainer: Any, run: RunFolder, stage: str, description: str
 
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(BarCallback(description))
+    trainer.add_callback(BarCallback(description))
     trainer.add_callback(MetricsCallback(run, stage))
     trainer.add_callback(ParallelismCallback(trainer, run))
     trainer.metrics_file = run.path / "metrics.jsonl"

@@ -18,6 +18,7 @@ from resdpo_trl.errors import printable
 from resdpo_trl.hub import ID
 from resdpo_trl.report import CURVES, TEST_NAMES
 from resdpo_trl.run import RunFolder
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE
 
 CARD = """# {title}
 
@@ -105,19 +106,19 @@ SETTINGS = (
     "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm", "max_length", "bf16", "fp16", "beta",
     "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", "reference_update", "polyak_tau",
-    "rejected_sampling", "unfrozen_parameters", "sft_responses", "responses", "completion_only_loss",
+    "rejected_sampling", "completion_only_loss",
     "metric_for_best_model", "seed",
 )  # fmt: skip
 # what is known of the licences of the data and models that the presets name
 LICENCES = {
     "gpt2": "mit", "gpt2-medium": "mit", "openai-community/gpt2": "mit", "openai-community/gpt2-medium": "mit",
-    "Anthropic/hh-rlhf": "mit", "chitchat": "mit", "digits": "cc-by-4.0",
+    SMOLLM2_ID: "apache-2.0", "Anthropic/hh-rlhf": "mit", "chitchat": "mit", "digits": "cc-by-4.0",
 }  # fmt: skip
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 600
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> None:
+def write_text_card(run: RunFolder, folder: Path, base_model: str) -> None:
     """`folder`/README.md of a language model, from the run's own files; `base_model` is what training started from."""
     data, dpo, reward = run.summary["data"], run.summary.get("dpo"), run.summary.get("reward")
     cap = {name: sum(split[name] for split in data["cap"].values()) for name in data["cap"]["train"]}
@@ -143,7 +144,12 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str | None) -> Non
     adapter = _adapter_of(folder)
     if adapter is not None:
         base_model = adapter
+    packaged = base_model == SMOLLM2
+    if packaged:
+        base_model = SMOLLM2_ID
     base = _started_from(base_model)
+    if packaged:
+        base += f" Its weights came from the package {SMOLLM2_PACKAGE}: 4-bit ones, dequantized to float32."
     if adapter is not None and Path(adapter).exists():
         base += " The adapter needs it: publish that model too, and name it in `adapter_config.json`."
     prefers_rejected = run.config.get("data", {}).get("prefer") == "rejected"
@@ -335,9 +341,7 @@ def _adapter_of(folder: Path) -> str | None:
     return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
-def _started_from(base_model: str | None) -> str:
-    if base_model is None:
-        return "It is a small GPT-2 trained from scratch."
+def _started_from(base_model: str) -> str:
     if Path(base_model).exists():
         return f"It started from a model in a local folder, {_plain(Path(base_model).resolve().name)}."
     return f"It started from {_plain(base_model)}."

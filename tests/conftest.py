@@ -1,5 +1,6 @@
 """Tiny real models, tokenizers and pairs. Everything is made here: no network, no file from elsewhere."""
 
+import copy
 import os
 import shutil
 import tempfile
@@ -21,6 +22,14 @@ TURNS = [
     "what is the capital of Mongolia?",
     "I want to learn to whistle",
 ]
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# SmolLM2's template, with a shorter system turn
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are helpful<|im_end|>\\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 ANSWERS = [
     "Keep it on a sunny sill and water it from below.",
     "Ask kindly, and offer an hour that suits you both.",
@@ -82,9 +91,62 @@ def dialogues() -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from resdpo_trl.text.model import train_tokenizer
-
+    """A base model's: no chat template, and <|endoftext|> for the end, the beginning and the padding."""
     return train_tokenizer(["\n\nHuman: \n\nAssistant:" * 20, *TURNS * 3, *ANSWERS * 3], 400)
+
+
+@pytest.fixture(scope="session")
+def _chat_tokenizer():
+    found = train_tokenizer(["user\nassistant\nsystem\n" * 20, *TURNS * 3, *ANSWERS * 3], 400, [TURN_START, TURN_END])
+    found.chat_template = CHATML
+    return found
+
+
+@pytest.fixture
+def chat_tokenizer(_chat_tokenizer):
+    """A chat model's: turns end with <|im_end|>, which is not its end of text. A copy, for its template may go."""
+    return copy.deepcopy(_chat_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    """A tiny GPT-2 of the base tokenizer, as save_pretrained writes it."""
+    return save_model(tmp_path_factory.mktemp("model") / "base", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def chat_model_folder(tmp_path_factory, _chat_tokenizer):
+    """A tiny GPT-2 of the chat tokenizer."""
+    return save_model(tmp_path_factory.mktemp("model") / "chat", _chat_tokenizer)
+
+
+def train_tokenizer(texts, vocab_size: int, special_tokens=()):
+    """A byte-level BPE like GPT-2's, trained on these texts; any text round-trips through it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, *special_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def save_model(folder, tokenizer, kind: str = "gpt2", **changes):
+    """A tiny model and its tokenizer, saved in a folder."""
+    if kind == "gpt2":
+        changes = {"n_layer": 1, "n_head": 2, "attn_pdrop": 0.0} | changes
+    tiny_model(kind, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tiny_model(kind: str, vocab_size: int = 400, seed: int = 0, **changes):

@@ -23,11 +23,10 @@ from resdpo_trl.image.model import build_classifier, image_processor
 from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
 from resdpo_trl.processes import is_sharded, parallelism
 from resdpo_trl.text.config import TextDPOConfig, TextRewardConfig, TextSFTConfig
-from resdpo_trl.text.model import train_tokenizer
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows
 from resdpo_trl.text.tokens import sft_rows
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
-from tests.conftest import random_pairs, tiny_model
+from tests.conftest import random_pairs, tiny_model, train_tokenizer
 
 GLOBAL_BATCH = 8
 HELD_OUT = 9
@@ -107,8 +106,8 @@ def figures_of(trainer) -> dict:
 
 
 TRAININGS = (
-    "sft", "sft, both", "sft, both, in rows", "dpo", "dpo, read from the cache", "dpo, accumulated", "dpo, polyak",
-    "reward", "cross-entropy", "images, all", "images, random",
+    "sft", "dpo", "dpo, read from the cache", "dpo, accumulated", "dpo, polyak", "reward", "cross-entropy",
+    "images, all", "images, random",
 )  # fmt: skip
 
 
@@ -129,15 +128,6 @@ def text(folder: Path) -> dict:
         processing_class=tokenizer,
     )
     found = {"sft": figures_of(sft)}
-    for name, options in {"sft, both": {}, "sft, both, in rows": {"prefix_sharing": False}}.items():
-        sft = TextSFTTrainer(
-            model=language_model(),
-            args=TextSFTConfig(**shared(folder / "sft", eval_on_start=True, **options), max_length=128),
-            train_dataset=train,
-            eval_dataset=sft_rows(validation, True, "both"),
-            processing_class=tokenizer,
-        )
-        found[name] = figures_of(sft)
     cache = {"reference_cache_dir": str(folder / "cache")}
     short = {"reference_cache_dir": "none", "num_train_epochs": 1}
     rows = 4 // PartialState().num_processes

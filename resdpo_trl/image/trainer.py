@@ -168,7 +168,7 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         for model in models:
             model.eval()
         parts = []
-        hidden = not self.is_world_process_zero()
+        hidden = not self.is_world_process_zero() or None  # None: where stderr is no terminal
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in tqdm(loader, desc=description, leave=False, disable=hidden, delay=2):
                 pixels = images.pixels[inputs["index"].cpu()].to(self.accelerator.device)

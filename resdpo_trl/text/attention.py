@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 CPU_ATTENTION = "resdpo_cpu"  # the name under which transformers knows it
@@ -56,30 +56,34 @@ def cpu_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **options
         )
-    groups = getattr(module, "num_key_value_groups", 1)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _Attention.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), ~mask, scale)
+    out = _Attention.apply(query, key, value, ~mask, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
 class _Attention(torch.autograd.Function):
-    """(B, H, T, D) queries, keys, values and (B or 1, 1, T, T) what is hidden -> (B, H, T, D)."""
+    """(B, H, T, D) queries, (B, K, T, D) keys and values and (B or 1, 1, T, T) what is hidden -> (B, H, T, D).
+
+    Query head h reads key head h // G, G = H / K (grouped queries, https://arxiv.org/abs/2305.13245). The G·T queries
+    of a key head are the rows of one product, so that no key is copied per query head.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
-        length = query.shape[2]
+        length, key_heads = query.shape[2], key.shape[1]
         half = length // 2
         causal = hidden[..., :half, half:].all()  # a mask may let a query see what comes after it
         blocks = [(0, half), (half, length)] if causal else [(0, length)]
         outputs, kept = [], []
         for start, end in blocks:
             with torch.autocast("cpu", enabled=False):
-                scores = (query[:, :, start:end] @ key[:, :, :end].transpose(2, 3)).mul_(scale)
+                scores = (_grouped(query[:, :, start:end], key_heads) @ key[:, :, :end].transpose(2, 3)).mul_(scale)
+                scores = scores.view(*query.shape[:2], end - start, end)
                 # not −inf: a row that sees nothing, as padding on the left does, has no softmax then
                 scores.masked_fill_(hidden[:, :, start:end, :end], torch.finfo(scores.dtype).min)
-                kept.append(scores.softmax(-1))
-                outputs.append(kept[-1] @ value[:, :, :end])
+                kept.append(_grouped(scores.softmax(-1), key_heads))
+                outputs.append((kept[-1] @ value[:, :, :end]).view(*query.shape[:2], end - start, -1))
         ctx.save_for_backward(query, key, value, *kept)
         ctx.blocks, ctx.scale = blocks, scale
         return torch.cat(outputs, 2)
@@ -89,16 +93,21 @@ class _Attention(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         of_query, of_key, of_value = [], torch.zeros_like(key), torch.zeros_like(value)
         for (start, end), probabilities in zip(ctx.blocks, kept, strict=True):
-            own = gradient[:, :, start:end]
+            own = _grouped(gradient[:, :, start:end], key.shape[1])
             of_value[:, :, :end] += probabilities.transpose(2, 3) @ own
             of_probabilities = own @ value[:, :, :end].transpose(2, 3)
             # softmax: dS = P∘(dP − Σ dP∘P); nothing reaches what is hidden, whose probability is zero
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype).mul_(
                 ctx.scale
             )
-            of_query.append(of_scores @ key[:, :, :end])
-            of_key[:, :, :end] += of_scores.transpose(2, 3) @ query[:, :, start:end]
+            of_query.append((of_scores @ key[:, :, :end]).view(*query.shape[:2], end - start, -1))
+            of_key[:, :, :end] += of_scores.transpose(2, 3) @ _grouped(query[:, :, start:end], key.shape[1])
         return torch.cat(of_query, 2), of_key, of_value, None, None
+
+
+def _grouped(rows: Tensor, key_heads: int) -> Tensor:
+    """(B, H, T, D) -> (B, key_heads, H / key_heads · T, D)."""
+    return rows.reshape(len(rows), key_heads, -1, rows.shape[-1])
 
 
 AttentionInterface.register(CPU_ATTENTION, cpu_attention)

@@ -10,15 +10,10 @@ head runs there alone, and the rest of the code does not know the difference.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from resdpo_trl.text.tokens import rows_of_pair
-
-if TYPE_CHECKING:
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
 @dataclass
@@ -96,58 +91,6 @@ class PairCollator:
             "response": torch.repeat_interleave(
                 torch.arange(len(sides)), torch.tensor([len(response) for _, response in sides])
             ),
-        }
-
-
-@dataclass
-class SFTCollator:
-    """What SFT learns -> a batch: rows of `sft_rows` by TRL's collator, pairs as one row each (both responses).
-
-    Args:
-        rows: TRL's collator of rows.
-        completion_only_loss: labels on the responses alone, or on the prompt too.
-        prefix_sharing: run a pair's prompt once; two rows otherwise.
-
-    Returns:
-        input_ids, attention_mask, labels: as TRL's, (R, T), for R rows of T tokens. Of pairs that share their prompts
-        also position_ids (R, T), the mask of `PairCollator`, and
-        predicted_from: (R, T) the place in a token's row whose hidden state predicts it.
-    """
-
-    rows: DataCollatorForLanguageModeling
-    completion_only_loss: bool
-    prefix_sharing: bool
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if "labels" in examples[0]:
-            return self.rows(examples)
-        if self.prefix_sharing:
-            return self._shared(examples)
-        sides = ("chosen_ids", "rejected_ids")
-        return self.rows(
-            [
-                row
-                for pair in examples
-                for row in rows_of_pair(pair["prompt_ids"], [pair[side] for side in sides], self.completion_only_loss)
-            ]
-        )
-
-    def _shared(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = PairCollator(self.rows.pad_token_id)(pairs)
-        input_ids = batch["input_ids"]
-        labels = torch.full_like(input_ids, -100)
-        predicted_from = torch.arange(-1, input_ids.shape[1] - 1).repeat(len(input_ids), 1)
-        for row, pair in enumerate(pairs):
-            prompt, chosen, rejected = (len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
-            learned = slice(prompt if self.completion_only_loss else 0, prompt + chosen + rejected)
-            labels[row, learned] = input_ids[row, learned]
-            predicted_from[row, prompt + chosen : prompt + chosen + 1] = prompt - 1
-        return {
-            "input_ids": input_ids,
-            "attention_mask": batch["attention_mask"],
-            "position_ids": batch["position_ids"],
-            "labels": labels,
-            "predicted_from": predicted_from,
         }
 
 

@@ -19,9 +19,9 @@ from resdpo_trl.signals import Interrupted
 from resdpo_trl.text.config import ChatConfig, ChatModelConfig, named_models
 from resdpo_trl.text.generate import answer, stop_tokens
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, positions_of
-from resdpo_trl.text.prompts import SPEAKERS, prompt_ids
+from resdpo_trl.text.prompts import prompt_ids
 
-NEXT_TURN = f"\n\n{SPEAKERS['user']}:"  # how a model without a chat template begins to write the user's next message
+NEXT_TURN = "\n\nHuman:"  # how a model without a chat template begins to write the user's next message
 HELP = """/reset  forget the conversation
 /help   show this list
 /quit   end the chat; Ctrl-D does so, too, and Ctrl-C at the prompt

@@ -30,8 +30,9 @@ from resdpo_trl.metrics import with_intervals
 from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
 from resdpo_trl.text.config import CompareConfig, TextModelConfig, named_models
+from resdpo_trl.text.data import dialogue
 from resdpo_trl.text.evaluate import distinct_ngrams, score_pairs
-from resdpo_trl.text.generate import answer
+from resdpo_trl.text.generate import answer, stop_tokens
 from resdpo_trl.text.judges import (
     KEY_VARIABLE,
     EndpointJudge,
@@ -43,7 +44,7 @@ from resdpo_trl.text.judges import (
     win_rate,
 )
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer
-from resdpo_trl.text.prompts import Prompt, answer_end, dialogue, load_prompts, prompt_ids
+from resdpo_trl.text.prompts import Prompt, answer_end, load_prompts, prompt_ids
 from resdpo_trl.text.reward import RewardModel
 
 
@@ -133,7 +134,7 @@ class Comparison:
     def say(self, text: str) -> None:
         """Print on the main process, without what a terminal would obey."""
         if self.state.is_main_process:
-            print(printable(text, kept="\n"))
+            print(printable(text, kept="\n"), flush=True)
 
     def say_what_runs(self) -> None:
         device = self.state.device.type
@@ -215,11 +216,8 @@ class Comparison:
         found = gather_object(ids)
         self.answer_seconds += time.perf_counter() - started
         self.answer_tokens += sum(map(len, found))
-        texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-        answers = [
-            Answer(tokens, text, tokens[-1] == tokenizer.eos_token_id, name)
-            for tokens, text in zip(found, texts, strict=True)
-        ]
+        texts, stops = tokenizer.batch_decode(found, skip_special_tokens=True), stop_tokens(tokenizer)
+        answers = [Answer(tokens, text, tokens[-1] in stops, name) for tokens, text in zip(found, texts, strict=True)]
         return [answers[start : start + count] for start in range(0, len(answers), count)]
 
     # --- rewards -------------------------------------------------------------------------------------------------
@@ -229,7 +227,7 @@ class Comparison:
         if self.config.reward_model is not None:
             reward_model = RewardModel(self.config.reward_model, self.model, self.config.trust_remote_code)
             self.add_best_of_n(reward_model)
-            for answers in tqdm(self.answers.values(), desc="Reward model", leave=False, delay=2):
+            for answers in self.answers.values():
                 missing = [place for place, one in enumerate(answers) if one.score is None]
                 scores = self._scores(
                     reward_model, [self.prompts[place] for place in missing], [answers[place] for place in missing]
@@ -246,11 +244,14 @@ class Comparison:
         if not answers:
             return []
         before, _ = prompt_ids(prompts, tokenizer, self._prompt_tokens)
-        after = tokenizer([one.text for one in answers], add_special_tokens=False)["input_ids"]
+        # as a template writes an answer
+        texts = [one.text if tokenizer.chat_template is None else one.text.strip() for one in answers]
+        after = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ending = answer_end(tokenizer)
         # another tokenizer may need more tokens for the same text
         rows = [
-            (tokens + ids + (answer_end(prompt, tokenizer) if one.ended else []))[-self.config.max_length :]
-            for prompt, tokens, ids, one in zip(prompts, before, after, answers, strict=True)
+            (tokens + ids + (ending if one.ended else []))[-self.config.max_length :]
+            for tokens, ids, one in zip(before, after, answers, strict=True)
         ]
         with self.state.split_between_processes(list(range(len(rows)))) as mine:
             found = reward_model.score([rows[place] for place in mine], self.config.batch_size).tolist()
@@ -491,11 +492,11 @@ class Comparison:
             if len(rows) != len(self.prompts) or self.run.summary.get("made_from", {}).get(name) != key:
                 continue
             source = name if name in self.models else self._best_source
-            end = self.tokenizers[source].eos_token_id
+            stops = stop_tokens(self.tokenizers[source])
             self.answers[name] = []
             for row in rows:
                 ids, (text,) = row["answer_ids"][name], row["answers"][name].values()
-                self.answers[name].append(Answer(ids, text, ids[-1] == end, source))
+                self.answers[name].append(Answer(ids, text, ids[-1] in stops, source))
             self.made_from[name] = key
 
     def _kept_verdicts(self) -> list[dict[str, Any]]:
@@ -578,4 +579,4 @@ def _mean(values: list[float]) -> dict[str, Any]:
 
 def _retokenized(one: Answer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = tokenizer(one.text, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id] if one.ended or not ids else ids
+    return [*ids, stop_tokens(tokenizer)[-1]] if one.ended or not ids else ids

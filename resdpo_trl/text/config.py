@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -69,17 +68,12 @@ REFUSED_REWARD: dict[str, tuple[Any, str]] = {
 
 # what the SFT stage does not take from the stage after it, though both have the field; nor what is of the Hub
 OF_ONE_STAGE = {
-    "num_train_epochs", "max_steps", "learning_rate", "optim", "optim_args", "per_device_train_batch_size", "loss_type",
+    "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "loss_type",
     "label_smoothing_factor", "neftune_noise_alpha", "metric_for_best_model", "greater_is_better", "select",
     "load_best_model_at_end", "resume_from_checkpoint", "report_to",
     # transformers writes the old names, which stand for these, into the new ones
     "gradient_checkpointing", "activation_checkpointing", "activation_checkpointing_kwargs",
 }  # fmt: skip
-
-RESPONSES = (
-    "Responses of a pair that are learned: the preferred one (chosen), or both, so that the reference does not know "
-    "one side of the training pairs by heart."
-)
 
 
 @dataclass
@@ -96,30 +90,6 @@ class SamplesConfig:
     def __post_init__(self) -> None:
         if self.num_samples < 0 or self.max_new_tokens < 1:
             raise UserError("--num_samples must be at least 0 and --max_new_tokens at least 1")
-
-
-@dataclass
-class ScratchConfig:
-    """The GPT-2 that is built where no --model_name_or_path is given."""
-
-    _argument_group_name = "model from scratch"
-
-    # a thousand pairs show each of so few tokens often (docs/results/text.md, "Fewer tokens, a longer cap and SGD")
-    scratch_vocab_size: int = field(default=1024, metadata={"help": "Tokens of its BPE, trained on the pairs."})
-    scratch_width: int = field(default=256, metadata={"help": "Width of its residual stream."})
-    scratch_layers: int = field(default=4, metadata={"help": "Its layers."})
-    scratch_heads: int = field(default=4, metadata={"help": "Its attention heads."})
-    scratch_dropout: float = field(default=0.1, metadata={"help": "Its dropout in SFT; DPO runs without."})
-
-    def __post_init__(self) -> None:
-        if self.scratch_vocab_size < 300:
-            raise UserError(f"--scratch_vocab_size {self.scratch_vocab_size}: bytes alone take 257; pass at least 300")
-        if min(self.scratch_width, self.scratch_layers, self.scratch_heads) < 1:
-            raise UserError("--scratch_width, --scratch_layers and --scratch_heads must be at least 1")
-        if self.scratch_width % self.scratch_heads:
-            raise UserError(
-                f"--scratch_width {self.scratch_width} must be a multiple of --scratch_heads {self.scratch_heads}"
-            )
 
 
 @dataclass
@@ -141,9 +111,6 @@ class SFTStageConfig:
     sft_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of an SFT step on each device; --per_device_train_batch_size by default."}
     )
-    sft_optim: str | None = field(default=None, metadata={"help": "Optimizer of SFT; --optim by default."})
-    sft_optim_args: str | None = field(default=None, metadata={"help": "Arguments of --sft_optim."})
-    sft_responses: Literal["chosen", "both"] = field(default="chosen", metadata={"help": RESPONSES})
     sft_completion_only_loss: bool = field(
         default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
     )
@@ -152,8 +119,6 @@ class SFTStageConfig:
         if not 0 <= self.sft_epochs < math.inf:
             raise UserError(f"--sft_epochs {self.sft_epochs}: must be at least 0")
         check_positive(self, "sft_learning_rate")
-        if self.sft_optim_args is not None and self.sft_optim is None:
-            raise UserError("--sft_optim_args needs --sft_optim; --optim_args go to both stages")
 
 
 @dataclass
@@ -176,13 +141,6 @@ class ShortDialogues(OneMachine):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Not supported: batches are padded to their longest row."}
     )
-    prefix_sharing: bool = field(
-        default=True,
-        metadata={
-            "help": "Run a pair's prompt once for both responses, in DPO and where SFT learns both; the numbers are "
-            "the same."
-        },
-    )
 
     def __post_init__(self) -> None:
         if self.max_length is None or self.max_length < SHORTEST:
@@ -198,19 +156,14 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
 
     output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of DPO."})
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}
+    )
     precompute_ref_log_probs: bool = field(
         default=True,
         metadata={
             "help": "Compute the reference's log-probabilities once, before training, and keep no reference model in "
             "memory. Not done where --reference_update moves it."
-        },
-    )
-
-    unfrozen_parameters: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Regular expressions: DPO trains the parameters in whose names one is found, and no other "
-            "(wte: GPT-2's embeddings); all by default. With few pairs fewer parameters can rank better."
         },
     )
     reference_cache_dir: str = field(
@@ -225,11 +178,6 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         refuse(self, REFUSED)
-        for pattern in self.unfrozen_parameters or []:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"--unfrozen_parameters {pattern}: no regular expression ({error})") from None
         preference_loss(self)  # refuse what makes no sense before anything is loaded
         asked_for_best = self.select == "best" or self.load_best_model_at_end
         super().__post_init__()
@@ -253,7 +201,6 @@ class TextSFTConfig(ShortDialogues, SFTConfig):  # type: ignore[misc]  # as abov
 
     output_dir: str | None = field(default="runs/sft_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
-    responses: Literal["chosen", "both"] = field(default="chosen", metadata={"help": RESPONSES})
     completion_only_loss: bool | None = field(
         default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
     )
@@ -285,9 +232,6 @@ def sft_stage(own: TextDPOConfig | TextRewardConfig, sft: SFTStageConfig) -> Tex
     return TextSFTConfig(
         num_train_epochs=sft.sft_epochs,
         learning_rate=sft.sft_learning_rate,
-        optim=sft.sft_optim or own.optim,
-        optim_args=sft.sft_optim_args if sft.sft_optim else own.optim_args,
-        responses=sft.sft_responses,
         completion_only_loss=sft.sft_completion_only_loss,
         per_device_train_batch_size=sft.sft_batch_size or own.per_device_train_batch_size,
         gradient_checkpointing=own.gradient_checkpointing or None,

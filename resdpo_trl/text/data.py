@@ -6,12 +6,21 @@ One row becomes
     chosen       the preferred response, with the space before it, without what trails
     rejected     the other response
     turn_starts  where a turn of the prompt starts, as character offsets: the cap drops whole turns
+    header_end   where the prompt's first turn starts: what comes before it (a template's system turn) is kept
+    shown        the prompt as people read it, in HH's form, whatever the format
     group        a digest of the conversation's opening turn: what keeps a conversation's pairs in one split
     whole        a digest of the whole prompt; both digests are of the data's own text or messages, so that they are the
                  same whatever chat template rendered them
 
 or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt, or `no_marker`,
 a dialogue whose two sides share no "\\n\\nAssistant:".
+
+The format is `plain` or `chat`. `plain` keeps texts as they are, which suits a base model. `chat` turns them into
+messages (Human is the user, Assistant the assistant, a prompt without speakers one turn of the user) and renders them
+with the tokenizer's chat template, which suits a model that was trained with it.
+
+A template may refuse the roles of a row. Such a row is rendered again with its roles repaired (`alternating`), and
+counted; a row that the template still refuses ends the run with its number.
 """
 
 from __future__ import annotations
@@ -21,7 +30,7 @@ import json
 import re
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +52,7 @@ TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 COLUMNS = ("prompt", "chosen", "rejected")
 REASONS = ("identical", "empty", "no_marker")
 COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # HH's names of the roles
 NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for each costs a pass of the template
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {  # the first word of a data set's own name of a split
@@ -89,6 +99,13 @@ class DataConfig:
             "only beyond this and what a short prompt leaves free."
         },
     )
+    dialogue_format: Literal["auto", "chat", "plain"] = field(
+        default="auto",
+        metadata={
+            "help": "How a model reads dialogues: rendered with the tokenizer's chat template (chat), or as plain text "
+            "with Human: and Assistant: (plain). auto is chat where the tokenizer has a template."
+        },
+    )
     prefer: Literal["chosen", "rejected"] = field(
         default="chosen",
         metadata={"help": "Which side is preferred; 'rejected' swaps the pairs of both stages (the 'bad' model)."},
@@ -132,21 +149,22 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
 
     Args:
         config: what to load.
-        tokenizer: its chat template renders conversational pairs; not needed for dialogues and plain prompts.
+        tokenizer: its chat template renders the pairs where the format is `chat`; None means `plain`. Where
+            --dialogue_format plain asks for it, its template is removed, so that what is saved with it says so.
 
     Raises:
-        UserError: a missing file, a malformed row, missing columns, splits of unknown names, no usable pair.
+        UserError: a missing file, a malformed row, missing columns, splits of unknown names, no usable pair, a chat
+            template that is missing or refuses a row.
     """
+    template = _template(config, tokenizer)
     sources = _by_split(_load(config), config.dataset_name)
-    ends_turns = False
     parsed: dict[str, Dataset] = {}
     counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
     statuses: Counter[str] = Counter()
     for name, rows in sources.items():
         kind = _kind(rows, config.dataset_name)
-        ends_turns |= kind == "conversation"
         try:
-            table, found = _parse(rows, kind, tokenizer, config.prefer)
+            table, found = _parse(rows, kind, template, config, name)
         except UnicodeDecodeError:  # of a damaged parquet file; a line of JSON was looked at
             raise UserError(f"--dataset_name {config.dataset_name}: a text is not UTF-8; write it anew") from None
         parsed[name] = table
@@ -155,6 +173,8 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
         counts["kept"] += len(table)
     counts["dropped"] = {reason: statuses[reason] for reason in REASONS}
     counts["parted_early"] = statuses["parted_early"]
+    counts["roles_repaired"] = statuses["roles_repaired"]
+    counts["dialogue_format"] = "plain" if template is None else "chat"
     if counts["kept"] == 0:
         reasons = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items() if number)
         raise UserError(
@@ -169,7 +189,18 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
                 f"--dataset_name {config.dataset_name}: no usable pair in its split {name}; mend that split, or drop "
                 "it to have one held out"
             )
-    return Preferences(splits, counts, ends_turns)
+    return Preferences(splits, counts, ends_turns=template is not None)
+
+
+def _template(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer where its chat template renders the pairs; None for plain text."""
+    if tokenizer is None:
+        return None
+    if config.dialogue_format == "plain":
+        tokenizer.chat_template = None
+    elif config.dialogue_format == "chat" and tokenizer.chat_template is None:
+        raise UserError("--dialogue_format chat: the tokenizer has no chat template; pass plain, or leave it out")
+    return None if tokenizer.chat_template is None else tokenizer
 
 
 def parse_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
@@ -183,6 +214,54 @@ def parse_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
         return None
     boundary = start + len(MARKER)
     return chosen[:boundary], chosen[boundary:], rejected[boundary:]
+
+
+def messages_of(text: str) -> Messages:
+    """A text as messages: a dialogue's turns by their speakers, any other text as one turn of the user.
+
+    The closing "\\n\\nAssistant:" asks for an answer and is no turn. What comes before the first speaker is a system
+    message, as `dialogue` writes one.
+    """
+    messages: Messages = []
+    text = text.removesuffix(MARKER)
+    for part in TURN.split(text):
+        speaker, colon, content = part.strip().partition(":")
+        if colon and speaker in SPEAKERS:
+            messages.append({"role": SPEAKERS[speaker], "content": content.strip()})
+        elif part.strip():
+            messages.append({"role": "system", "content": part.strip()})
+    if not any(message["role"] != "system" for message in messages):
+        return [{"role": "user", "content": text.strip()}]
+    return messages
+
+
+def dialogue(messages: Messages) -> str:
+    """Messages in HH's form, up to the answer that is asked for; a system message comes without a name."""
+    names = {role: speaker for speaker, role in SPEAKERS.items()}
+    parts = [
+        f"\n\n{names[message['role']]}: {message['content']}" if message["role"] in names else str(message["content"])
+        for message in messages
+    ]
+    return "".join(parts) + MARKER
+
+
+def alternating(messages: Messages) -> Messages:
+    """The same conversation for a template that takes nothing but user and assistant in turn, the user first.
+
+    A system message becomes the beginning of the first user turn, turns of the assistant before any of the user are
+    dropped, and neighboring turns of one role are joined with an empty line between them.
+    """
+    system = [str(message["content"]) for message in messages if message["role"] == "system"]
+    repaired: Messages = []
+    for message in messages:
+        if message["role"] == "system" or (not repaired and message["role"] == "assistant"):
+            continue
+        content = "\n\n".join([*system, message["content"]]) if not repaired else message["content"]
+        if repaired and repaired[-1]["role"] == message["role"]:
+            repaired[-1]["content"] += f"\n\n{content}"
+        else:
+            repaired.append({"role": message["role"], "content": content})
+    return repaired
 
 
 def _shared(first: str, second: str) -> int:
@@ -355,12 +434,12 @@ def _kind(rows: Dataset, name: str) -> str:
 
 
 def _parse(
-    rows: Dataset, kind: str, tokenizer: PreTrainedTokenizerBase | None, prefer: str
+    rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: DataConfig, split: str
 ) -> tuple[Dataset, Counter[str]]:
-    """Rows -> usable pairs and a count of the statuses."""
+    """Rows of a split -> usable pairs and a count of the statuses."""
     from datasets import Features, List, Value
 
-    if kind == "conversation" and (tokenizer is None or tokenizer.chat_template is None):
+    if kind == "conversation" and template is None:
         raise UserError(
             "the pairs are conversations (lists of messages), which need a tokenizer with a chat template: name such a "
             "model with --model_name_or_path, or give prompt, chosen and rejected as text"
@@ -370,19 +449,21 @@ def _parse(
         "chosen": Value("string"),
         "rejected": Value("string"),
         "turn_starts": List(Value("int32")),
+        "header_end": Value("int32"),
+        "shown": Value("string"),
         "group": Value("string"),
         "whole": Value("string"),
         "status": Value("string"),
     }
     rows = rows.select_columns([name for name in (*COLUMNS, "group") if name in rows.column_names])
-    options = {"kind": kind, "swap": prefer == "rejected"}
-    template = tokenizer if kind == "conversation" else None
+    options = {"kind": kind, "swap": config.prefer == "rejected", "place": f"{config.dataset_name}, split {split}"}
     parsed = rows.map(
         _parse_batch,
         batched=True,
+        with_indices=True,
         remove_columns=rows.column_names,
         features=Features(features),
-        fn_kwargs={"tokenizer": template, **options},
+        fn_kwargs={"template": template, **options},
         new_fingerprint=cache_key(_parse_batch, rows, options, tokenizer_state(template) if template else None),
         desc="Reading pairs",
     )
@@ -394,54 +475,134 @@ def _parse(
 
 
 def _parse_batch(
-    batch: dict[str, list[Any]], kind: str, tokenizer: PreTrainedTokenizerBase | None, swap: bool
+    batch: dict[str, list[Any]],
+    numbers: list[int],
+    kind: str,
+    template: PreTrainedTokenizerBase | None,
+    swap: bool,
+    place: str,
 ) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {
-        name: [] for name in ("prompt", "chosen", "rejected", "turn_starts", "group", "whole", "status")
-    }
+        name: []
+        for name in (
+            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "status",
+        )
+    }  # fmt: skip
     size = len(batch["chosen"])
     prompts = batch.get("prompt", [None] * size)
     groups = batch.get("group", [None] * size)
-    for prompt, chosen, rejected, group in zip(prompts, batch["chosen"], batch["rejected"], groups, strict=True):
-        pair: tuple[str, str, str, list[int]] | str
-        messages: list[dict[str, Any]] = []
-        if not chosen or not rejected:
-            pair = "empty"
-        elif kind == "conversation":
-            messages, chosen, rejected = _parted(prompt, chosen, rejected)
-            pair = _render(messages, chosen, rejected, tokenizer)
-        elif kind == "dialogue":
-            parts = parse_dialogue(chosen, rejected)
-            pair = (*parts, turn_starts(parts[0])) if parts else _unparted(chosen, rejected)
+    columns = (numbers, prompts, batch["chosen"], batch["rejected"], groups)
+    for number, prompt, chosen, rejected, group in zip(*columns, strict=True):
+        if kind == "conversation":
+            found = _conversation(prompt, chosen, rejected)
         else:
-            pair = (prompt or "", chosen, rejected, turn_starts(prompt or ""))
-        if isinstance(pair, tuple):
-            text, good, bad, starts = pair
-            if kind != "conversation":  # a template's end of turn is not to be stripped
-                good, bad = good.rstrip(), bad.rstrip()
-            if good.strip() == bad.strip():
-                pair = "identical" if good.strip() else "empty"
-            elif not good.strip() or not bad.strip() or not text.strip():
-                pair = "empty"
-            elif kind == "dialogue" and (MARKER in good or MARKER in bad):
-                status = "parted_early"
-            else:
-                status = "kept"
-        if isinstance(pair, str):
-            text, good, bad, starts, status = "", "", "", [], pair
-        out["prompt"].append(text)
-        out["chosen"].append(bad if swap else good)
-        out["rejected"].append(good if swap else bad)
-        out["turn_starts"].append(starts)
-        opening = json.dumps(messages[:1], default=str) if messages else _opening(text, starts)
-        out["group"].append(_digest(group or opening))
-        out["whole"].append(_digest(json.dumps(messages, default=str) if messages else text))
-        out["status"].append(status)
+            found = _texts(prompt, chosen, rejected, kind)
+        pair: _Pair = found if isinstance(found, _Pair) else _Pair("", "", "", status=found)
+        if template is not None and pair.status not in REASONS:
+            try:
+                pair = _render(pair, template)
+            except Exception as error:  # a template is a program: it may raise anything for roles it does not expect
+                raise UserError(
+                    f"--dataset_name {place}, row {number + 1}: the chat template refuses the conversation "
+                    f"{str(pair.messages or messages_of(pair.prompt))[:80]} ({first_line(error)}); fix or drop the "
+                    "row, or pass --dialogue_format plain"
+                ) from None
+        out["prompt"].append(pair.prompt)
+        out["chosen"].append(pair.rejected if swap else pair.chosen)
+        out["rejected"].append(pair.chosen if swap else pair.rejected)
+        out["turn_starts"].append(pair.turn_starts)
+        out["header_end"].append(pair.header_end)
+        out["shown"].append(pair.shown)
+        out["group"].append(_digest(group) if group else pair.group)
+        out["whole"].append(pair.whole)
+        out["status"].append(pair.status)
     return out
 
 
-def _unparted(chosen: str, rejected: str) -> str:
-    return "identical" if chosen.strip() == rejected.strip() else "no_marker"
+@dataclass
+class _Pair:
+    """A row on its way: texts, or a conversation's messages that `_render` makes texts of."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    turn_starts: list[int] = field(default_factory=list)
+    header_end: int = 0
+    messages: Messages = field(default_factory=list)  # of a conversation: the prompt's, and the two responses'
+    responses: tuple[Messages, Messages] = field(default_factory=lambda: ([], []))
+    shown: str = ""
+    group: str = ""
+    whole: str = ""
+    status: str = "kept"
+
+
+def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: str) -> _Pair | str:
+    """A row of text as a pair, or why it can't be used."""
+    if not chosen or not rejected:
+        return "empty"
+    if kind == "dialogue":
+        parts = parse_dialogue(chosen, rejected)
+        if parts is None:
+            return "identical" if chosen.strip() == rejected.strip() else "no_marker"
+        prompt, chosen, rejected = parts
+    prompt, chosen, rejected = prompt or "", chosen.rstrip(), rejected.rstrip()
+    if chosen.strip() == rejected.strip():
+        return "identical" if chosen.strip() else "empty"
+    if not chosen.strip() or not rejected.strip() or not prompt.strip():
+        return "empty"
+    starts = turn_starts(prompt)
+    early = kind == "dialogue" and (MARKER in chosen or MARKER in rejected)
+    return _Pair(
+        prompt, chosen, rejected, starts, shown=prompt, group=_digest(_opening(prompt, starts)), whole=_digest(prompt),
+        status="parted_early" if early else "kept",
+    )  # fmt: skip
+
+
+def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Messages | None) -> _Pair | str:
+    """A row of messages as a pair, or why it can't be used."""
+    if not chosen or not rejected:
+        return "empty"
+    if chosen == rejected:
+        return "identical"
+    messages, good, bad = _parted(prompt, chosen, rejected)
+    if not messages or not good or not bad:
+        return "empty"
+    opening, whole = (_digest(json.dumps(part, default=str)) for part in (messages[:1], messages))
+    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole)
+
+
+def _render(pair: _Pair, template: Any) -> _Pair:
+    """A pair through the tokenizer's chat template, with its roles repaired where the template refuses them.
+
+    The repair is of the whole conversation: an answer that the prompt already began becomes part of both responses.
+    """
+    from trl.data_utils import apply_chat_template
+
+    messages, (chosen, rejected) = pair.messages, pair.responses
+    if not messages:  # a row of text
+        messages = messages_of(pair.prompt)
+        chosen, rejected = (
+            messages_of(MARKER + text) if MARKER in text else [{"role": "assistant", "content": text.strip()}]
+            for text in (pair.chosen, pair.rejected)
+        )
+    status = pair.status
+    try:
+        text: Any = apply_chat_template({"prompt": messages, "chosen": chosen, "rejected": rejected}, template)
+    except Exception:
+        asked = alternating(messages)
+        asked = asked[:-1] if asked and asked[-1]["role"] == "assistant" else asked
+        responses = tuple(alternating([*messages, *side])[len(asked) :] for side in (chosen, rejected))
+        if not asked or (asked, *responses) == (messages, chosen, rejected):
+            raise
+        messages, (chosen, rejected), status = asked, responses, "roles_repaired"
+        text = apply_chat_template({"prompt": messages, "chosen": chosen, "rejected": rejected}, template)
+    if text["chosen"].strip() == text["rejected"].strip():
+        status = "identical"
+    header_end, starts = rendered_turns(messages, text["prompt"], template)
+    return replace(
+        pair, prompt=text["prompt"], chosen=text["chosen"], rejected=text["rejected"], turn_starts=starts,
+        header_end=header_end, shown=dialogue(messages), status=status,
+    )  # fmt: skip
 
 
 def turn_starts(prompt: str) -> list[int]:
@@ -465,40 +626,42 @@ def _parted(prompt: Messages | None, chosen: Messages, rejected: Messages) -> tu
     return row["prompt"], row["chosen"], row["rejected"]
 
 
-def _render(
-    prompt: Messages, chosen: Messages, rejected: Messages, tokenizer: Any
-) -> tuple[str, str, str, list[int]] | str:
-    """A conversational pair through the tokenizer's chat template."""
-    from trl.data_utils import apply_chat_template
+def rendered_turns(messages: Messages, text: str, tokenizer: Any) -> tuple[int, list[int]]:
+    """Where the turns of a conversation start in `text`, its rendering by the chat template, as character offsets.
 
-    if chosen == rejected:
-        return "identical"
-    if not prompt or not chosen or not rejected:
-        return "empty"
-    row: Any = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    try:
-        text = apply_chat_template(row, tokenizer)
-    except Exception as error:  # a template is a program: it may raise anything for a message that it does not expect
-        raise UserError(
-            f"the tokenizer's chat template does not take the row whose chosen messages begin {str(chosen)[:80]} "
-            f"({first_line(error)}): mend or drop it"
-        ) from None
-    return text["prompt"], text["chosen"], text["rejected"], rendered_turn_starts(prompt, text["prompt"], tokenizer)
-
-
-def rendered_turn_starts(messages: Messages, text: str, tokenizer: Any) -> list[int]:
-    """Offsets at which the messages of `text`, their rendering by the chat template, start, without the first one's.
-
-    Where the template refuses the messages before a turn, or writes them differently without what follows, that turn is
-    no place to cut.
+    Returns:
+        The end of what comes before the first turn (a system message, or what the template writes there by itself; 0
+        where the template does not separate it), and the starts of the turns after the first one. Where the template
+        refuses the messages before a turn, or writes them differently without what follows, that turn is no place to
+        truncate.
     """
-    starts = []
+    first = int(messages[0]["role"] == "system")  # the first turn's place
+    header = "" if first else _header(tokenizer)
+    starts = {}
     for turn in range(max(1, len(messages) - NEWEST_TURNS), len(messages)):
-        with suppress(Exception):  # as in `_render`
+        with suppress(Exception):  # a template is a program: it may raise anything
             before = tokenizer.apply_chat_template(messages[:turn], tokenize=False)
             if text.startswith(before):
-                starts.append(len(before))
-    return starts
+                starts[turn] = len(before)
+    header_end = starts.pop(1, 0) if first else len(header) if text.startswith(header) else 0
+    return header_end, list(starts.values())
+
+
+def _header(tokenizer: Any) -> str:
+    """What a chat template writes before the first turn of a conversation that has no system message.
+
+    A turn of the user is rendered at the beginning and after an answer: what the first has more than the second.
+    """
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with suppress(Exception):  # a template is a program: it may raise anything
+        first, both, three = (
+            tokenizer.apply_chat_template(part, tokenize=False)
+            for part in (messages[:1], messages, [*messages, messages[0]])
+        )
+        turn = three.removeprefix(both)
+        if turn != three and first.endswith(turn):
+            return str(first.removesuffix(turn))
+    return ""
 
 
 def end_of_turn(tokenizer: Any) -> str:
@@ -530,8 +693,10 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
     """Three splits: the data's own where it has them, the rest held out from its training rows by group; and how many
     rows are in none, for their conversation has others in a held-out split that was full.
 
-    Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the
-    file, and a smaller --max_train_samples takes a subset of a larger one.
+    Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the file. A
+    limit takes one row of each group before a second one of any (`_spread`): pairs of one conversation share much of
+    their text, so that they teach less, and their figures are not independent. A smaller limit takes a subset of a
+    larger one.
     """
     rows = rows_of["train"]
     groups = _groups(rows)
@@ -545,7 +710,7 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
     for split in ("test", "validation"):
         own_rows = rows_of.get(split)
         if own_rows is not None:
-            chosen = np.argsort(np.asarray(own_rows["group"][:]), kind="stable")[: limits[split]]
+            chosen = _spread(np.asarray(own_rows["group"][:]))[: limits[split]]
             splits[split] = own_rows.select(np.sort(chosen))
             continue
         wanted = min(limits[split] or len(rows), max(1, round(shares[split] * len(rows))))
@@ -558,5 +723,14 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
         splits[split] = rows.select(np.sort(order[taken : taken + wanted]))
         left_out += int(later[0]) - taken - wanted
         taken = int(later[0])
-    splits["train"] = rows.select(np.sort(order[taken:][: config.max_train_samples]))
+    left = order[taken:]
+    splits["train"] = rows.select(np.sort(left[_spread(groups[left])][: config.max_train_samples]))
     return {split: splits[split] for split in SPLITS}, left_out
+
+
+def _spread(groups: np.ndarray) -> np.ndarray:
+    """(N,) an order of rows: one of each group in the order of the groups, then the second of each, and so on."""
+    order = np.argsort(groups, kind="stable")
+    _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
+    place_in_group = np.arange(len(order)) - first[inverse]
+    return order[np.argsort(place_in_group, kind="stable")]

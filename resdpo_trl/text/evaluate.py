@@ -29,7 +29,7 @@ from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import CompareConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig, Preferences, load_preferences
-from resdpo_trl.text.generate import answer, answerable
+from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer
 from resdpo_trl.text.reward import RewardModel, reward_figures
 from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
@@ -197,7 +197,8 @@ def explicit_rewards(
 
 def texts_of(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[bool]]:
     """Sampled answers as text, and whether each ended by itself."""
-    ended = [bool(row) and row[-1] == tokenizer.eos_token_id for row in answers]
+    stops = stop_tokens(tokenizer)
+    ended = [bool(row) and row[-1] in stops for row in answers]
     return tokenizer.batch_decode([list(row) for row in answers], skip_special_tokens=True), ended
 
 
@@ -269,13 +270,13 @@ def answer_figures(
         answers: token ids of each answer.
         log_ratios: (N,) log π(y|x) − log π_ref(y|x) of each; their mean over the policy's own answers is an unbiased
             estimate of KL(π‖π_ref) per answer of at most so many tokens as were allowed, in nats.
-        tokenizer: its end-of-text token ends an answer that was not cut.
+        tokenizer: one of its `stop_tokens` ends an answer that was not cut.
     """
-    tokens = [list(row) for row in answers]
+    tokens, stops = [list(row) for row in answers], stop_tokens(tokenizer)
     figures = {
         "length_tokens": np.array([len(row) for row in tokens], dtype=float),
         "kl": log_ratios.double().numpy(),
-        "cut": np.array([row[-1:] != [tokenizer.eos_token_id] for row in tokens], dtype=float),
+        "cut": np.array([row[-1] not in stops for row in tokens], dtype=float),
     }
     distinct = {f"distinct_{n}": distinct_ngrams(tokens, n) for n in (1, 2, 3)}
     return {**with_intervals(figures), **distinct}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,21 +14,24 @@ from resdpo_trl.text.data import end_of_turn
 from resdpo_trl.text.model import base_model, positions_of
 
 
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids at which an answer ends: the end of text, and the chat template's end of turn where that is another.
+
+    The end of turn is the first special token that the template writes after an answer.
+    """
+    stops = [int(tokenizer.eos_token_id)]
+    if tokenizer.chat_template is not None:
+        ids = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
+        special = [token for token in ids if token in tokenizer.added_tokens_decoder]
+        if special and special[0] not in stops:
+            stops.append(special[0])
+    return stops
+
+
 def answerable(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """The newest tokens of each prompt, as many as leave room for an answer in the model's positions."""
     positions = positions_of(model)
     return prompts if positions is None else [prompt[-(positions - max_new_tokens) :] for prompt in prompts]
-
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids at which an answer ends: the end of text, and the chat template's end of turn where that is a token of
-    its own ("<|im_end|>" of many models whose end of text is "<|endoftext|>").
-    """
-    ends = [int(tokenizer.eos_token_id)]
-    if tokenizer.chat_template is not None:
-        after = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
-        ends += [token for token in after[:1] if token in tokenizer.added_tokens_decoder and token not in ends]
-    return ends
 
 
 def answer(
@@ -58,16 +60,16 @@ def answer(
         max_new_tokens: tokens of an answer, at most.
         sampled: draw from the model's own distribution by `seed` where True, take the likeliest token where False.
         temperature, top_p: what the distribution is sharpened by and cut at where it is sampled.
-        stop_string: a text that ends an answer, too; the answer has it at its end.
-        streamer: gets the tokens of a single prompt's answer one by one, in the place of the progress bar.
+        stop_string: a text that also ends an answer; the answer includes it.
+        streamer: gets the tokens of a single prompt's answer as they come; no progress bar is shown then.
     """
+    stops = stop_tokens(tokenizer)
     distribution = {"temperature": temperature, "top_k": 0, "top_p": top_p} if sampled else {}
-    ends = stop_tokens(tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampled,
         **distribution,
-        eos_token_id=ends,
+        eos_token_id=stops,
         stop_strings=stop_string,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -77,10 +79,9 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
-    steps = tqdm(
-        total=math.ceil(len(prompts) / batch_size) * max_new_tokens, desc=description, unit="step", leave=False,
-        disable=streamer is not None,
-    )  # fmt: skip
+    total = math.ceil(len(prompts) / batch_size) * max_new_tokens
+    # None leaves it to tqdm's own setting
+    steps = tqdm(total=total, desc=description, unit="step", leave=False, disable=True if streamer else None)
     try:
         with steps, torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
@@ -100,7 +101,7 @@ def answer(
                 )
                 steps.update(number * max_new_tokens - steps.n)  # a batch whose answers have all ended stops early
                 for place, row in zip(places, out[:, width:].tolist(), strict=True):
-                    answers[place] = _until_end(row, ends)
+                    answers[place] = _until_end(row, stops)
     finally:
         base.generation_config = own_config
     model.train(training)
@@ -118,7 +119,7 @@ class _Progress(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _until_end(tokens: list[int], ends: Collection[int]) -> list[int]:
-    """The tokens up to the first one that ends an answer, with it; what follows is padding."""
-    last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: last + 1]
+def _until_end(tokens: list[int], stops: list[int]) -> list[int]:
+    """The tokens up to the first of the stop tokens, with it; what follows is padding."""
+    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[: end + 1]

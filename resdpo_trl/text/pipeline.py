@@ -22,9 +22,9 @@ from resdpo_trl.files import step_of
 from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID
 from resdpo_trl.text.config import (
     SamplesConfig,
-    ScratchConfig,
     SFTStageConfig,
     TextDPOConfig,
     TextModelConfig,
@@ -32,20 +32,14 @@ from resdpo_trl.text.config import (
     TextSFTConfig,
     sft_stage,
 )
-from resdpo_trl.text.data import QUICKSTART, SPLITS, DataConfig, Preferences, fingerprint, load_preferences
-from resdpo_trl.text.generate import answer, answerable
-from resdpo_trl.text.model import (
-    build_model,
-    check_fits,
-    check_same_tokenizer,
-    load_model,
-    load_tokenizer,
-    train_tokenizer,
-    unfrozen,
-)
+from resdpo_trl.text.data import QUICKSTART, SPLITS, DataConfig, fingerprint, load_preferences
+from resdpo_trl.text.generate import answer, answerable, stop_tokens
+from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows, save_reward_model, untrained_reward_model
 from resdpo_trl.text.tokens import cap_counts, sft_rows, tokenize
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
+
+SHOWN_CHARACTERS = 600  # of a text of the first pair, in the terminal
 
 
 class TextRun(Job):
@@ -55,7 +49,6 @@ class TextRun(Job):
         self,
         data: DataConfig,
         model: TextModelConfig,
-        scratch: ScratchConfig,
         samples: SamplesConfig,
         options: RunConfig,
         training: TextDPOConfig | TextRewardConfig | TextSFTConfig,
@@ -63,8 +56,10 @@ class TextRun(Job):
         preset: Path | None = None,
     ):
         """`training` is a `TextDPOConfig` or `TextRewardConfig` with the `sft` stage before it, or `TextSFTConfig`."""
-        self.data, self.model, self.scratch, self.samples = data, model, scratch, samples
+        self.data, self.model, self.samples = data, model, samples
         self.sft = sft or SFTStageConfig()
+        # the model that SFT starts from; a finished reference may come without its name
+        self.base = model.model_name_or_path or (None if self.sft.sft_checkpoint else SMOLLM2)
         self.training: Any = training
         self._check_model_flags()
         config = {
@@ -76,29 +71,15 @@ class TextRun(Job):
         }
         if sft is not None:
             config["sft_stage"] = dataclasses.asdict(sft)
-        if not model.model_name_or_path and not self.sft.sft_checkpoint:
-            config["scratch"] = dataclasses.asdict(scratch)
         super().__init__(training, options, config, preset)
 
     def _check_model_flags(self) -> None:
-        changed = [
-            field.name
-            for field in dataclasses.fields(self.scratch)
-            if getattr(self.scratch, field.name) != field.default
-        ]
-        if changed and self.model.model_name_or_path:
-            raise UserError(
-                f"--{changed[0]} shapes a model from scratch, and --model_name_or_path names one: drop either"
-            )
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
             raise UserError(
                 "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
             )
         if isinstance(self.training, TextRewardConfig) and (self.model.load_in_4bit or self.model.load_in_8bit):
             raise UserError("--load_in_4bit and --load_in_8bit are not supported for a reward model: drop them")
-        named = self.model.model_name_or_path or self.sft.sft_checkpoint
-        if (self.model.load_in_4bit or self.model.load_in_8bit or self.model.use_peft) and not named:
-            raise UserError("--use_peft and quantized loading need a model to start from: pass --model_name_or_path")
         if getattr(self.training, "reference_update", "frozen") != "frozen" and self.model.use_peft:
             raise UserError(
                 "--reference_update moves a full reference model, which --use_peft does not keep: drop either"
@@ -106,10 +87,9 @@ class TextRun(Job):
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
-        if self.model.model_name_or_path or self.sft.sft_checkpoint:
-            model = self.model.model_name_or_path or f"the reference {self.sft.sft_checkpoint}"
-        else:
-            model = "a small GPT-2 from scratch"
+        model = self.base or f"the reference {self.sft.sft_checkpoint}"
+        if model == SMOLLM2:
+            model = SMOLLM2_ID.partition("/")[2]
         source = self.data.dataset_name + (f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else "")
         if source == QUICKSTART:
             source = "people's chit-chat (no network needed)"
@@ -127,10 +107,10 @@ class TextRun(Job):
         found = [load_tokenizer(name, self.model, self.training.trust_remote_code, flag) for name, flag in flags]
         for tokenizer, (_, flag) in zip(found[1:], flags[1:], strict=True):
             check_same_tokenizer(found[0], flags[0][1], tokenizer, flag)
+        self.tokenizer = found[0]
         with PartialState().main_process_first():
             started = time.perf_counter()
-            texts = load_preferences(self.data, found[0] if found else None)
-            self.tokenizer = found[0] if found else self._scratch_tokenizer(texts)
+            texts = self.texts = load_preferences(self.data, self.tokenizer)
             pairs = {
                 split: tokenize(
                     texts[split],
@@ -147,26 +127,23 @@ class TextRun(Job):
         self.begin({split: fingerprint(rows) for split, rows in pairs.items()}, counts)
         self.preparation_seconds = time.perf_counter() - started
         self.say(describe_data(counts))
+        self.say(describe_format(counts["dialogue_format"], self.tokenizer, pairs["train"][0]))
         return pairs
 
     def _sources(self) -> list[tuple[str, str]]:
-        """(name, flag) of every place a tokenizer comes from; a resumed run without one has its own reference's."""
+        """(name, flag) of every place a tokenizer comes from; the first one's is used."""
         found = []
-        if self.model.model_name_or_path:
-            found.append((self.model.model_name_or_path, "--model_name_or_path"))
-        if self.sft.sft_checkpoint:
+        if self.sft.sft_checkpoint:  # it says in which format it was trained
             found.append((self.sft.sft_checkpoint, "--sft_checkpoint"))
-        if not found and self.resume and self.run.reference.is_dir():
-            found.append((str(self.run.reference), "reference"))
+        if self.base:
+            found.append((self.base, "--model_name_or_path"))
         return found
 
-    def _scratch_tokenizer(self, texts: Preferences) -> PreTrainedTokenizerBase:
-        self.say(f"training a BPE of {self.scratch.scratch_vocab_size} tokens on the training pairs")
-        rows = texts["train"]
-        return train_tokenizer(
-            (text for row in rows.iter(1000) for name in ("prompt", "chosen", "rejected") for text in row[name]),
-            self.scratch.scratch_vocab_size,
-        )
+    def _shown(self, split: str, index: int, row: dict[str, Any]) -> str:
+        """A prompt as people read it; one that the cap shortened as the model reads it, without special tokens."""
+        if row["prompt_tokens_dropped"]:
+            return str(self.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True))
+        return str(self.texts[split][index]["shown"])
 
     # --- the reference -------------------------------------------------------------------------------------------
 
@@ -176,35 +153,31 @@ class TextRun(Job):
         if self.past("sft", self.run.reference, self.run.summary.get("sft")):
             return
         if self.sft.sft_checkpoint or self.sft.sft_epochs == 0:
-            name = self.sft.sft_checkpoint or self.model.model_name_or_path
-            if name is None:
-                raise UserError("--sft_epochs 0 needs a model that has learned something: pass --model_name_or_path")
-            flag = "--sft_checkpoint" if self.sft.sft_checkpoint else "--model_name_or_path"
+            name, flag = self._sources()[0]
             model = load_model(name, self.model, self.training.trust_remote_code, flag)
-            self._check_fits(model)
+            self._prepare(model)
             save = model.save_pretrained if self.run.main_process else silent
             self.publish(self.run.reference, save, self.tokenizer)
             self.run.summarize(sft={"skipped": name})
             return
         model = self._base_model()
-        self._check_fits(model)
+        self._prepare(model)
         checkpoint = self.checkpoint("sft")
         # not by `evaluate` before training: accelerate would take the model for prepared, and never average gradients
         own = self.training
         args = self._arguments("sft", own if isinstance(own, TextSFTConfig) else sft_stage(own, self.sft))
         args = dataclasses.replace(args, eval_on_start=checkpoint is None)
-        as_rows = partial(
-            sft_rows, completion_only_loss=args.completion_only_loss is not False, responses=args.responses
-        )
+        as_rows = partial(sft_rows, completion_only_loss=args.completion_only_loss is not False)
         held_out = as_rows(pairs["validation"])
         trainer = TextSFTTrainer(
             model=model,
             args=args,
-            train_dataset=pairs["train"] if args.responses == "both" else as_rows(pairs["train"]),
+            train_dataset=as_rows(pairs["train"]),
             eval_dataset=held_out,
             processing_class=self.tokenizer,
             peft_config=get_peft_config(self.model),
         )
+        del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if not isinstance(self.training, TextDPOConfig):
             self.push_saves(trainer, "text-generation")
@@ -227,11 +200,12 @@ class TextRun(Job):
         )
         free(trainer)
 
-    def _check_fits(self, model: Any) -> None:
+    def _prepare(self, model: Any) -> None:
+        """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
-        if isinstance(self.training, TextDPOConfig) and self.training.unfrozen_parameters is not None:
-            unfrozen(model, self.training.unfrozen_parameters, self.model.use_peft)
+        stops = stop_tokens(self.tokenizer)
+        base_model(model).generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
 
     def _sft_loss(self, trainer: TextSFTTrainer) -> float:
         """Validation loss of the weights that are kept."""
@@ -249,11 +223,7 @@ class TextRun(Job):
         )
 
     def _base_model(self) -> Any:
-        if self.model.model_name_or_path:
-            return load_model(
-                self.model.model_name_or_path, self.model, self.training.trust_remote_code, "--model_name_or_path"
-            )
-        return build_model(self.scratch, self.tokenizer, self.training.max_length or 0, self.training.seed)
+        return load_model(str(self.base), self.model, self.training.trust_remote_code, "--model_name_or_path")
 
     # --- the policy ----------------------------------------------------------------------------------------------
 
@@ -295,10 +265,6 @@ class TextRun(Job):
         set_seed(self.training.seed)  # an adapter is drawn before the trainer sets it
         trainer = self._dpo_trainer(pairs)
         args = trainer.args
-        if args.unfrozen_parameters is not None:
-            sizes = [(each.numel(), each.requires_grad) for each in trainer.model.parameters()]
-            trained = sum(size for size, learns in sizes if learns)
-            self.say(f"DPO trains {trained} of {sum(size for size, _ in sizes)} parameters (--unfrozen_parameters)")
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
         self.push_saves(trainer, "text-generation")
         test = pairs["test"]
@@ -316,7 +282,7 @@ class TextRun(Job):
                 str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
             )
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
-        validation = trainer.score(trainer.eval_dataset, "Validation")
+        validation = trainer.validation_scores(epochs(trainer)["kept_step"])
         scores = trainer.score(test, "Test")
         figures = {
             split: with_intervals(preference_metrics(found, loss) | raw_accuracy(found))
@@ -406,7 +372,8 @@ class TextRun(Job):
         ]
         for at in extremes(figures["rewards/margins"]):
             texts = pairs[int(at)]
-            for name in ("prompt", "chosen", "rejected"):
+            rows[at]["prompt"] = self._shown("test", int(at), texts)
+            for name in ("chosen", "rejected"):
                 rows[at][name] = self.tokenizer.decode(texts[f"{name}_ids"], skip_special_tokens=True)
         return rows
 
@@ -419,7 +386,7 @@ class TextRun(Job):
             return
         shown = pairs["test"].select(range(count))
         models: dict[str, Callable[[], Any]] = {}
-        if self.model.model_name_or_path or not self.sft.sft_checkpoint:
+        if self.base and self.run.summary["sft"].get("skipped") != self.base:  # else the reference is the base
             models["base"] = self._base_model
         for name, folder in (("reference", self.run.reference), ("policy", self.run.policy)):
             if folder.is_dir():
@@ -427,9 +394,9 @@ class TextRun(Job):
         answers = {name: self._answers(name, load(), shown["prompt_ids"][:]) for name, load in models.items()}
         rows = []
         for index, pair in enumerate(shown):
-            texts = {
+            texts = {"prompt": self._shown("test", index, pair)} | {
                 name: self.tokenizer.decode(pair[f"{name}_ids"], skip_special_tokens=True)
-                for name in ("prompt", "chosen", "rejected")
+                for name in ("chosen", "rejected")
             }
             given = {name: {kind: texts[index] for kind, texts in kinds.items()} for name, kinds in answers.items()}
             rows.append({**texts, "answers": given})
@@ -457,7 +424,7 @@ class TextRun(Job):
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        base = self.model.model_name_or_path or self.sft.sft_checkpoint
+        base = str(self.base or self.sft.sft_checkpoint)
         self.end(describe_results, partial(write_text_card, self.run, self.run.trained, base))
 
 
@@ -474,13 +441,25 @@ def describe_data(counts: dict[str, Any]) -> str:
     left_out = (
         f", {counts['left_out']} in none (others of their conversation are held out)" if counts["left_out"] else ""
     )
+    repaired = f"; {counts['roles_repaired']} with roles repaired for the template" if counts["roles_repaired"] else ""
     cap = {name: sum(split[name] for split in counts["cap"].values()) for name in counts["cap"]["train"]}
     return (
         f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test{left_out}; "
-        f"dropped: {dropped}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
+        f"dropped: {dropped}{repaired}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
         f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "
         f"{cap['pairs_lost'] or 'no'} pair lost"
     )
+
+
+def describe_format(dialogue_format: str, tokenizer: PreTrainedTokenizerBase, pair: dict[str, Any]) -> str:
+    """The lines that say how a model reads dialogues, with a pair as it sees one: special tokens visible, the end of a
+    long prompt."""
+    how = "the tokenizer's chat template" if dialogue_format == "chat" else "plain text (Human:, Assistant:)"
+    lines = [f"dialogue format: {how}; the first training pair as the model sees it"]
+    for name in ("prompt", "chosen", "rejected"):
+        text = str(tokenizer.decode(pair[f"{name}_ids"])).replace("\n", "\\n")
+        lines.append(f"  {name:<8}  {'…' if len(text) > SHOWN_CHARACTERS else ''}{text[-SHOWN_CHARACTERS:]}")
+    return "\n".join(lines)
 
 
 def describe_results(summary: dict[str, Any], path: Path) -> str:

@@ -1,7 +1,8 @@
 """The prompts that several models answer: from a file or the quickstart, written as each tokenizer expects them.
 
-A prompt is a text, which every model sees as it is, or a list of messages. Messages go through the tokenizer's chat
-template; a tokenizer without one sees them as HH writes dialogues ("\\n\\nHuman: … \\n\\nAssistant:").
+A prompt is a text or a list of messages. A tokenizer with a chat template renders the messages, those of a text
+included (`resdpo_trl.text.data.messages_of`). A tokenizer without one reads a text as it is, and messages as HH writes
+dialogues ("\\n\\nHuman: … \\n\\nAssistant:").
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ from transformers import PreTrainedTokenizerBase
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.sources import first_line
-from resdpo_trl.text.data import MARKER, chitchat_pairs, end_of_turn, parse_dialogue, rendered_turn_starts, turn_starts
+from resdpo_trl.text.data import (
+    MARKER,
+    SPEAKERS,
+    Messages,
+    alternating,
+    chitchat_pairs,
+    dialogue,
+    end_of_turn,
+    messages_of,
+    parse_dialogue,
+    rendered_turns,
+    turn_starts,
+)
 from resdpo_trl.text.tokens import tokenize_prompts
 
 QUICKSTART_PROMPTS = 32
-SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | Messages
 
 
 def load_prompts(path: str | None, limit: int | None) -> tuple[list[Prompt], dict[str, Any]]:
@@ -51,47 +63,50 @@ def load_prompts(path: str | None, limit: int | None) -> tuple[list[Prompt], dic
     return used, {"source": source, "rows": len(found), "empty_lines": empty, "repeated": repeated, "used": len(used)}
 
 
-def write_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], bool]:
-    """A prompt as a model of this tokenizer reads it: text, where its turns start, whether a chat template wrote it.
+def write_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], int]:
+    """A prompt as a model of this tokenizer reads it: text, where its turns start, where its first turn starts.
 
     Raises:
         UserError: a conversation that the template does not take.
     """
-    if isinstance(prompt, str):
-        return prompt, turn_starts(prompt), False
-    if tokenizer.chat_template is not None:
-        try:
-            text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template is a program: it may raise anything
-            raise UserError(
-                f"the tokenizer's chat template does not take the conversation that begins {str(prompt)[:80]} "
-                f"({first_line(error)}): fix or drop it"
-            ) from None
-        return text, rendered_turn_starts(prompt, text, tokenizer), True
-    text = dialogue(prompt)
-    return text, turn_starts(text), False
+    if tokenizer.chat_template is None:
+        text = prompt if isinstance(prompt, str) else dialogue(prompt)
+        return text, turn_starts(text), 0
+    messages = messages_of(prompt) if isinstance(prompt, str) else prompt
+    try:
+        text, messages = _rendered(messages, tokenizer)
+    except Exception as error:  # a template is a program: it may raise anything
+        raise UserError(
+            f"the tokenizer's chat template refuses the conversation that begins {str(messages)[:80]} "
+            f"({first_line(error)}): fix or drop it"
+        ) from None
+    header_end, starts = rendered_turns(messages, text, tokenizer)
+    return text, starts, header_end
 
 
-def dialogue(messages: list[dict[str, str]]) -> str:
-    """Messages in HH's form, up to the answer that is asked for; a system message stands first, without a name."""
-    parts = [
-        f"\n\n{SPEAKERS[message['role']]}: {message['content']}" if message["role"] in SPEAKERS else message["content"]
-        for message in messages
-    ]
-    return "".join(parts) + MARKER
+def _rendered(messages: Messages, tokenizer: Any) -> tuple[str, Messages]:
+    """The rendering of messages, or of the same with their roles repaired where the template refuses them."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), messages
+    except Exception:
+        repaired = alternating(messages)
+        if repaired == messages:
+            raise
+        return str(tokenizer.apply_chat_template(repaired, tokenize=False, add_generation_prompt=True)), repaired
 
 
 def prompt_ids(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, budget: int
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of prompts, at most `budget` tokens each, and how many tokens each lost."""
-    texts, starts, rendered = zip(*(write_prompt(prompt, tokenizer) for prompt in prompts), strict=True)
-    return tokenize_prompts(list(texts), list(starts), tokenizer, budget, list(rendered))
+    texts, starts, headers = zip(*(write_prompt(prompt, tokenizer) for prompt in prompts), strict=True)
+    rendered = tokenizer.chat_template is not None
+    return tokenize_prompts(list(texts), list(starts), list(headers), tokenizer, budget, rendered)
 
 
-def answer_end(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer to a prompt, as in training: a chat template's end of turn, or the end of text."""
-    if isinstance(prompt, str) or tokenizer.chat_template is None:
+def answer_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end an answer, as in training: a chat template's end of turn, or the end of text."""
+    if tokenizer.chat_template is None:
         return [int(tokenizer.eos_token_id)]
     return list(tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"])
 
@@ -168,6 +183,6 @@ def _dialogue_prompt(chosen: str, rejected: Any) -> str | None:
 def _is_message(message: Any) -> bool:
     return (
         isinstance(message, dict)
-        and message.get("role") in ("system", *SPEAKERS)
+        and message.get("role") in ("system", *SPEAKERS.values())
         and isinstance(message.get("content"), str)
     )

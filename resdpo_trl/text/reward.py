@@ -254,15 +254,18 @@ class RewardModel:
         """(N,) rewards of one answer a prompt.
 
         Args:
-            prompts: columns prompt and turn_starts, as `load_preferences` gives them.
+            prompts: columns prompt, turn_starts and header_end, as `load_preferences` gives them.
             answers: a text a prompt, without special tokens.
             ended: whether each ended by itself; one that was cut short gets no end.
             max_length, max_response_length, ends_turns: as `resdpo_trl.text.tokens.tokenize` has them.
         """
         check_fits(self.model, self.tokenizer, max_length)
-        kept = [name for name in ("prompt", "turn_starts") if name in prompts.column_names]
-        ending = end_of_turn(self.tokenizer) if ends_turns else ""
-        texts = [text + ending if whole else text for text, whole in zip(answers, ended, strict=True)]
+        kept = ["prompt", "turn_starts", "header_end"]
+        if ends_turns:  # as a template writes an answer
+            ending = end_of_turn(self.tokenizer)
+            texts = [text.strip() + ending * whole for text, whole in zip(answers, ended, strict=True)]
+        else:
+            texts = list(answers)
         rows = prompts.select_columns(kept).add_column("chosen", texts).add_column("rejected", texts)
         sequences = []
         for row, whole in zip(

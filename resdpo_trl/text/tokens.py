@@ -38,7 +38,7 @@ def tokenize(
     """Tokenize and cap pairs.
 
     Args:
-        pairs: columns prompt, chosen, rejected, turn_starts (see `resdpo_trl.text.data`).
+        pairs: columns prompt, chosen, rejected, turn_starts, header_end (see `resdpo_trl.text.data`).
         tokenizer: a fast tokenizer with an end-of-text token.
         max_length: tokens of prompt and one response, at most; at least 16.
         max_response_length: tokens that a response may always use; half of `max_length` by default.
@@ -129,36 +129,21 @@ def cap_counts(tokenized: Dataset) -> dict[str, int]:
     }
 
 
-def sft_rows(tokenized: Dataset, completion_only_loss: bool, responses: str = "chosen") -> Dataset:
-    """Rows of TRL's `SFTTrainer`: a prompt with its response, labels on the response (or on everything).
-
-    A pair gives one row, with its `chosen` response, or two, with `both`; its prompt has labels once.
-    """
+def sft_rows(tokenized: Dataset, completion_only_loss: bool) -> Dataset:
+    """Rows of TRL's `SFTTrainer`: a prompt with its chosen response, labels on the response (or on everything)."""
     from datasets import Features, List, Value
 
     ids = List(Value("int32"))
-    sides = ["chosen_ids", "rejected_ids"] if responses == "both" else ["chosen_ids"]
-    options = {"completion_only_loss": completion_only_loss, "sides": sides}
-    return tokenized.select_columns(["prompt_ids", *sides]).map(
+    options = {"completion_only_loss": completion_only_loss}
+    return tokenized.select_columns(["prompt_ids", "chosen_ids"]).map(
         _sft_batch,
         batched=True,
-        remove_columns=["prompt_ids", *sides],
+        remove_columns=["prompt_ids", "chosen_ids"],
         features=Features({"input_ids": ids, "labels": ids, "length": Value("int32")}),
         fn_kwargs=options,
         new_fingerprint=cache_key(_sft_batch, tokenized, options),
         desc="Rows for SFT",
     )
-
-
-def rows_of_pair(
-    prompt: list[int], responses: Sequence[list[int]], completion_only_loss: bool
-) -> list[dict[str, list[int]]]:
-    """A row of input_ids and labels for each response; a prompt that is learned too has its labels in the first row."""
-    rows: list[dict[str, list[int]]] = []
-    for response in responses:
-        learned = prompt if not rows and not completion_only_loss else [-100] * len(prompt)
-        rows.append({"input_ids": prompt + response, "labels": learned + response})
-    return rows
 
 
 def cap_prompt(
@@ -169,9 +154,10 @@ def cap_prompt(
 
     Args:
         prompt: token ids.
-        turn_tokens: ascending indices of the tokens at which turns start, the first turn's 0 left out.
+        turn_tokens: ascending indices of the tokens at which turns start, without the first turn's.
         budget: tokens to keep, at most.
-        beginning: the beginning-of-text token, which a prompt that begins with it keeps.
+        beginning: the tokens that a prompt that begins with them keeps: a chat template's system turn, the
+            beginning-of-text token. Not kept where they take more than half of the budget.
 
     Returns:
         The kept ids, and how many whole turns were dropped.
@@ -179,7 +165,7 @@ def cap_prompt(
     excess = len(prompt) - budget
     if excess <= 0:
         return prompt, 0
-    stays = list(beginning) if prompt[: len(beginning)] == list(beginning) else []
+    stays = list(beginning) if prompt[: len(beginning)] == list(beginning) and 2 * len(beginning) <= budget else []
     excess += len(stays)
     start, dropped = excess, len(turn_tokens)  # the newest turn alone is too long
     for number, turn in enumerate(turn_tokens, 1):
@@ -194,30 +180,31 @@ def cap_prompt(
 def tokenize_prompts(
     prompts: list[str],
     turn_starts: list[list[int]],
+    header_ends: list[int],
     tokenizer: PreTrainedTokenizerBase,
     budget: int,
-    rendered: list[bool],
+    rendered: bool,
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of prompts without responses, each of the newest `budget` tokens at most.
 
     Args:
         prompts: texts.
         turn_starts: where turns of each start, as character offsets.
+        header_ends: where the first turn of each starts; what comes before it is kept.
         budget: tokens of a prompt, at most.
-        rendered: whether a chat template wrote the text, and with it what a text begins with.
+        rendered: whether a chat template wrote the texts, and with them what a text begins with.
 
     Returns:
         The ids, and how many tokens each prompt lost.
     """
     check_fast(tokenizer)
     encoded = tokenizer(prompts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
-    beginning = _beginning(tokenizer)
+    start = [] if rendered else _beginning(tokenizer)
     found, lost = [], []
     for row, ids in enumerate(encoded["input_ids"]):
-        start = [] if rendered[row] else beginning
-        tokens = (_token_at(encoded, row, offset) for offset in turn_starts[row])
-        turns = [token for token in tokens if token is not None]
-        kept, _ = cap_prompt(ids, turns, budget - len(start), _written_beginning(tokenizer, rendered[row]))
+        turns = _turn_tokens(encoded, row, turn_starts[row])
+        header = _header_ids(encoded, row, header_ends[row], tokenizer, rendered)
+        kept, _ = cap_prompt(ids, turns, budget - len(start), header)
         found.append(start + kept)
         lost.append(len(ids) - len(kept))
     return found, lost
@@ -255,9 +242,9 @@ def _tokenize_batch(
         budget = room - min(max(len(chosen), len(rejected)), limit)
         kept, turns = prompt, 0
         if len(prompt) > budget:
-            tokens = (_token_at(encoded, row, offset) for offset in batch["turn_starts"][row])
-            starts = [token for token in tokens if token is not None]
-            kept, turns = cap_prompt(prompt, starts, budget, _written_beginning(tokenizer, ends_turns))
+            starts = _turn_tokens(encoded, row, batch["turn_starts"][row])
+            header = _header_ids(encoded, row, batch["header_end"][row], tokenizer, ends_turns)
+            kept, turns = cap_prompt(prompt, starts, budget, header)
         out["prompt_ids"].append(start + kept)
         out["chosen_ids"].append(chosen[:limit])
         out["rejected_ids"].append(rejected[:limit])
@@ -283,16 +270,27 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
-def _written_beginning(tokenizer: PreTrainedTokenizerBase, rendered: bool) -> list[int]:
-    """The beginning-of-text token that a chat template may have written at a text's start."""
+def _turn_tokens(encoded: Any, row: int, offsets: list[int]) -> list[int]:
+    """The tokens at which turns start, from their character offsets."""
+    tokens = (_token_at(encoded, row, offset) for offset in offsets)
+    return [token for token in tokens if token is not None]
+
+
+def _header_ids(
+    encoded: Any, row: int, header_end: int, tokenizer: PreTrainedTokenizerBase, rendered: bool
+) -> list[int]:
+    """What a truncated prompt begins with: all before its first turn, or the beginning-of-text token that a chat
+    template may have written.
+    """
+    if header_end:
+        return list(encoded["input_ids"][row][: _token_at(encoded, row, header_end)])
     return [tokenizer.bos_token_id] if rendered and tokenizer.bos_token_id is not None else []
 
 
-def _sft_batch(batch: dict[str, list[Any]], completion_only_loss: bool, sides: list[str]) -> dict[str, list[Any]]:
+def _sft_batch(batch: dict[str, list[Any]], completion_only_loss: bool) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for prompt, *responses in zip(batch["prompt_ids"], *(batch[side] for side in sides), strict=True):
-        for row in rows_of_pair(prompt, responses, completion_only_loss):
-            for name in ("input_ids", "labels"):
-                out[name].append(row[name])
-            out["length"].append(len(row["input_ids"]))
+    for prompt, response in zip(batch["prompt_ids"], batch["chosen_ids"], strict=True):
+        out["input_ids"].append(prompt + response)
+        out["labels"].append(([-100] * len(prompt) if completion_only_loss else prompt) + response)
+        out["length"].append(len(prompt) + len(response))
     return out

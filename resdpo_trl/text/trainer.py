@@ -24,9 +24,9 @@ from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
 from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
-from resdpo_trl.text.batch import PairCollator, SFTCollator
+from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
-from resdpo_trl.text.model import base_model, unfrozen
+from resdpo_trl.text.model import base_model
 from resdpo_trl.text.reference_cache import (
     cache_folder,
     forward_config,
@@ -118,27 +118,19 @@ class _TextTrainer(EveryRowOnce, Resumable):
 
 
 class TextSFTTrainer(_TextTrainer, SFTTrainer):
-    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`, or on pairs, whose both responses it learns.
+    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`.
 
-    What differs from TRL's: the plain loss goes through the response head, without the vocabulary-wide metrics of a
-    training step (benchmarks/LOG.md has what that saves), and then the prompt of a pair runs once (`prefix_sharing`);
-    evaluation, which has those metrics and takes rows, is the mean over all tokens with a label, not over batches.
+    What differs from TRL's: the plain loss and that of evaluation go through the response head, without the
+    vocabulary-wide metrics (token accuracy, entropy; benchmarks/LOG.md has what that saves); evaluation is the mean
+    over all tokens with a label, not over batches.
     """
 
     def __init__(self, model: PreTrainedModel, args: TextSFTConfig, **options: Any):
         # a loss of another kind is TRL's own
         self._plain = args.loss_type == "nll" and not args.label_smoothing_factor and not args.use_liger_kernel
-        if self._plain:
-            add_response_head(base_model(model))
-        super().__init__(model=model, args=args, compute_metrics=_token_means, **options)
+        add_response_head(base_model(model))
+        super().__init__(model=model, args=args, compute_metrics=_token_mean, **options)
         self._plain = self._plain and not self.aux_loss_enabled
-        pairs = "chosen_ids" in self.train_dataset.column_names
-        shared = self._plain and args.prefix_sharing
-        self._rows_of_one = 2 if pairs and not shared else 1
-        if pairs and shared:
-            check_prefix_sharing(base_model(model), max(self.train_dataset["length"][:]))
-        trls: Any = self.data_collator
-        self.data_collator = SFTCollator(trls, args.completion_only_loss is not False, shared)
 
     def compute_loss(
         self,
@@ -150,27 +142,13 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         """Negative log-likelihood of the tokens with a label, over their number on all processes."""
         if not self._plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
-        column = column + 1  # a row's first token is not predicted
-        before = inputs["predicted_from"][row, column] if "predicted_from" in inputs else column - 1
-        logps = model(
-            **{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs},
-            predicted_at=row * labels.shape[1] + before,
-            predicted=labels[row, column],
-            use_cache=False,
-        )
+        _, logps = _label_logps(model, inputs)
         self._note_tokens(_real(inputs["attention_mask"]))
         if num_items_in_batch is None:
-            return -logps.sum() / max(len(row), 1)
+            return -logps.sum() / max(len(logps), 1)
         # DDP averages the gradients over processes, and `num_items_in_batch` counts the tokens of all
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return -logps.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        columns.extend({"prompt_ids", "chosen_ids", "rejected_ids"} - set(columns))
 
     def prediction_step(
         self,
@@ -179,16 +157,16 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Sums over each row's tokens, for `_token_means`: (B, 3), and (B,) tokens with a label."""
+        """(B,) negative log-likelihoods, each a sum over a row's tokens with a label, and (B,) numbers of them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's, zero where there is no label
-        sums = [-outputs.log_probs.sum(1), outputs.is_top1.sum(1), outputs.entropy.sum(1)]
-        return None, torch.stack([each.float() for each in sums], 1), outputs.label_mask.sum(1)
+            row, logps = _label_logps(model, inputs)
+        rows = len(inputs["labels"])
+        return None, logps.new_zeros(rows).index_add(0, row, -logps), torch.bincount(row, minlength=rows)
 
     def _keep(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:
         # the loss is over the tokens with a label on all processes: a row without any changes nothing
-        batch = {name: value[: max(own, 1) * self._rows_of_one] for name, value in batch.items()}
+        batch = {name: value[: max(own, 1)] for name, value in batch.items()}
         if own == 0:
             batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
@@ -248,7 +226,8 @@ class PairTrainer(_TextTrainer, Trainer):
         training = model.training
         model.eval()
         parts = []
-        for inputs in tqdm(loader, desc=description, leave=False, disable=not self.is_world_process_zero()):
+        hidden = not self.is_world_process_zero() or None  # None: where stderr is no terminal
+        for inputs in tqdm(loader, desc=description, leave=False, delay=0, disable=hidden):  # a batch may take seconds
             pairs = function(model, self._prepare_inputs(inputs))
             gathered = self.accelerator.gather_for_metrics(list(vars(pairs).values()))
             parts.append(LogProbs(*(value.cpu() for value in gathered)))
@@ -280,12 +259,6 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.preference_loss = preference_loss(args)
-        if args.unfrozen_parameters is not None:
-            adapter = peft_config is not None or hasattr(model, "peft_config")
-            trained = unfrozen(model, args.unfrozen_parameters, adapter)
-            if not adapter:
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(name in trained)
         bases = [base_model(each) for each in (model, ref_model) if each is not None]
         for base in bases:
             add_response_head(base)
@@ -294,6 +267,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             for base in bases:
                 check_prefix_sharing(base, longest)
         self._means = RunningMeans()  # of the steps since the last log
+        self._evaluated: tuple[int, LogProbs] | None = None  # the step of the last evaluation, and its scores
         self.reference_seconds = 0.0  # spent on the reference's log-probabilities before training
         self.reference_pairs_read = 0  # pairs whose log-probabilities an earlier run had left on disk
         self._cache = cache_folder(args.reference_cache_dir)
@@ -321,7 +295,17 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         return self._over_pairs(dataset, self._batch_logps, description)
 
     def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
-        return preference_metrics(self.score(dataset, description), self.preference_loss)
+        scores = self.score(dataset, description)
+        if dataset is self.eval_dataset:
+            self._evaluated = self.state.global_step, scores
+        return preference_metrics(scores, self.preference_loss)
+
+    def validation_scores(self, step: int) -> LogProbs:
+        """`score` of the validation pairs under the weights of `step`, which the model holds; not computed again where
+        the last evaluation was of these weights."""
+        if self._evaluated is not None and self._evaluated[0] == step and not self.moves_reference:
+            return self._evaluated[1]
+        return self.score(self.eval_dataset, "Validation")
 
     def add_reference(self, dataset: Dataset, description: str = "Reference log-probabilities") -> Dataset:
         """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
@@ -436,8 +420,20 @@ def _real(mask: Tensor) -> Tensor:
     return mask.any(dim=2).squeeze(1) if mask.ndim == 4 else mask
 
 
-def _token_means(rows: EvalPrediction) -> dict[str, float]:
-    """Means over all tokens with a label, of the sums over each row's."""
-    losses, right, entropies = np.asarray(rows.predictions, dtype=np.float64).sum(0)
-    tokens = np.asarray(rows.label_ids).sum()
-    return {"loss": losses / tokens, "mean_token_accuracy": right / tokens, "entropy": entropies / tokens}
+def _label_logps(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The rows of the N tokens with a label, (N,), and the tokens' log-probabilities, (N,)."""
+    labels = inputs["labels"]
+    row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)  # a row's first token is not predicted
+    logps = model(
+        **{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs},
+        predicted_at=row * labels.shape[1] + column,
+        predicted=labels[row, column + 1],
+        use_cache=False,
+    )
+    return row, logps
+
+
+def _token_mean(rows: EvalPrediction) -> dict[str, float]:
+    """The mean over all tokens with a label, of the sums over each row's."""
+    losses = np.asarray(rows.predictions, dtype=np.float64).sum()
+    return {"loss": losses / np.asarray(rows.label_ids).sum()}

@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audit events that change a folder
 
 TEXT = [
-    "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400",
     "--max_length", "64", "--use_cpu", "--max_train_samples", "40",
     "--per_device_train_batch_size", "8", "--logging_steps", "3", "--disable_tqdm", "true", "--report_to", "none",
 ]  # fmt: skip
@@ -59,18 +58,20 @@ KINDS = {
 }
 
 
-def write_data(folder: Path) -> dict[str, Path]:
-    """Small pairs and images; recipe -> what its --dataset_name takes."""
-    from tests.conftest import write_pairs
+def write_data(folder: Path) -> dict[str, list]:
+    """Small pairs, a tiny language model, and images; recipe -> the flags that name them."""
+    from tests.conftest import ANSWERS, TURNS, save_model, train_tokenizer, write_pairs
     from tests.image.conftest import draw, write_parquet
 
     pairs = folder / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in write_pairs(80)))
+    model = save_model(folder / "model", train_tokenizer([*TURNS, *ANSWERS], 400))
     images = folder / "images"
     write_parquet(images / "train.parquet", draw(96))
     write_parquet(images / "test.parquet", draw(30, seed=1))
     text, image = ("sft_hh.py", "dpo_hh.py", "reward_hh.py", "sweep_hh.py"), ("train_cifar.py", "dpo_cifar.py")
-    return dict.fromkeys(text, pairs) | dict.fromkeys(image, images)
+    named = ["--dataset_name", pairs, "--model_name_or_path", model]
+    return {recipe: named for recipe in text} | {recipe: ["--dataset_name", images] for recipe in image}
 
 
 class Server:
@@ -114,7 +115,7 @@ def survive(
     """
     generator = random.Random(seed)
     recipe, arguments = KINDS[kind]
-    arguments = [*arguments, "--dataset_name", data[recipe], "--output_dir", folder]
+    arguments = [*arguments, *data[recipe], "--output_dir", folder]
     log, moments = folder.with_suffix(".log"), []
     for attempt in range(3):
         how = {}

@@ -12,21 +12,17 @@ import time
 
 import pytest
 
-from tests.conftest import tiny_model
+from tests.conftest import CHATML, save_model
 from tests.recipes.conftest import ROOT
-from tests.text.test_chat import CHATML, chatml
 
 
 @pytest.fixture(scope="module")
-def run(tokenizer, tmp_path_factory):
-    """The folder of a run with a chat template; sft holds a reference alone, plain no template."""
+def run(tokenizer, _chat_tokenizer, tmp_path_factory):
+    """The folders of runs: both models, a reference alone (sft), a policy without a chat template (plain)."""
     base = tmp_path_factory.mktemp("runs")
-    chatty = chatml(tokenizer)
     for seed, name in enumerate(("both/reference", "both/policy", "sft/reference", "plain/policy")):
-        tiny_model("llama", vocab_size=len(chatty), seed=seed, max_position_embeddings=100_000).save_pretrained(
-            base / name
-        )
-        (tokenizer if name.startswith("plain") else chatty).save_pretrained(base / name)
+        own = tokenizer if name.startswith("plain") else _chat_tokenizer
+        save_model(base / name, own, "llama", seed=seed, max_position_embeddings=100_000)
     return base
 
 
@@ -74,7 +70,7 @@ def test_lines_of_stdin_are_a_conversation(recipe, run, monkeypatch):
         (["RUN/both", "--prompt", ""], "--prompt: is empty"),
         (["RUN/both", "--prompt", "-"], "--prompt -: stdin is empty"),
         (["RUN/plain", "--system", "Be brief."], "--system: policy has no chat template"),
-        (["RUN/strict", "--system", "Be brief."], "does not take the conversation"),
+        (["RUN/strict"], "refuses the conversation"),
         (["RUN/both", "--max_new_tokens", "99999"], "--max_new_tokens 99999: must leave"),
         (["RUN/both", "--use_peft"], "--use_peft is not supported here: a folder with a LoRA adapter is loaded"),
         (["RUN/both", "--model_name_or_path", "x"], "--model_name_or_path is not supported here: name the models"),
@@ -82,11 +78,10 @@ def test_lines_of_stdin_are_a_conversation(recipe, run, monkeypatch):
         (["RUN/both", "--beta", "1"], "unknown flag --beta"),
     ],
 )
-def test_bad_input(recipe, run, tokenizer, monkeypatch, arguments, message):
+def test_bad_input(recipe, run, chat_tokenizer, monkeypatch, arguments, message):
     (run / "empty" / "policy").mkdir(parents=True, exist_ok=True)
-    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
-    chatml(tokenizer, strict).save_pretrained(run / "strict" / "policy")
-    tiny_model("gpt2", vocab_size=402).save_pretrained(run / "strict" / "policy")
+    chat_tokenizer.chat_template = "{% if messages[2:] %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    save_model(run / "strict" / "policy", chat_tokenizer)
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     status, said, wrong = recipe("chat.py", *(word.replace("RUN", str(run)) for word in arguments))
     assert status == 2 and said == ""

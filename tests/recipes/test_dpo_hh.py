@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import tiny_model, write_pairs
+from tests.conftest import save_model, train_tokenizer, write_pairs
 from tests.recipes.conftest import ROOT, not_ended, rows_of
 
 SMALL = [
-    "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400",
     "--sft_epochs", "1", "--max_new_tokens", "6", "--num_samples", "3", "--max_length", "64", "--use_cpu",
-    "--logging_steps", "2",
+    "--logging_steps", "2", "--sft_learning_rate", "1e-3", "--learning_rate", "1e-3",
 ]  # fmt: skip
 
 
@@ -27,13 +26,14 @@ def pairs_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, pairs_file):
+def finished(tmp_path_factory, pairs_file, model_folder):
     """One run through `accelerate launch`, as the README says it."""
     folder = tmp_path_factory.mktemp("runs") / "a run"
     command = [
         Path(sys.executable).with_name("accelerate"), "launch", "--config_file", "accelerate_configs/cpu.yaml",
         "recipes/dpo_hh.py", "--dataset_name", pairs_file, "--output_dir", folder, "--num_train_epochs", "2", *SMALL,
-        "--beta", "0.1", "--bf16", "false",  # figures are computed again in float32
+        "--model_name_or_path", model_folder, "--beta", "0.1",
+        "--bf16", "false",  # figures are computed again in float32
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -87,7 +87,7 @@ def test_the_metrics_have_trls_names_and_every_stage(finished):
     assert [row["step"] for row in rows if row["split"] == "test"] == [rows[-1]["step"]]
 
 
-def test_the_summary_has_counts_and_intervals(finished):
+def test_the_summary_has_counts_and_intervals(finished, model_folder):
     folder, done = finished
     summary = json.loads((folder / "summary.json").read_text())
     test = summary["dpo"]["test"]
@@ -100,7 +100,7 @@ def test_the_summary_has_counts_and_intervals(finished):
     assert summary["throughput"]["dpo_pairs_per_second"] > 0
     for line in ("accuracy, test", "margin, test", "DPO pairs per second", str(folder), "no pair lost"):
         assert line in done.stdout, line
-    assert done.stdout.startswith("SFT and DPO of a small GPT-2 from scratch on ")
+    assert done.stdout.startswith(f"SFT and DPO of {model_folder} on ")
     assert "recipes/configs/hh/gpt2.yaml" in done.stdout.splitlines()[0]
 
 
@@ -178,21 +178,22 @@ def test_the_model_card_tells_what_the_summary_says(finished):
     assert "β 0.1" in card.text
 
 
-def test_same_seed_same_files(recipe, tmp_path, pairs_file):
+def test_same_seed_same_files(recipe, tmp_path, pairs_file, model_folder):
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         arguments = ["--dataset_name", pairs_file, "--output_dir", tmp_path / name, "--seed", seed, *SMALL]
-        assert recipe("dpo_hh.py", *arguments, "--max_train_samples", 32)[0] == 0
+        arguments += ["--model_name_or_path", model_folder, "--max_train_samples", 32]
+        assert recipe("dpo_hh.py", *arguments)[0] == 0
         weights.append((tmp_path / name / "policy" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_resume_continues_where_the_run_stopped(recipe, tmp_path, pairs_file):
+def test_resume_continues_where_the_run_stopped(recipe, tmp_path, pairs_file, model_folder):
     """A run without its second epoch of DPO goes on from the first one's checkpoint and ends as the whole one did."""
     import shutil
 
     arguments = ["--dataset_name", pairs_file, "--num_train_epochs", "2", "--max_train_samples", 48, *SMALL]
-    arguments += ["--select", "last"]
+    arguments += ["--select", "last", "--model_name_or_path", model_folder]
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert recipe("dpo_hh.py", *arguments, "--output_dir", whole)[0] == 0
     shutil.copytree(whole, torn)
@@ -208,28 +209,26 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, pairs_file):
     assert first == second
 
 
-def test_the_bad_model_prefers_the_rejected(recipe, tmp_path, pairs_file):
+def test_the_bad_model_prefers_the_rejected(recipe, tmp_path, pairs_file, model_folder):
     tests = []
     for side in ("chosen", "rejected"):
         arguments = ["--dataset_name", pairs_file, "--output_dir", tmp_path / side, "--prefer", side, *SMALL]
-        assert recipe("dpo_hh.py", *arguments, "--learning_rate", "1e-3", "--num_train_epochs", 3)[0] == 0
+        arguments += ["--model_name_or_path", model_folder, "--num_train_epochs", 3]
+        assert recipe("dpo_hh.py", *arguments)[0] == 0
         tests.append(rows_of(tmp_path / side / "samples.jsonl")[0])
     assert tests[0]["chosen"] == tests[1]["rejected"]
     assert tests[0]["prompt"] == tests[1]["prompt"]
 
 
 @pytest.fixture
-def model_folder(tmp_path, tokenizer):
-    folder = tmp_path / "model"
-    tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def llama_folder(tmp_path, tokenizer):
+    return save_model(tmp_path / "model", tokenizer, "llama")
 
 
-def test_sft_checkpoint_skips_sft(recipe, tmp_path, pairs_file, model_folder):
+def test_sft_checkpoint_skips_sft(recipe, tmp_path, pairs_file, llama_folder):
     arguments = ["--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "0", "--max_train_samples", "16"]
     status, _, said = recipe(
-        "sft_hh.py", *arguments, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "s"
+        "sft_hh.py", *arguments, "--model_name_or_path", llama_folder, "--output_dir", tmp_path / "s"
     )
     assert status == 0, said
     reference = tmp_path / "s" / "reference"
@@ -241,8 +240,7 @@ def test_sft_checkpoint_skips_sft(recipe, tmp_path, pairs_file, model_folder):
 
 def test_sft_keeps_what_was_asked_for_and_answers_within_the_models_positions(recipe, tmp_path, pairs_file, tokenizer):
     """Prompts as long as the model has positions; the loss that is told is that of the weights that are kept."""
-    tiny_model("gpt2", n_positions=48).save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
+    save_model(tmp_path / "m", tokenizer, n_positions=48)
     status, _, wrong = recipe(
         "sft_hh.py", "--dataset_name", pairs_file, "--model_name_or_path", tmp_path / "m", "--output_dir",
         tmp_path / "s", "--max_length", 48, "--max_new_tokens", 30, "--num_samples", 3, "--max_train_samples", 32,
@@ -260,12 +258,12 @@ def test_sft_keeps_what_was_asked_for_and_answers_within_the_models_positions(re
 
 
 @pytest.mark.parametrize("quantized", [[], ["--load_in_4bit"], ["--load_in_8bit"]], ids=["lora", "4bit", "8bit"])
-def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, model_folder, quantized):
+def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, llama_folder, quantized):
     from transformers import AutoModelForCausalLM
 
     arguments = [
         "--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "2", "--max_new_tokens", "4",
-        "--max_train_samples", "32", "--model_name_or_path", model_folder, "--use_peft", "--lora_r", "4",
+        "--max_train_samples", "32", "--model_name_or_path", llama_folder, "--use_peft", "--lora_r", "4",
         "--output_dir", tmp_path / "d", "--learning_rate", "1e-2", "--sft_learning_rate", "1e-2",
     ]  # fmt: skip
     status, _, said = recipe("dpo_hh.py", *arguments, *quantized)
@@ -276,12 +274,97 @@ def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, model_folder
     AutoModelForCausalLM.from_pretrained(tmp_path / "d" / "policy")
 
 
-def test_eight_bit_adam_trains(recipe, tmp_path, pairs_file, model_folder):
+def test_eight_bit_adam_trains(recipe, tmp_path, pairs_file, llama_folder):
     arguments = ["--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "0", "--max_train_samples", "16"]
-    arguments += ["--model_name_or_path", model_folder, "--output_dir", tmp_path / "d", "--optim", "adamw_bnb_8bit"]
+    arguments += ["--model_name_or_path", llama_folder, "--output_dir", tmp_path / "d", "--optim", "adamw_bnb_8bit"]
     status, _, said = recipe("dpo_hh.py", *arguments, "--learning_rate", "1e-3")
     assert status == 0, said
     assert json.loads((tmp_path / "d" / "summary.json").read_text())["dpo"]["test"]["rewards/margins"] != 0
+
+
+# --- chat templates --------------------------------------------------------------------------------------------------
+
+CHAT = ["--num_samples", "2", "--max_new_tokens", "6", "--max_train_samples", "32", "--max_length", "128", "--use_cpu"]
+CHAT += ["--sft_epochs", "0", "--learning_rate", "1e-3"]
+
+
+def shown_pair(said):
+    """The first pair that a run prints: prompt, chosen and rejected."""
+    lines = said.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("dialogue format: "))
+    words = [line.split(maxsplit=1) for line in lines[at + 1 : at + 4]]
+    assert [name for name, _ in words] == ["prompt", "chosen", "rejected"]
+    return lines[at], [text for _, text in words]
+
+
+def test_a_chat_model_from_its_template_to_its_answers(recipe, tmp_path, pairs_file, chat_model_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+    arguments = [
+        "--dataset_name",
+        pairs_file,
+        "--model_name_or_path",
+        chat_model_folder,
+        "--output_dir",
+        tmp_path / "d",
+    ]
+    status, said, wrong = recipe("dpo_hh.py", *arguments, *CHAT)
+    assert status == 0, wrong
+    how, (prompt, chosen, rejected) = shown_pair(said)
+    assert how == "dialogue format: the tokenizer's chat template; the first training pair as the model sees it"
+    assert prompt.lstrip("…").startswith("<|im_start|>") and prompt.endswith("<|im_end|>\\n<|im_start|>assistant\\n")
+    assert chosen.endswith("<|im_end|>\\n") and rejected.endswith("<|im_end|>\\n") and chosen != rejected
+    assert "Human:" not in prompt + chosen + rejected
+    counts = json.loads((tmp_path / "d" / "summary.json").read_text())["data"]
+    assert counts["dialogue_format"] == "chat" and counts["cap"]["train"]["pairs_lost"] == 0
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "d" / "policy")
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for name in ("reference", "policy"):
+        stops = GenerationConfig.from_pretrained(tmp_path / "d" / name).eos_token_id
+        assert stops == [tokenizer.eos_token_id, end_of_turn]
+    for row in rows_of(tmp_path / "d" / "samples.jsonl"):
+        assert row["prompt"].startswith("\n\nHuman: ") or "Human" not in row["prompt"]  # the latter lost turns
+        assert "<|im_" not in json.dumps(row)
+
+    # transformers' own pipeline takes messages, and stops where the template ends a turn
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "d" / "policy")
+    asked = [{"role": "user", "content": "Why is the sky blue?"}]
+    chat = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    (found,) = chat(asked, max_new_tokens=5, do_sample=False)
+    assert found["generated_text"][:-1] == asked and found["generated_text"][-1]["role"] == "assistant"
+    last = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    free = model.generate(**last, max_new_tokens=5, do_sample=False)[0, last["input_ids"].shape[1] :].tolist()
+    weight = model.get_output_embeddings().weight
+    weight.data[end_of_turn] = 3 * weight.data[free[0]]  # now the likeliest token
+    ended = model.generate(**last, max_new_tokens=5, do_sample=False)[0, last["input_ids"].shape[1] :].tolist()
+    assert ended == [end_of_turn] and len(free) == 5
+
+
+def test_plain_dialogues_leave_a_policy_without_a_template(recipe, tmp_path, pairs_file, chat_model_folder):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    folder = tmp_path / "d"
+    arguments = ["--dataset_name", pairs_file, "--model_name_or_path", chat_model_folder, "--output_dir", folder]
+    status, said, wrong = recipe("dpo_hh.py", *arguments, *CHAT, "--dialogue_format", "plain", "--bf16", "false")
+    assert status == 0, wrong
+    how, (prompt, chosen, _) = shown_pair(said)
+    assert how.startswith("dialogue format: plain text (Human:, Assistant:);")
+    assert prompt.endswith("\\n\\nAssistant:") and chosen.endswith("<|endoftext|>") and "<|im_" not in prompt + chosen
+    for name in ("reference", "policy"):
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        assert tokenizer.chat_template is None and not (folder / name / "chat_template.jinja").exists()
+        assert GenerationConfig.from_pretrained(folder / name).eos_token_id == tokenizer.eos_token_id
+    status, _, wrong = recipe(
+        "evaluate_hh.py", "--model", folder / "policy", "--reference", folder / "reference", "--dataset_name",
+        pairs_file, "--max_length", 128, "--num_samples", 0, "--bf16", "false", "--output", tmp_path / "f.json",
+    )  # fmt: skip
+    assert status == 0, wrong
+    figures = json.loads((tmp_path / "f.json").read_text())
+    test = json.loads((folder / "summary.json").read_text())["dpo"]["test"]
+    assert figures["data"]["dialogue_format"] == "plain"
+    assert figures["pairs"]["rewards/margins"] == pytest.approx(test["rewards/margins"], abs=1e-5)
+    assert test["rewards/margins"] != 0
 
 
 # --- bad input: status 2 and one line ------------------------------------------------------------------------------
@@ -311,16 +394,20 @@ def refused(result, *words):
         (["--dataset_name", "./nowhere.jsonl"], ["./nowhere.jsonl", "no such file"]),
         (["--dataset_name", "Anthropic/hh-rlhf"], ["Anthropic/hh-rlhf", "Hub", ".jsonl"]),
         (["--model_name_or_path", "./nowhere"], ["--model_name_or_path ./nowhere", "no such folder"]),
-        (["--sft_epochs", "0"], ["--sft_epochs 0", "--model_name_or_path"]),
-        (["--max_new_tokens", "505"], ["--max_new_tokens 505", "512 positions"]),
+        (["--sft_epochs", "-1"], ["--sft_epochs -1", "at least 0"]),
+        (["--max_new_tokens", "249"], ["--max_new_tokens 249", "256 positions"]),
+        (["--dialogue_format", "chat"], ["--dialogue_format chat", "no chat template"]),
+        (["--dialogue_format", "html"], ["--dialogue_format", "html"]),
         (["--load_in_4bit"], ["--load_in_4bit", "--use_peft"]),
-        (["--unfrozen_parameters", "embed"], ["--unfrozen_parameters embed", "transformer.wte"]),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml", "hh/quickstart.yaml"]),
         (["--overwrite_output_dir", "--resume_from_checkpoint"], ["exclude each other"]),
     ],
 )
-def test_bad_flags(recipe, tmp_path, arguments, words):
-    refused(recipe("dpo_hh.py", "--output_dir", tmp_path / "run", *arguments), *words)
+def test_bad_flags(recipe, tmp_path, pairs_file, model_folder, arguments, words):
+    given = {"--dataset_name": pairs_file, "--model_name_or_path": model_folder, "--max_length": 64}
+    given |= {"--output_dir": tmp_path / "run"}
+    flags = [word for flag, value in given.items() if flag not in arguments for word in (flag, value)]
+    refused(recipe("dpo_hh.py", *flags, *arguments), *words)
     assert not (tmp_path / "run" / "policy").exists()
 
 
@@ -340,52 +427,39 @@ def test_bad_presets_name_the_file(recipe, tmp_path, content, words):
     refused(recipe("dpo_hh.py", "--config", preset, "--output_dir", tmp_path / "run"), str(preset), *words)
 
 
-def test_an_occupied_folder(recipe, finished, pairs_file):
+def test_an_occupied_folder(recipe, finished, pairs_file, model_folder):
     folder, _ = finished
     before = (folder / "summary.json").read_bytes()
-    result = recipe("dpo_hh.py", "--dataset_name", pairs_file, "--output_dir", folder, *SMALL)
+    arguments = ["--dataset_name", pairs_file, "--model_name_or_path", model_folder, "--output_dir", folder, *SMALL]
+    result = recipe("dpo_hh.py", *arguments)
     refused(result, str(folder), "--resume_from_checkpoint", "--overwrite_output_dir")
     assert (folder / "summary.json").read_bytes() == before
 
 
-def test_a_malformed_row(recipe, tmp_path):
+def test_a_malformed_row(recipe, tmp_path, model_folder):
     (tmp_path / "p.jsonl").write_text(json.dumps(write_pairs(1)[0]) + "\n{oops\n")
-    refused(
-        recipe("dpo_hh.py", "--dataset_name", tmp_path / "p.jsonl", "--output_dir", tmp_path / "r"), "p.jsonl, line 2"
-    )
+    arguments = ["--dataset_name", tmp_path / "p.jsonl", "--model_name_or_path", model_folder]
+    refused(recipe("dpo_hh.py", *arguments, "--output_dir", tmp_path / "r"), "p.jsonl, line 2")
 
 
 def test_a_reference_of_another_family(recipe, tmp_path, pairs_file, model_folder):
-    from resdpo_trl.text.model import train_tokenizer
-
-    tiny_model("gpt2", vocab_size=300).save_pretrained(tmp_path / "other")
-    train_tokenizer(["other words"], 300).save_pretrained(tmp_path / "other")
-    refused(
-        recipe(
-            "dpo_hh.py",
-            "--dataset_name",
-            pairs_file,
-            "--output_dir",
-            tmp_path / "r",
-            "--model_name_or_path",
-            model_folder,
-            "--sft_checkpoint",
-            tmp_path / "other",
-        ),
-        "--sft_checkpoint has another tokenizer",
-    )
+    save_model(tmp_path / "other", train_tokenizer(["other words"], 300), vocab_size=300)
+    arguments = ["--dataset_name", pairs_file, "--output_dir", tmp_path / "r", "--model_name_or_path", model_folder]
+    result = recipe("dpo_hh.py", *arguments, "--sft_checkpoint", tmp_path / "other")
+    refused(result, "--model_name_or_path has another tokenizer than --sft_checkpoint")
 
 
-def test_control_characters_of_a_file_name_do_not_reach_the_terminal(recipe, tmp_path):
-    _, _, said = recipe("dpo_hh.py", "--dataset_name", "./\x1b[31mred.jsonl", "--output_dir", tmp_path / "r")
-    assert "\x1b" not in said
+def test_control_characters_of_a_file_name_do_not_reach_the_terminal(recipe, tmp_path, model_folder):
+    arguments = ["--dataset_name", "./\x1b[31mred.jsonl", "--model_name_or_path", model_folder]
+    _, _, said = recipe("dpo_hh.py", *arguments, "--output_dir", tmp_path / "r")
+    assert "red.jsonl: no such file" in said and "\x1b" not in said
 
 
 @pytest.mark.parametrize("name", ["dpo_hh.py", "sft_hh.py"])
 def test_help_is_grouped_and_opens_with_a_command(recipe, name):
     status, out, _ = recipe(name, "--help")
     assert status == 0
-    for group in ("data:", "model:", "model from scratch:", "run:"):
+    for group in ("data:", "model:", "run:"):
         assert group in out
     assert "accelerate launch recipes/" in out
 
@@ -398,13 +472,13 @@ def test_every_preset_parses(recipe, tmp_path, preset, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     command_line = importlib.import_module("command_line")
     from resdpo_trl.arguments import RunConfig
-    from resdpo_trl.text.config import SamplesConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+    from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
     from resdpo_trl.text.data import DataConfig
 
     parser = command_line.RecipeParser(
-        (DataConfig, TextModelConfig, ScratchConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
+        (DataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
     )
-    (_, _, _, _, dpo, _, _), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
+    (_, _, _, dpo, _, _), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
     assert used == preset
     assert dpo.beta in (0.03, 0.1, 0.3)
     assert preset.read_text().startswith("#")

@@ -169,7 +169,7 @@ def test_a_label_is_no_reason_to_name_a_trillion_classes(tmp_path):
 ORDERS = "\x1b]0;owned\x07\x1b[31m\x9b2J\u202e\u2066\u200f\r"
 
 
-def test_nothing_of_the_data_reaches_the_terminal_raw(tmp_path, recipe):
+def test_nothing_of_the_data_reaches_the_terminal_raw(tmp_path, recipe, model_folder):
     """An error that quotes a column, a torn value, a file's name; and the traceback of what nobody foresaw."""
     for rows in (
         [{"chosen": "x", f"bad{ORDERS}": "y"}],
@@ -177,7 +177,8 @@ def test_nothing_of_the_data_reaches_the_terminal_raw(tmp_path, recipe):
     ):
         path = tmp_path / f"p{ORDERS[2:8]}\u202e.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        status, out, err = recipe("dpo_hh.py", "--dataset_name", path, "--output_dir", tmp_path / "run")
+        arguments = ["--dataset_name", path, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "run"]
+        status, out, err = recipe("dpo_hh.py", *arguments)
         assert status == 2
         # bars move the cursor by orders of their own
         assert not any(

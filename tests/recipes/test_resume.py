@@ -26,9 +26,8 @@ class Runs:
         recipe, arguments = KINDS[kind]
         log = output_dir.with_suffix(".log")
         start = log.stat().st_size if log.exists() else 0
-        answer = self.server.run(
-            recipe, [*arguments, "--dataset_name", self.data[recipe], "--output_dir", output_dir, *more], log, **how
-        )
+        words = [*arguments, *self.data[recipe], "--output_dir", output_dir, *more]
+        answer = self.server.run(recipe, words, log, **how)
         return answer | {"said": log.read_bytes()[start:].decode()}
 
     def never_killed(self, kind):

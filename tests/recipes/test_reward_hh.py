@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from resdpo_trl.text.model import train_tokenizer
-from tests.conftest import tiny_model, write_pairs
+from tests.conftest import save_model, train_tokenizer, write_pairs
 from tests.recipes.conftest import not_ended, rows_of
 from tests.text.test_reward import tiny_reward_model
 
@@ -23,22 +22,19 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture
 def language_model(tmp_path, tokenizer):
-    folder = tmp_path / "language model"
-    tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path / "language model", tokenizer, "llama")
 
 
-def test_from_scratch_to_a_reward_model_and_its_evaluation(recipe, tmp_path, pairs_file, tokenizer):
-    """The quickstart's preset, SFT first; then the same figures again from the folder, by evaluate_hh.py."""
+def test_from_sft_to_a_reward_model_and_its_evaluation(recipe, tmp_path, pairs_file, model_folder):
+    """SFT first; then the same figures again from the folder, by evaluate_hh.py."""
     folder = tmp_path / "run"
     status, said, wrong = recipe(
-        "reward_hh.py", "--dataset_name", pairs_file, "--output_dir", folder, *SMALL, "--scratch_width", "32",
-        "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400", "--sft_epochs", "1",
-        "--learning_rate", "3e-3", "--num_train_epochs", "2", "--center_rewards_coefficient", "0.01",
+        "reward_hh.py", "--dataset_name", pairs_file, "--output_dir", folder, *SMALL,
+        "--model_name_or_path", model_folder, "--sft_epochs", "1", "--sft_learning_rate", "1e-3", "--learning_rate",
+        "3e-3", "--num_train_epochs", "2", "--center_rewards_coefficient", "0.01",
     )  # fmt: skip
     assert status == 0, wrong
-    assert said.startswith("SFT and a reward model of a small GPT-2 from scratch")
+    assert said.startswith(f"SFT and a reward model of {model_folder} on {pairs_file}")
     assert {path.name for path in folder.iterdir()} == {
         "run.json", "reference", "reward_model", "checkpoints", "metrics.jsonl", "summary.json", "scores.jsonl",
         "report.html", "plots",

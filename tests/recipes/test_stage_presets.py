@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from resdpo_trl.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
 
@@ -27,7 +29,6 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
     from resdpo_trl.arguments import RunConfig
     from resdpo_trl.text.config import (
         SamplesConfig,
-        ScratchConfig,
         SFTStageConfig,
         TextDPOConfig,
         TextModelConfig,
@@ -36,11 +37,16 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
     )
     from resdpo_trl.text.data import DataConfig
 
-    shared = (DataConfig, TextModelConfig, ScratchConfig)
+    shared = (DataConfig, TextModelConfig)
     arguments = ["--config", str(preset)]
-    *_, alone, _, _ = parsed(monkeypatch, "sft_hh", (*shared, TextSFTConfig, SamplesConfig, RunConfig), arguments)
+    of_sft = (*shared, TextSFTConfig, SamplesConfig, RunConfig)
+    if "sft_epochs: 0\n" in preset.read_text():
+        with pytest.raises(UserError, match=r"--num_train_epochs 0\.0: must be above 0"):
+            parsed(monkeypatch, "sft_hh", of_sft, arguments)
+        return
+    *_, alone, _, _ = parsed(monkeypatch, "sft_hh", of_sft, arguments)
     command_line = importlib.import_module("command_line")
-    (_, _, _, stage, dpo, *_), _ = command_line.RecipeParser(
+    (_, _, stage, dpo, *_), _ = command_line.RecipeParser(
         (*shared, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
     ).parse(given=arguments)
     assert set(importlib.import_module("sft_hh").OF_SFT) == set(vars(stage)) - {"sft_checkpoint"}

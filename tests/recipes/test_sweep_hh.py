@@ -12,7 +12,6 @@ from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, SweepConfig, best_of, poin
 from tests.conftest import write_pairs
 
 SMALL = [
-    "--scratch_width", "32", "--scratch_layers", "1", "--scratch_heads", "2", "--scratch_vocab_size", "400",
     "--sft_epochs", "1", "--num_samples", "0", "--max_length", "64", "--use_cpu", "--max_train_samples", "48",
     "--max_new_tokens", "5", "--num_train_epochs", "1",
 ]  # fmt: skip
@@ -45,12 +44,13 @@ def check_the_frontier(folder):
     assert 'id="frontier"' in page and "left out of the frontier: it did not end" in page
 
 
-def test_a_sweep_from_one_reference_and_a_point_added_later(recipe, tmp_path):
+def test_a_sweep_from_one_reference_and_a_point_added_later(recipe, tmp_path, model_folder):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in write_pairs(120)))
     folder = tmp_path / "a sweep"
     # at a rate at which two β give policies further apart than a float's rounding
-    arguments = ["--dataset_name", pairs, "--output_dir", folder, *SMALL, "--learning_rates", "3e-3"]
+    arguments = ["--dataset_name", pairs, "--model_name_or_path", model_folder, "--output_dir", folder, *SMALL]
+    arguments += ["--learning_rates", "3e-3"]
     status, said, wrong = recipe("sweep_hh.py", "--betas", "0.1", "0.5", "--jobs", "2", *arguments)
     assert status == 0, wrong
     rows = table(folder)
@@ -119,11 +119,11 @@ def test_sft_epochs_are_an_axis_that_can_be_added_later(tmp_path):
         points_of(SweepConfig(sft_epochs_list=[1]), 1e-5, 7, tmp_path, 2.0, "some/model")
 
 
-def test_two_references_and_the_command_lines(recipe, tmp_path):
+def test_two_references_and_the_command_lines(recipe, tmp_path, model_folder):
     """--print_commands makes every reference and its pass, and leaves the points to others."""
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in write_pairs(60)))
-    arguments = ["--dataset_name", pairs, "--output_dir", tmp_path / "s", *SMALL]
+    arguments = ["--dataset_name", pairs, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "s", *SMALL]
     status, said, wrong = recipe("sweep_hh.py", "--sft_epochs_list", "1", "2", "--print_commands", *arguments)
     assert status == 0, wrong
     steps = []

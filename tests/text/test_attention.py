@@ -21,10 +21,11 @@ def masks(rows, length):
 
 
 @pytest.mark.parametrize("kind", ["causal", "shared prompt", "everything"])
-@pytest.mark.parametrize("length", [2, 9])
-def test_the_gradient_is_the_numerical_one(kind, length):
+@pytest.mark.parametrize(("length", "key_heads"), [(2, 4), (9, 4), (9, 2)])
+def test_the_gradient_is_the_numerical_one(kind, length, key_heads):
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    heads = (4, key_heads, key_heads)
+    inputs = [torch.randn(2, count, length, 4, dtype=torch.float64, requires_grad=True) for count in heads]
     hidden = ~masks(2, max(length, 9))[kind][..., :length, :length]
     torch.autograd.gradcheck(lambda *values: _Attention.apply(*values, hidden, 0.3), inputs)
 

@@ -14,32 +14,16 @@ from resdpo_trl.signals import Interrupted
 from resdpo_trl.text import chat as module
 from resdpo_trl.text.chat import AnswerStreamer, Chat
 from resdpo_trl.text.config import ChatConfig, ChatModelConfig
-from tests.conftest import tiny_model
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def chatml(tokenizer, template=CHATML):
-    """The tokenizer with a chat template whose end of turn is not the end of text."""
-    chatty = copy.deepcopy(tokenizer)
-    chatty.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    chatty.chat_template = template
-    return chatty
+from tests.conftest import CHATML, TURN_END, save_model, tiny_model
 
 
 @pytest.fixture(scope="module")
-def folders(tokenizer, tmp_path_factory):
-    """first and second with a chat template, plain without."""
+def folders(tokenizer, _chat_tokenizer, tmp_path_factory):
+    """first and second with a chat template whose end of turn is not the end of text, plain without."""
     base = tmp_path_factory.mktemp("models")
-    chatty = chatml(tokenizer)
-    for seed, (name, kind) in enumerate((("first", "gpt2"), ("second", "llama"))):
-        tiny_model(kind, vocab_size=len(chatty), seed=seed).save_pretrained(base / name)
-        chatty.save_pretrained(base / name)
-    tiny_model("gpt2", seed=3).save_pretrained(base / "plain")
-    tokenizer.save_pretrained(base / "plain")
+    save_model(base / "first", _chat_tokenizer)
+    save_model(base / "second", _chat_tokenizer, "llama", seed=1)
+    save_model(base / "plain", tokenizer, seed=3)
     return base
 
 
@@ -60,7 +44,7 @@ def generated(folder, ids, new=12, model=None):
     """The greedy answer's text by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = (model or AutoModelForCausalLM.from_pretrained(folder)).eval()
-    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|im_end|>"])]
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)]
     ids = torch.tensor([ids])
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=ends
@@ -75,9 +59,7 @@ def saying(tokenizer, prompt, text, folder):
     the one block between them adds nothing.
     """
     script = tokenizer(text, add_special_tokens=False)["input_ids"]
-    model = tiny_model(
-        "gpt2", vocab_size=len(tokenizer), n_embd=len(script) + 1, n_head=1, n_layer=1, tie_word_embeddings=False
-    )
+    model = tiny_model("gpt2", n_embd=len(script) + 1, n_head=1, n_layer=1, tie_word_embeddings=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0 if name.endswith("ln_f.weight") else 0.0)
@@ -91,8 +73,7 @@ def saying(tokenizer, prompt, text, folder):
 
 def say_to(tokenizer, text, folder, said="hi", **changes):
     """A chat with a model that answers `said` with `text`."""
-    tokenizer.save_pretrained(folder / "script")
-    tiny_model("gpt2", vocab_size=len(tokenizer)).save_pretrained(folder / "script")
+    save_model(folder / "script", tokenizer)
     prompt, _ = chat_with(folder, "script", **changes).speakers[0].prompt(said)
     script = saying(tokenizer, len(prompt), text, folder / "script")
     return chat_with(folder, "script", **{"max_new_tokens": len(script) + 5} | changes)
@@ -130,9 +111,9 @@ def test_an_answer_is_streamed_and_ends_up_as_generate_writes_it(folders):
         assert sum(map(bool, pieces)) > 3
 
 
-def test_a_character_of_several_tokens_is_written_once_it_is_whole(tokenizer, tmp_path):
+def test_a_character_of_several_tokens_is_written_once_it_is_whole(chat_tokenizer, tmp_path):
     text = "你好 🙂🙃, größer"
-    chat = say_to(chatml(tokenizer), text, tmp_path)
+    chat = say_to(chat_tokenizer, text, tmp_path)
     (speaker,) = chat.speakers
     pieces = []
     assert not speaker.answer(speaker.prompt("hi")[0], "hi", 0, pieces.append)
@@ -140,8 +121,8 @@ def test_a_character_of_several_tokens_is_written_once_it_is_whole(tokenizer, tm
     assert "🙂" in pieces  # it does not wait for the next blank
 
 
-def test_an_answer_ends_at_the_templates_end_of_turn(tokenizer, tmp_path, capsys):
-    chat = say_to(chatml(tokenizer), "Yes.<|im_end|>\n<|im_start|>user\nMore", tmp_path)
+def test_an_answer_ends_at_the_templates_end_of_turn(chat_tokenizer, tmp_path, capsys):
+    chat = say_to(chat_tokenizer, "Yes.<|im_end|>\n<|im_start|>user\nMore", tmp_path)
     capsys.readouterr()
     chat.ask("hi")
     assert capsys.readouterr() == ("Yes.\n", "")
@@ -170,8 +151,8 @@ def test_without_a_template_an_answer_ends_at_the_users_next_turn(tokenizer, tmp
     assert "".join(pieces).startswith("Yes.\n\nHumor helps.\n\nHuman")  # cut: what was held back is part of it
 
 
-def test_what_a_terminal_would_obey_is_not_printed(tokenizer, tmp_path, capsys):
-    chat = say_to(chatml(tokenizer), "a\x1b[2Jb\rc\x07\u202ed\n\te", tmp_path)
+def test_what_a_terminal_would_obey_is_not_printed(chat_tokenizer, tmp_path, capsys):
+    chat = say_to(chat_tokenizer, "a\x1b[2Jb\rc\x07\u202ed\n\te", tmp_path)
     chat.ask("hi")
     assert capsys.readouterr().out == "a�[2Jb�c��d\n\te\n"
     assert chat.speakers[0].history == [("hi", "a\x1b[2Jb\rc\x07\u202ed\n\te")]
@@ -187,7 +168,7 @@ def test_an_answer_that_was_cut_is_remarked_on(folders, capsys):
 def test_the_oldest_turns_go_where_there_is_no_room(folders, capsys):
     chat = chat_with(folders, "first", system="Be brief.", max_new_tokens=8)
     (speaker,) = chat.speakers
-    speaker.room = 100
+    speaker.room = 120
     while "no room" not in (said := capsys.readouterr().err):
         before = list(speaker.history)
         chat.ask("What is rain?")
@@ -196,10 +177,10 @@ def test_the_oldest_turns_go_where_there_is_no_room(folders, capsys):
     turns = [turn for exchange in before for turn in exchange]
     whole = reading(speaker.tokenizer, [*turns, "What is rain?"], "Be brief.")
     kept = reading(speaker.tokenizer, [*turns[2:], "What is rain?"], "Be brief.")
-    assert len(whole) > 100 >= len(kept)
+    assert len(whole) > 120 >= len(kept)
     assert speaker.history[-1] == ("What is rain?", generated(speaker.path, kept, 8))
     history = list(speaker.history)
-    with pytest.raises(UserError, match=r"the message has \d+ tokens, and first has room for 100 .*shorten it"):
+    with pytest.raises(UserError, match=r"the message has \d+ tokens, and first has room for 120 .*shorten it"):
         chat.ask("rain " * 200)
     assert speaker.history == history
 
@@ -208,12 +189,12 @@ def test_room_is_what_an_answer_leaves_of_the_positions(folders):
     assert chat_with(folders, "first", max_new_tokens=20).speakers[0].room == 256 - 20
 
 
-def test_an_adapter_answers(folders, tokenizer, tmp_path):
+def test_an_adapter_answers(folders, chat_tokenizer, tmp_path):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folders / "first")
     adapted = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
-    chatml(tokenizer).save_pretrained(tmp_path / "adapter")
+    chat_tokenizer.save_pretrained(tmp_path / "adapter")
     (speaker,) = chat_with(tmp_path, "adapter").speakers
     ids, _ = speaker.prompt("What is rain?")
     speaker.answer(ids, "What is rain?", 0, str)
@@ -310,14 +291,12 @@ def test_sigterm_is_no_ctrl_c(folders, monkeypatch):
     assert stop.value.status == 143
 
 
-def test_a_template_that_refuses_is_named_before_a_model_is_loaded(folders, tokenizer, tmp_path, monkeypatch):
-    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    chatml(tokenizer, strict).save_pretrained(tmp_path / "strict")
-    tiny_model("gpt2", vocab_size=len(tokenizer) + 2).save_pretrained(tmp_path / "strict")
-    assert chat_with(tmp_path, "strict").speakers
+def test_a_template_that_refuses_is_named_before_a_model_is_loaded(folders, chat_tokenizer, tmp_path, monkeypatch):
+    chat_tokenizer.chat_template = "{% if messages[2:] %}{{ raise_exception('one question') }}{% endif %}" + CHATML
+    save_model(tmp_path / "strict", chat_tokenizer)
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"--models strict .*does not take the conversation.*no system role"):
-        chat_with(tmp_path, "strict", system="Be brief.")
+    with pytest.raises(UserError, match=r"--models strict .*refuses the conversation.*one question"):
+        chat_with(tmp_path, "strict")
     with pytest.raises(UserError, match="--system: plain has no chat template"):
         chat_with(folders, "first", "plain", system="Be brief.")
 

@@ -18,9 +18,9 @@ from resdpo_trl.text.compare import Comparison
 from resdpo_trl.text.comparison_page import compared_words
 from resdpo_trl.text.config import CompareConfig, TextModelConfig
 from resdpo_trl.text.judges import Verdict
-from resdpo_trl.text.model import train_tokenizer
-from tests.conftest import ANSWERS, TURNS, tiny_model
+from tests.conftest import ANSWERS, TURN_END, TURNS, tiny_model, train_tokenizer
 from tests.test_report import HOSTILE
+from tests.text.test_generate import chain
 
 PROMPTS = [f"\n\nHuman: {turn}\n\nAssistant:" for turn in TURNS]
 
@@ -106,9 +106,22 @@ def test_a_reward_model_reads_an_answer_as_its_chat_template_ends_it(folders, tm
     said = [compare.Answer([], " yes", ended, "good") for ended in (True, False)]
     reward = compare.RewardModel(str(tmp_path / "reward"), TextModelConfig())
     expected = [
-        chat(f"<user>{text}<end><assistant> yes{end}")["input_ids"] for text, end in (("why?", "<end>"), ("how?", ""))
+        chat(f"<user>{text}<end><assistant>yes{end}")["input_ids"] for text, end in (("why?", "<end>"), ("how?", ""))
     ]
     assert job._scores(reward, job.prompts, said) == pytest.approx(reward.score(expected).tolist(), abs=1e-5)
+
+
+def test_answers_that_end_their_turn_are_whole_after_a_resume_too(folders, tmp_path, chat_tokenizer):
+    end_of_turn = chat_tokenizer.convert_tokens_to_ids(TURN_END)
+    newline = chat_tokenizer("\n", add_special_tokens=False)["input_ids"][0]  # of "assistant\n", the prompt's end
+    chain(newline, 50, 60, end_of_turn).save_pretrained(folders / "chat")
+    chat_tokenizer.save_pretrained(folders / "chat")
+    options = {"names": ("chat",), "reference": None, "max_length": 200}
+    job = compared(folders, tmp_path, steps=2, **options)
+    assert [one.ids for one in job.answers["chat"]] == [[50, 60, end_of_turn]] * len(PROMPTS)
+    assert all(one.ended for one in job.answers["chat"])
+    again = compared(folders, tmp_path, steps=1, resume_from_checkpoint="last", **options)  # before it would answer
+    assert again.answers == job.answers
 
 
 def test_models_of_other_tokenizers_answer_too(folders, tmp_path):

@@ -5,12 +5,23 @@ import re
 
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from trl.data_utils import apply_chat_template
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.data import MARKER, DataConfig, chitchat_pairs, load_preferences, parse_dialogue
-from tests.conftest import write_pairs
+from resdpo_trl.text.data import (
+    MARKER,
+    DataConfig,
+    alternating,
+    chitchat_pairs,
+    dialogue,
+    load_preferences,
+    messages_of,
+    parse_dialogue,
+    rendered_turns,
+)
+from tests.conftest import CHATML, END_OF_TEXT, write_pairs
 
 H, A = "\n\nHuman: ", "\n\nAssistant:"
 
@@ -298,8 +309,11 @@ def test_a_template_that_refuses_what_came_before_only_keeps_turns_together(tmp_
     config = conversations(tmp_path / "p.jsonl")
     free, strict = (load_preferences(config, with_template(tokenizer, text))["train"] for text in (TEMPLATE, refuses))
     assert strict["prompt"][:] == free["prompt"][:]
-    assert [len(starts) for starts in free["turn_starts"]] == [3] * len(free)
-    assert [starts[1:] for starts in free["turn_starts"]] == strict["turn_starts"][:]
+    assert [len(starts) for starts in free["turn_starts"]] == [2] * len(free)
+    assert free["turn_starts"][:] == strict["turn_starts"][:]
+    # without the rendering of the system message alone nobody knows where it ends
+    assert [row["prompt"][: row["header_end"]][-5:] for row in free] == ["<end>"] * len(free)
+    assert set(strict["header_end"]) == {0}
 
 
 def test_chitchat_is_in_hhs_form():
@@ -332,6 +346,265 @@ def test_no_chitchat_reply_is_chosen_in_one_split_and_rejected_in_another():
     shared = sum(text in learned for text in test["rejected"])
     assert shared <= 0.02 * len(test)  # stock phrases only
     assert abs(shared - sum(text in learned for text in test["chosen"])) <= 0.01 * len(test)
+
+
+# --- chat templates --------------------------------------------------------------------------------------------------
+
+# as Gemma's: no system turn, the user first, then by turns
+STRICT = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ '<start>' + message['role'] + '\n' + message['content'] + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
+)
+# Llama 2's: each exchange begins with the beginning of text, the first one's user turn holds the system message
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{% for message in turns %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+    "{% if loop.index0 == 0 and system %}"
+    "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# Mistral's: the beginning of text once, the system message in the newest user turn
+MISTRAL = (
+    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{{ bos_token }}{% for message in turns %}"
+    "{% if message['role'] == 'user' and loop.last and system %}{{ '[INST] ' + system + '\n\n' + message['content'] + "
+    "'[/INST]' }}{% elif message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+DEFAULT_TURN = "<|im_start|>system\nYou are helpful<|im_end|>\n"  # of CHATML
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+USER, ANSWER, NEXT, SYSTEM = said("user", "a"), said("assistant", "b"), said("user", "c"), said("system", "Be kind.")
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        (f"{H}a{A}", [USER]),
+        (f"{H}a{A} b{H}c{A}", [USER, ANSWER, NEXT]),
+        (f"{H} a \n{A}  b\n{H}c", [USER, ANSWER, NEXT]),  # without the closing marker, with space around a turn
+        (f"Be kind.{H}a{A}", [SYSTEM, USER]),
+        (f"{A} b{H}c{A}", [ANSWER, NEXT]),
+        (f"{H}a{H}c{A}", [USER, NEXT]),
+        (f"{H}Why: a Human: no{A}", [said("user", "Why: a Human: no")]),
+        ("Human: a", [USER]),
+        ("The sky is", [said("user", "The sky is")]),
+        ("Note: a\n\nb", [said("user", "Note: a\n\nb")]),
+        ("Q: a\n\nAssistant:", [said("user", "Q: a")]),
+    ],
+)
+def test_texts_become_messages(text, messages):
+    assert messages_of(text) == messages
+
+
+CONTENT = st.lists(st.sampled_from(["a", "b ", "\n", "\n\n", "Human:", "Assistant", ": ", "é"]), max_size=8).map(
+    lambda parts: "".join(parts).strip()
+)
+TURNS_OF = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), CONTENT), min_size=1, max_size=6)
+
+
+@given(system=st.none() | CONTENT, turns=TURNS_OF)
+@settings(max_examples=500, deadline=None)
+def test_a_dialogue_gives_its_messages_back(system, turns):
+    messages = ([said("system", system)] if system else []) + [said(*turn) for turn in turns]
+    # what reads as the beginning of a turn is one
+    assume(not any(re.search(r"\n\n(Human|Assistant):", message["content"]) for message in messages))
+    assume(not (system or "").startswith(("Human:", "Assistant:")))
+    assert messages_of(dialogue(messages)) == messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "repaired"),
+    [
+        ([USER, ANSWER, NEXT], [USER, ANSWER, NEXT]),
+        ([SYSTEM, USER], [said("user", "Be kind.\n\na")]),
+        ([SYSTEM, SYSTEM, USER, ANSWER], [said("user", "Be kind.\n\nBe kind.\n\na"), ANSWER]),
+        ([ANSWER, USER], [USER]),
+        ([USER, NEXT], [said("user", "a\n\nc")]),
+        ([USER, ANSWER, ANSWER, NEXT], [USER, said("assistant", "b\n\nb"), NEXT]),
+        ([SYSTEM, ANSWER, USER, NEXT, ANSWER], [said("user", "Be kind.\n\na\n\nc"), ANSWER]),
+        ([ANSWER], []),
+    ],
+)
+def test_roles_are_repaired(messages, repaired):
+    before = copy.deepcopy(messages)
+    assert alternating(messages) == repaired
+    assert messages == before
+
+
+@given(turns=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), CONTENT), max_size=7))
+@settings(max_examples=200, deadline=None)
+def test_repaired_roles_alternate_and_lose_no_word_of_the_user(turns):
+    repaired = alternating([said(*turn) for turn in turns])
+    assert [message["role"] for message in repaired] == ["user", "assistant"] * (len(repaired) // 2) + ["user"] * (
+        len(repaired) % 2
+    )
+    assert alternating(repaired) == repaired
+    for role, content in turns:
+        if role == "user":
+            assert any(content in message["content"] for message in repaired if message["role"] == "user")
+
+
+def chats(kind, count=40):
+    """Rows of one kind of data, and what they say: prompt, chosen and rejected as messages."""
+    rows, meant = [], []
+    for n in range(count):
+        asked = [said("user", f"Question {n // 2}"), said("assistant", "Yes?"), said("user", f"This {n}")][n % 2 * 2 :]
+        answers = [[said("assistant", f"good {n}.")], [said("assistant", f"bad {n}.")]]
+        if kind == "dialogue" and n % 4 == 0:  # parted before the last turn
+            answers = [[*side, said("user", "And?"), said("assistant", "Done.")] for side in answers]
+        prompt = "".join(
+            f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}" for turn in asked
+        )
+        sides = [f" {side[0]['content']}" + (f"{H}And?{A} Done." if len(side) > 1 else "") for side in answers]
+        if kind == "dialogue":
+            rows.append({"chosen": prompt + A + sides[0], "rejected": prompt + A + sides[1]})
+        elif kind == "prompt in HH's form":
+            rows.append({"prompt": prompt + A, "chosen": sides[0], "rejected": sides[1]})
+        else:
+            asked = [said("user", f"The sky {n} is")]
+            rows.append({"prompt": f"The sky {n} is", "chosen": sides[0], "rejected": sides[1]})
+        meant.append(dict(zip(("prompt", "chosen", "rejected"), (asked, *answers), strict=True)))
+    return rows, meant
+
+
+@pytest.mark.parametrize("kind", ["dialogue", "prompt in HH's form", "plain prompt"])
+def test_rendered_pairs_are_trls(tmp_path, chat_tokenizer, kind):
+    rows, meant = chats(kind)
+    expected = {row["prompt"]: row for row in (apply_chat_template(each, chat_tokenizer) for each in meant)}
+    shown = {apply_chat_template(each, chat_tokenizer)["prompt"]: dialogue(each["prompt"]) for each in meant}
+    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    pairs = load_preferences(config, chat_tokenizer)
+    assert pairs.ends_turns and pairs.counts["dialogue_format"] == "chat" and pairs.counts["roles_repaired"] == 0
+    found = [row for split in ("train", "validation", "test") for row in pairs[split]]
+    assert len(found) == len({row["prompt"] for row in found}) > 20
+    for row in found:
+        assert {side: row[side] for side in ("prompt", "chosen", "rejected")} == expected[row["prompt"]]
+        assert row["shown"] == shown[row["prompt"]]
+        assert row["prompt"][: row["header_end"]] == DEFAULT_TURN
+        turns = [row["prompt"][start:].partition("\n")[0] for start in row["turn_starts"]]
+        assert turns == ["<|im_start|>assistant", "<|im_start|>user"][: row["prompt"].count("<|im_start|>") - 3]
+
+
+@pytest.mark.parametrize("kind", ["dialogue", "prompt in HH's form", "plain prompt"])
+def test_splits_and_digests_do_not_depend_on_the_format(tmp_path, chat_tokenizer, kind):
+    rows, _ = chats(kind)
+    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    plain, chat = load_preferences(config), load_preferences(config, chat_tokenizer)
+    for split in ("train", "validation", "test"):
+        plain.check_same_pairs(chat, split, "r")
+        for digest in ("group", "whole"):
+            assert plain[split][digest][:] == chat[split][digest][:]
+        assert plain[split]["prompt"][:] != chat[split]["prompt"][:]
+    assert len(set(plain["train"]["whole"])) == len(plain["train"])
+
+
+def test_the_format_that_is_asked_for(tmp_path, tokenizer, chat_tokenizer):
+    name = write_jsonl(tmp_path / "p.jsonl", write_pairs(40))
+    without = load_preferences(DataConfig(dataset_name=name))
+    for asked, its in (("plain", chat_tokenizer), ("plain", tokenizer), ("auto", tokenizer)):
+        found = load_preferences(DataConfig(dataset_name=name, dialogue_format=asked), its)
+        assert its.chat_template is None  # so that what is saved with it is read as it was trained
+        assert found["train"].to_list() == without["train"].to_list()
+        assert found.counts["dialogue_format"] == "plain" and not found.ends_turns
+    with pytest.raises(UserError, match="--dialogue_format chat: the tokenizer has no chat template; pass plain"):
+        load_preferences(DataConfig(dataset_name=name, dialogue_format="chat"), tokenizer)
+
+
+def test_a_template_that_wants_roles_by_turns_gets_them(tmp_path, tokenizer):
+    odd = {
+        f"{H}a{H}b{A}": "a\n\nb",
+        f"Be brief.{H}a{A}": "Be brief.\n\na",
+        f"{A} Hello!{H}a{A}": "a",
+    }
+    rows = [row for row in write_pairs(40) if "\n\nHuman" in row["chosen"]]
+    rows += [{"chosen": f"{prompt} yes", "rejected": f"{prompt} no"} for prompt in odd]
+    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    strict = with_template(tokenizer, STRICT)
+    pairs = load_preferences(config, strict)
+    assert pairs.counts["roles_repaired"] == 3 and pairs.counts["kept"] == len(rows)
+    found = {row["prompt"]: row for split in ("train", "validation", "test") for row in pairs[split]}
+    for content in odd.values():
+        row = found[f"{END_OF_TEXT}<start>user\n{content}<end>\n<start>assistant\n"]
+        assert (row["chosen"], row["rejected"]) == ("yes<end>\n", "no<end>\n")
+        assert row["shown"] == f"{H}{content}{A}"
+    assert load_preferences(config, with_template(tokenizer, CHATML)).counts["roles_repaired"] == 0
+
+
+def test_an_answer_that_the_prompt_began_is_part_of_both_responses(tmp_path, tokenizer):
+    """Two turns of the assistant on end, the second of which is the response, under a template that wants one."""
+    prompt = f"{H}a{A} b{A}"
+    rows = [*write_pairs(40), {"chosen": f"{prompt} yes", "rejected": f"{prompt} no"}]
+    early = [f"{H}a{A} b{H}c{H}d{A} e", f"{H}a{A} x{H}y{A} z{A} w"]  # and in what follows an early parting
+    rows.append(dict(zip(("chosen", "rejected"), early, strict=True)))
+    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    pairs = load_preferences(config, with_template(tokenizer, STRICT))
+    assert pairs.counts["roles_repaired"] == 2
+    asked = f"{END_OF_TEXT}<start>user\na<end>\n<start>assistant\n"
+    found = {
+        (row["chosen"], row["rejected"])
+        for split in ("train", "validation", "test")
+        for row in pairs[split]
+        if row["prompt"] == asked
+    }
+    assert found == {
+        ("b\n\nyes<end>\n", "b\n\nno<end>\n"),
+        (
+            "b<end>\n<start>user\nc\n\nd<end>\n<start>assistant\ne<end>\n",
+            "x<end>\n<start>user\ny<end>\n<start>assistant\nz\n\nw<end>\n",
+        ),
+    }
+
+
+def test_a_template_that_refuses_everything_is_named_with_split_and_row(tmp_path, tokenizer):
+    name = write_jsonl(
+        tmp_path / "p.jsonl", [{"chosen": f"{H}q{A} same", "rejected": f"{H}q{A} same"}, *write_pairs(9)]
+    )
+    never = with_template(tokenizer, "{{ raise_exception('no\n\x1b[31mway') }}")
+    with pytest.raises(
+        UserError, match=r"p\.jsonl, split train, row 2: the chat template refuses .*Question 0.*no"
+    ) as e:
+        load_preferences(DataConfig(dataset_name=name), never)
+    assert "\n" not in str(e.value) and "--dialogue_format plain" in str(e.value)
+    # a file of one user who never speaks: nothing is left after the repair
+    rows = [{"chosen": f"{A} a {n}{A} yes", "rejected": f"{A} a {n}{A} no"} for n in range(9)]
+    name = write_jsonl(tmp_path / "q.jsonl", rows)
+    with pytest.raises(UserError, match=r"q\.jsonl, split train, row 1: the chat template refuses"):
+        load_preferences(DataConfig(dataset_name=name), with_template(tokenizer, STRICT))
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "header", "turns"),
+    [
+        (CHATML, [USER, ANSWER, NEXT], DEFAULT_TURN, ["<|im_start|>a", "<|im_start|>u"]),
+        (CHATML, [SYSTEM, USER, ANSWER], "<|im_start|>system\nBe kind.<|im_end|>\n", ["<|im_start|>a"]),
+        (CHATML, [USER], DEFAULT_TURN, []),
+        (LLAMA2, [USER, ANSWER, NEXT], "", [" b <|endoftext|><|endoftext|>", "<|endoftext|>[INST] c"]),
+        (LLAMA2, [SYSTEM, USER, ANSWER, NEXT], "", [" b <|endoftext|><|endoftext|>", "<|endoftext|>[INST] c"]),
+        (MISTRAL, [USER, ANSWER, NEXT], "<|endoftext|>", [" b<|endoftext|>[INST]", "[INST] c"]),
+        # the message before the newest turn alone is written otherwise: no place to truncate but the answer's start
+        (MISTRAL, [SYSTEM, USER, ANSWER, NEXT], "<|endoftext|>", ["[INST] Be kind.\n\nc"]),
+        (STRICT, [USER, ANSWER, NEXT], "<|endoftext|>", ["<start>assistant\nb", "<start>user\nc"]),
+    ],
+)  # fmt: skip
+def test_where_the_first_turn_and_the_others_start(tokenizer, template, messages, header, turns):
+    tokenizer = with_template(tokenizer, template)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    header_end, starts = rendered_turns(messages, text, tokenizer)
+    assert text[:header_end] == header
+    assert len(starts) == len(turns)
+    for start, turn in zip(starts, turns, strict=True):
+        assert text[start:].startswith(turn)
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
@@ -408,3 +681,26 @@ def test_a_hub_id_without_network():
 def test_senseless_numbers(options):
     with pytest.raises(UserError, match="--"):
         DataConfig(**options)
+
+
+def test_a_limit_takes_a_pair_of_each_conversation_before_a_second_of_any(tmp_path):
+    """Nested for growing limits, in every split that the data bring."""
+    for split, count in (("train", 9), ("validation", 3), ("test", 3)):
+        rows = [
+            {"prompt": f"\n\nHuman: {split} {opening}\n\nAssistant: ok\n\nHuman: {turn}\n\nAssistant:",
+             "chosen": f" yes {turn}", "rejected": " no"}
+            for opening in range(count) for turn in range(4)
+        ]  # fmt: skip
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def taken(limit):
+        config = DataConfig(dataset_name=str(tmp_path), max_train_samples=limit, max_test_samples=3, max_eval_samples=4)
+        return load_preferences(config)
+
+    whole = {limit: taken(limit) for limit in (5, 9, 14)}
+    groups = {limit: pairs["train"]["group"][:] for limit, pairs in whole.items()}
+    assert [len(set(groups[limit])) for limit in (5, 9, 14)] == [5, 9, 9]
+    prompts = [set(whole[limit]["train"]["prompt"][:]) for limit in (5, 9, 14)]
+    assert prompts[0] < prompts[1] < prompts[2]
+    assert len(set(whole[5]["test"]["group"][:])) == 3
+    assert len(set(whole[5]["validation"]["group"][:])) == 3

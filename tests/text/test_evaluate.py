@@ -19,7 +19,7 @@ from resdpo_trl.text.evaluate import (
     pair_figures,
 )
 from resdpo_trl.text.generate import answer
-from tests.conftest import tiny_model, write_pairs
+from tests.conftest import END_OF_TEXT, TURN_END, tiny_model, write_pairs
 
 
 def scores(chosen_tokens, rejected_tokens):
@@ -94,6 +94,12 @@ def test_the_kl_of_samples_is_the_exact_one(tokenizer):
 def test_an_answer_that_ends_at_its_last_token_is_not_cut(tokenizer):
     end = tokenizer.eos_token_id
     figures = answer_figures([[5, 6, end], [5, 6, 7], [5, end], [end]], torch.zeros(4), tokenizer)
+    assert figures["cut"] == 1 / 4
+
+
+def test_an_answer_that_ends_its_turn_is_not_cut(chat_tokenizer):
+    end, end_of_turn = chat_tokenizer.convert_tokens_to_ids([END_OF_TEXT, TURN_END])
+    figures = answer_figures([[5, end_of_turn], [5, 6, 7], [5, end], [end_of_turn]], torch.zeros(4), chat_tokenizer)
     assert figures["cut"] == 1 / 4
 
 

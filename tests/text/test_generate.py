@@ -1,16 +1,15 @@
-"""Answers in batches: the same as one at a time, in the order asked for; where they end."""
+"""Answers in batches: the same as one at a time, in the order asked for."""
 
-import copy
 import random
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AddedToken, GenerationConfig
+from transformers import GenerationConfig
 
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model
-from tests.conftest import tiny_model
+from tests.conftest import CHATML, END_OF_TEXT, TURN_END, tiny_model
 
 
 def test_a_batch_answers_as_each_prompt_alone(tokenizer):
@@ -65,33 +64,48 @@ def test_a_prompt_leaves_room_for_its_answer_in_the_models_positions(tokenizer):
     assert [len(row) for row in answer(model, tokenizer, fitting, 12)] == [12, 12]
 
 
-@pytest.mark.parametrize(
-    ("end", "expected"),
-    [
-        ("<|im_end|>\n", ["<|endoftext|>", "<|im_end|>"]),
-        ("<|endoftext|>", ["<|endoftext|>"]),
-        ("</s>\n", ["<|endoftext|>"]),  # text, not a token
-        ("\n<|im_end|>", ["<|endoftext|>"]),  # a blank comes first, which any answer may have
-        ("", ["<|endoftext|>"]),
-    ],
-)
-def test_an_answer_ends_at_the_end_of_text_and_at_the_templates_end_of_turn(tokenizer, end, expected):
+def test_what_ends_an_answer(tokenizer, chat_tokenizer):
+    end, end_of_turn = chat_tokenizer.convert_tokens_to_ids([END_OF_TEXT, TURN_END])
     assert stop_tokens(tokenizer) == [tokenizer.eos_token_id]
-    chatty = copy.deepcopy(tokenizer)
-    chatty.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    chatty.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + end + "{% endfor %}"
-    assert chatty.convert_ids_to_tokens(stop_tokens(chatty)) == expected
+    assert stop_tokens(chat_tokenizer) == [end, end_of_turn] and end != end_of_turn
+    chat_tokenizer.eos_token = TURN_END
+    assert stop_tokens(chat_tokenizer) == [end_of_turn]
+    chat_tokenizer.eos_token = END_OF_TEXT
+    # the end of turn is the first special token after the answer, not the next turn's beginning after it
+    chat_tokenizer.chat_template = CHATML.replace("'<|im_end|>' + '\\n'", "'\\n<|im_end|>\\n<|im_start|>'")
+    assert stop_tokens(chat_tokenizer) == [end, end_of_turn]
+    chat_tokenizer.chat_template = CHATML.replace("<|im_end|>", "</turn>")  # which is no special token
+    assert stop_tokens(chat_tokenizer) == [end]
+    chat_tokenizer.chat_template = None
+    assert stop_tokens(chat_tokenizer) == [end]
 
 
-def test_answers_of_a_batch_end_at_their_own_end_of_turn(tokenizer):
-    """Each is the answer without a template up to the first token that ends it."""
-    model, prompts = tiny_model("gpt2").double().eval(), [[3, 4, 5], [7, 8, 9, 10], [11]]
-    plain = [answer(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
-    token = plain[0][2]
-    chatty = copy.deepcopy(tokenizer)
-    chatty.add_tokens(AddedToken(tokenizer.convert_ids_to_tokens(token), special=True))
-    end = tokenizer.decode([token])
-    chatty.chat_template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
-    assert stop_tokens(chatty) == [tokenizer.eos_token_id, token]
-    cut = [row[: row.index(token) + 1] if token in row else row for row in plain]
-    assert cut != plain and answer(model, chatty, prompts, 12) == cut
+def chain(*tokens):
+    """A model that says each of the tokens after the one before it, and the first after the last."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:  # they add nothing to the embedding
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(1)
+        model.lm_head.weight.zero_()
+        for place, (token, following) in enumerate(zip(tokens, [*tokens[1:], tokens[0]], strict=True)):
+            model.model.embed_tokens.weight[token] = torch.eye(32)[place]
+            model.lm_head.weight[following] = torch.eye(32)[place]
+    return model
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_answer_ends_with_the_templates_end_of_turn(chat_tokenizer, sampled):
+    end_of_turn = chat_tokenizer.convert_tokens_to_ids(TURN_END)
+    model = chain(50, 60, 70, end_of_turn, 80)
+    prompts = [[9, 9, 9, 50], [70], [80]]
+    options = {"sampled": sampled, "temperature": 0.01} if sampled else {}
+    ended = [[60, 70, end_of_turn], [end_of_turn], [50, 60, 70, end_of_turn]]
+    assert answer(model, chat_tokenizer, prompts, 9, **options) == ended
+    assert answer(model, chat_tokenizer, prompts, 3, **options) == [*ended[:2], ended[2][:3]]
+    chat_tokenizer.chat_template = None  # without the template it is a token like others
+    assert [len(row) for row in answer(model, chat_tokenizer, prompts, 9, **options)] == [9, 9, 9]
+    model = chain(50, 60, chat_tokenizer.eos_token_id, 70)
+    chat_tokenizer.chat_template = CHATML  # and with it the end of text ends an answer still
+    assert answer(model, chat_tokenizer, [[50]], 9, **options) == [[60, chat_tokenizer.eos_token_id]]

@@ -59,13 +59,56 @@ def test_lines_of_text_are_questions(tmp_path, tokenizer):
 
 
 def test_messages_go_through_the_chat_template_or_become_a_dialogue(tokenizer, monkeypatch):
-    text, starts, rendered = write_prompt(MESSAGES, tokenizer)
+    text, starts, header_end = write_prompt(MESSAGES, tokenizer)
     assert text == "\n\nHuman: What is rain?\n\nAssistant: Water.\n\nHuman: Why?\n\nAssistant:"
-    assert [text[start:][:9] for start in starts] == ["\n\nAssista", "\n\nHuman: "] and not rendered
+    assert [text[start:][:9] for start in starts] == ["\n\nAssista", "\n\nHuman: "]
+    assert header_end == 0
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     assert write_prompt(MESSAGES, tokenizer) == (
-        "<user>What is rain?<assistant>Water.<user>Why?<assistant>", [19, 36], True
+        "<user>What is rain?<assistant>Water.<user>Why?<assistant>", [19, 36], 0
     )  # fmt: skip
+
+
+def test_a_text_goes_through_the_template_as_the_turns_that_it_writes(chat_tokenizer):
+    text = "\n\nHuman: What is rain?\n\nAssistant: Water.\n\nHuman: Why?\n\nAssistant:"
+    assert write_prompt(text, chat_tokenizer) == write_prompt(MESSAGES, chat_tokenizer)
+    asked, starts, header_end = write_prompt("Why?", chat_tokenizer)
+    assert (asked, starts) == (
+        "<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", []
+    )  # fmt: skip
+    assert asked[header_end:].startswith("<|im_start|>user")
+    chat_tokenizer.chat_template = None
+    assert write_prompt(text, chat_tokenizer)[0] == text
+
+
+def test_roles_that_the_template_refuses_are_repaired(tokenizer, monkeypatch):
+    """As the pairs of training are."""
+    strict = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", strict + "{% if add_generation_prompt %}<assistant>{% endif %}")
+    system = {"role": "system", "content": "Be kind."}
+    for messages, text, starts in (
+        ([system, *MESSAGES], "<user>Be kind.\n\nWhat is rain?<assistant>Water.<user>Why?<assistant>", 2),
+        ([MESSAGES[1], MESSAGES[2]], "<user>Why?<assistant>", 0),
+        ([MESSAGES[0], MESSAGES[2]], "<user>What is rain?\n\nWhy?<assistant>", 0),
+    ):
+        found = write_prompt(messages, tokenizer)
+        assert (found[0], len(found[1])) == (text, starts)
+    assert write_prompt("\n\nHuman: a\n\nHuman: b\n\nAssistant:", tokenizer)[0] == "<user>a\n\nb<assistant>"
+    with pytest.raises(UserError, match=r"refuses the conversation.*Water.*roles must alternate"):
+        write_prompt([MESSAGES[1], {"role": "tool", "content": "x"}], tokenizer)
+
+
+def test_the_system_turn_stays_where_old_turns_go(chat_tokenizer):
+    (whole,), _ = prompt_ids([MESSAGES], chat_tokenizer, 1000)
+    budget = len(whole) - 1
+    (ids,), (lost,) = prompt_ids([MESSAGES], chat_tokenizer, budget)
+    assert chat_tokenizer.decode(ids) == chat_tokenizer.apply_chat_template(
+        MESSAGES[1:], tokenize=False, add_generation_prompt=True
+    )
+    assert lost == len(whole) - len(ids)
 
 
 def test_the_oldest_turns_go_first(tokenizer):
@@ -89,15 +132,14 @@ def test_the_oldest_turns_go_first_under_a_chat_template(tokenizer, monkeypatch)
 
 def test_a_conversation_that_the_template_refuses_is_named(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role here') }}")
-    with pytest.raises(UserError, match=r"does not take the conversation.*What is rain.*no system role here"):
+    with pytest.raises(UserError, match=r"refuses the conversation.*What is rain.*no system role here"):
         write_prompt(MESSAGES, tokenizer)
 
 
 def test_an_answer_ends_as_in_training(tokenizer, monkeypatch):
-    assert answer_end(MESSAGES, tokenizer) == [tokenizer.eos_token_id]
+    assert answer_end(tokenizer) == [tokenizer.eos_token_id]
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE.replace("{% endfor %}", "<end>\n{% endfor %}"))
-    assert tokenizer.decode(answer_end(MESSAGES, tokenizer)) == "<end>\n"
-    assert answer_end("plain text", tokenizer) == [tokenizer.eos_token_id]
+    assert tokenizer.decode(answer_end(tokenizer)) == "<end>\n"
 
 
 def test_the_quickstarts_prompts_are_held_out(monkeypatch):

@@ -171,7 +171,7 @@ def test_an_answer_that_was_cut_short_has_no_end(tmp_path, tokenizer):
     finally:
         tokenizer.pad_token_id = before
     reward = RewardModel(str(tmp_path / "r"), MODEL)
-    prompts = Dataset.from_list([{"prompt": "\n\nHuman: hi\n\nAssistant:", "turn_starts": [0]}] * 2)
+    prompts = Dataset.from_list([{"prompt": "\n\nHuman: hi\n\nAssistant:", "turn_starts": [0], "header_end": 0}] * 2)
     found = reward.answer_rewards(prompts, [" No idea.", " No idea."], [True, False], 64)
     ids = tokenizer("\n\nHuman: hi\n\nAssistant:")["input_ids"] + tokenizer(" No idea.")["input_ids"]
     assert found.tolist() == pytest.approx([by_hand(model, [*ids, 0]), by_hand(model, ids)], abs=1e-5)

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, turn_starts
+from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, rendered_turns, turn_starts
 from resdpo_trl.text.tokens import cache_key, cap_counts, cap_prompt, sft_rows, tokenize, tokenize_prompts
+from tests.conftest import train_tokenizer
 
 
 def texts(rows):
-    return Dataset.from_list([row | {"turn_starts": turn_starts(row["prompt"]), "group": "g"} for row in rows])
+    return Dataset.from_list([row | {"turn_starts": turn_starts(row["prompt"]), "header_end": 0} for row in rows])
 
 
 def dialogue(words, generator):
@@ -118,8 +119,6 @@ def test_counts_add_up(tokenizer, dialogues, tmp_path):
 def test_a_beginning_of_text_stays_in_front(dialogues):
     from tokenizers.processors import TemplateProcessing
 
-    from resdpo_trl.text.model import train_tokenizer
-
     tokenizer = train_tokenizer(["a b c"], 300)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
@@ -137,13 +136,13 @@ def test_a_beginning_that_a_template_wrote_stays_in_front(tokenizer):
     turn = "<user>" + "a b c " * 20 + "<end>"
     row = {"prompt": f"{bos}{turn}{turn}<user>last<end>", "chosen": "b<end>", "rejected": "c<end>"}
     starts = [len(bos + turn), len(bos + turn + turn)]
-    rows = Dataset.from_list([row | {"turn_starts": starts}])
+    rows = Dataset.from_list([row | {"turn_starts": starts, "header_end": 0}])
     whole, last = tokenizer(row["prompt"])["input_ids"], tokenizer("<user>last<end>")["input_ids"]
     for max_length, kept in ((len(whole) + 40, whole), (40, [tokenizer.bos_token_id, *last])):
         (capped,) = tokenize(rows, tokenizer, max_length, ends_turns=True)
         assert capped["prompt_ids"] == kept
         assert capped["prompt_tokens_dropped"] == len(whole) - len(kept)
-        (asked,), (lost,) = tokenize_prompts([row["prompt"]], [starts], tokenizer, max_length - 10, [True])
+        (asked,), (lost,) = tokenize_prompts([row["prompt"]], [starts], [0], tokenizer, max_length - 10, True)
         assert (asked, lost) == (kept, len(whole) - len(kept))
 
 
@@ -153,6 +152,79 @@ def test_a_templates_end_of_turn_is_not_doubled(tokenizer):
     assert tokenizer.eos_token_id not in capped["chosen_ids"]
 
 
+def rendered(messages, tokenizer):
+    """A conversation as `load_preferences` renders it, with two answers."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    header_end, starts = rendered_turns(messages, text, tokenizer)
+    sides = {side: f"{side}<|im_end|>\n" for side in ("chosen", "rejected")}
+    return Dataset.from_list([{"prompt": text, **sides, "turn_starts": starts, "header_end": header_end}])
+
+
+def conversation(words, system, generator):
+    turns = [
+        {
+            "role": "user" if (len(words) - n) % 2 else "assistant",
+            "content": " ".join(generator.choices(["ab", "cde", "fgh"], k=count)),
+        }
+        for n, count in enumerate(words)
+    ]
+    return ([{"role": "system", "content": system}] if system else []) + turns
+
+
+@given(
+    words=st.lists(st.integers(1, 25), min_size=1, max_size=6),
+    system=st.sampled_from([None, "Be kind.", "a b " * 40]),
+    max_length=st.sampled_from([48, 64, 96, 160]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_truncated_prompt_is_the_rendering_of_the_turns_that_are_left(
+    _chat_tokenizer, words, system, max_length, seed
+):
+    """The system turn stays, the template's own or the conversation's, and the oldest turns go, as few as will do."""
+    tokenizer = _chat_tokenizer
+    messages = conversation(words, system, random.Random(seed))
+    turns = messages[1:] if system else messages
+    rows = rendered(messages, tokenizer)
+    (capped,) = tokenize(rows, tokenizer, max_length, ends_turns=True)
+    budget = max_length - max(len(capped["chosen_ids"]), len(capped["rejected_ids"]))
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    whole, header = ids_of(rows[0]["prompt"]), ids_of(rows[0]["prompt"][: rows[0]["header_end"]])
+    assert tokenizer.decode(header) == (f"<|im_start|>system\n{system or 'You are helpful'}<|im_end|>\n")
+    head = messages[:1] if system else []
+    left = [
+        ids_of(tokenizer.apply_chat_template(head + turns[n:], tokenize=False, add_generation_prompt=True))
+        for n in range(len(turns))
+    ]
+    kept = capped["prompt_ids"]
+    if 2 * len(header) > budget:  # it would leave the turns less than it takes
+        left = [left[0], *(ids[len(header) :] for ids in left[1:])]
+    fitting = next((n for n, ids in enumerate(left) if len(ids) <= budget), None)
+    if fitting is not None:
+        assert kept == left[fitting]
+        assert capped["turns_dropped"] == fitting
+    else:  # the newest turn alone is too long
+        stays = header if 2 * len(header) <= budget else []
+        assert kept == stays + whole[len(whole) - (budget - len(stays)) :]
+        assert len(kept) == budget
+    assert capped["prompt_tokens_dropped"] == len(whole) - len(kept)
+    (asked,), (lost,) = tokenize_prompts(
+        rows["prompt"][:], rows["turn_starts"][:], rows["header_end"][:], tokenizer, budget, True
+    )
+    assert (asked, lost) == (kept, len(whole) - len(kept))
+
+
+def test_a_header_of_more_than_half_the_budget_is_not_kept():
+    header, prompt = [90, 91, 92, 93], [90, 91, 92, 93, *range(20)]
+    assert cap_prompt(prompt, [14], 8, header) == (header + prompt[-4:], 1)
+    assert cap_prompt(prompt, [14], 7, header) == (prompt[-7:], 1)
+    assert cap_prompt(prompt, [14], 14, header) == (header + prompt[14:], 1)
+    assert cap_prompt(prompt, [14], 24, header) == (prompt, 0)
+
+
 def test_sft_learns_the_response_or_everything(tokenizer):
     pairs = tokenize(texts([{"prompt": f"\n\nHuman: a{MARKER}", "chosen": " b", "rejected": " c"}]), tokenizer, 64)
     (pair,), (row,), (whole,) = pairs, sft_rows(pairs, True), sft_rows(pairs, False)
@@ -160,22 +232,6 @@ def test_sft_learns_the_response_or_everything(tokenizer):
     assert row["input_ids"] == whole["input_ids"] == whole["labels"] == pair["prompt_ids"] + pair["chosen_ids"]
     assert row["labels"] == [-100] * prompt + pair["chosen_ids"]
     assert row["labels"][-1] == tokenizer.eos_token_id
-
-
-def test_sft_on_both_responses_has_a_row_for_each(tokenizer):
-    pairs = tokenize(texts([{"prompt": f"\n\nHuman: a{MARKER}", "chosen": " b", "rejected": " c d"}]), tokenizer, 64)
-    (pair,), rows, whole = pairs, sft_rows(pairs, True, "both"), sft_rows(pairs, False, "both")
-    prompt = pair["prompt_ids"]
-    assert list(rows) == [
-        {
-            "input_ids": prompt + pair[side],
-            "labels": [-100] * len(prompt) + pair[side],
-            "length": len(prompt) + len(pair[side]),
-        }
-        for side in ("chosen_ids", "rejected_ids")
-    ]
-    assert whole["input_ids"] == rows["input_ids"]
-    assert whole["labels"] == [prompt + pair["chosen_ids"], rows["labels"][1]], "a prompt is learned once a pair"
 
 
 @pytest.mark.parametrize(("length", "response"), [(15, None), (32, 25), (32, 0)])
