@@ -121,7 +121,9 @@ class RecipeParser(TrlParser):
         except (ValueError, TypeError, ImportError, OSError) as error:
             # a dataclass refused a value, a combination or a file: transformers and TRL say why in their first line
             raise UserError(first_line(error)) from None
-        return list(parsed[: len(self.dataclass_types)]), preset  # behind them are --verbose and what a recipe added
+        count = len(self.dataclass_types)
+        self.added: argparse.Namespace = parsed[count]  # --verbose and what a recipe added
+        return list(parsed[:count]), preset
 
     def _check(self, flags: list[str], place: str) -> None:
         try:

@@ -29,7 +29,7 @@ from resdpo_trl.errors import UserError, printable
 from resdpo_trl.metrics import with_intervals
 from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
-from resdpo_trl.text.config import CompareConfig, TextModelConfig
+from resdpo_trl.text.config import CompareConfig, TextModelConfig, named_models
 from resdpo_trl.text.data import dialogue
 from resdpo_trl.text.evaluate import distinct_ngrams, score_pairs
 from resdpo_trl.text.generate import answer, stop_tokens
@@ -64,7 +64,7 @@ class Comparison:
 
     def __init__(self, config: CompareConfig, model: TextModelConfig, options: RunConfig, preset: Path | None = None):
         self.config, self.model = config, model
-        self.models = config.named_models()
+        self.models = named_models(config.models)
         self.started = time.perf_counter()
         use_the_cores()
         self.state = PartialState()

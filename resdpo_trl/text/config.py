@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
@@ -333,8 +334,7 @@ class CompareConfig:
     )
 
     def __post_init__(self) -> None:
-        self.named_models()
-        names = list(self.named_models())
+        names = list(named_models(self.models))
         for flag in ("baseline", "best_of_n_model"):
             asked = getattr(self, flag)
             if asked is not None and asked not in names:
@@ -364,18 +364,86 @@ class CompareConfig:
         if self.bf16 is None:
             self.bf16 = has_bfloat16()
 
-    def named_models(self) -> dict[str, str]:
-        """name -> folder or Hub id, in the order given."""
-        named: dict[str, str] = {}
-        for word in self.models:
-            name, equals, path = word.partition("=")
-            if not name or not equals or not path:
-                raise UserError(f"--models {word}: needs NAME=PATH, e.g. good=runs/good/policy")
-            if name in named:
-                raise UserError(f"--models: the name {name} is given twice")
-            named[name] = path
-        if not named:
-            raise UserError(
-                "--models: name at least one, e.g. --models reference=runs/a/reference policy=runs/a/policy"
-            )
-        return named
+
+def named_models(words: Sequence[str]) -> dict[str, str]:
+    """name -> folder or Hub id, in the order given, of the words NAME=PATH after --models."""
+    named: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not name or not equals or not path:
+            raise UserError(f"--models {word}: needs NAME=PATH, e.g. good=runs/good/policy")
+        if name in named:
+            raise UserError(f"--models: the name {name} is given twice")
+        named[name] = path
+    if not named:
+        raise UserError("--models: name at least one, e.g. --models reference=runs/a/reference policy=runs/a/policy")
+    return named
+
+
+@dataclass
+class ChatConfig:
+    """Which models answer, and how."""
+
+    _argument_group_name = "chat"
+
+    models: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "NAME=PATH of every model: a folder (LoRA adapters too) or a Hub id. Without it the models of RUN."
+        },
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "Answer this message and exit; - reads the message from stdin."}
+    )
+    system: str | None = field(
+        default=None, metadata={"help": "A system message, for models with a chat template that takes one."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens of an answer, at most."})
+    do_sample: bool = field(default=False, metadata={"help": "Draw the answers; greedy otherwise."})
+    temperature: float = field(default=1.0, metadata={"help": "Of --do_sample."})
+    top_p: float = field(default=1.0, metadata={"help": "Of --do_sample."})
+    seed: int = field(default=42, metadata={"help": "Draws the first answers; seed + 1 the second ones, and so on."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
+
+    def __post_init__(self) -> None:
+        if self.models is not None:
+            named_models(self.models)
+        if self.prompt is not None and not self.prompt.strip():
+            raise UserError("--prompt: is empty; pass a message, or - to read it from stdin")
+        if self.system is not None and not self.system.strip():
+            raise UserError("--system: is empty; pass a message, or drop the flag")
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
+        check_positive(self, "temperature")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p}: must be in (0, 1]")
+        if not self.do_sample and (self.temperature != 1 or self.top_p != 1):
+            raise UserError("--temperature and --top_p shape what is drawn: pass --do_sample with them")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
+
+
+@dataclass
+class ChatModelConfig(TextModelConfig):
+    """How the models that chat are loaded.
+
+    Generation of one row reads the weights once a token, so they are stored as bfloat16: autocast would convert them
+    again at every token.
+    """
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = field(
+        default=None,
+        metadata={"help": "Precision of the weights; bfloat16 where the hardware has it, float32 elsewhere."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse(
+            self,
+            {
+                "model_name_or_path": (None, "name the models with --models NAME=PATH"),
+                "use_peft": (False, "a folder with a LoRA adapter is loaded as it is"),
+            },
+        )
+        if self.dtype is None:
+            self.dtype = "bfloat16" if has_bfloat16() else "float32"

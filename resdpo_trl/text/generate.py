@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from resdpo_trl.text.data import end_of_turn
 from resdpo_trl.text.model import base_model, positions_of
@@ -44,6 +45,8 @@ def answer(
     description: str = "Answering",
     temperature: float = 1.0,
     top_p: float = 1.0,
+    stop_string: str | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """Token ids of one answer a prompt; an answer that was not cut short ends with one of `stop_tokens`.
 
@@ -57,6 +60,8 @@ def answer(
         max_new_tokens: tokens of an answer, at most.
         sampled: draw from the model's own distribution by `seed` where True, take the likeliest token where False.
         temperature, top_p: what the distribution is sharpened by and cut at where it is sampled.
+        stop_string: a text that also ends an answer; the answer includes it.
+        streamer: gets the tokens of a single prompt's answer as they come; no progress bar is shown then.
     """
     stops = stop_tokens(tokenizer)
     distribution = {"temperature": temperature, "top_k": 0, "top_p": top_p} if sampled else {}
@@ -65,6 +70,7 @@ def answer(
         do_sample=sampled,
         **distribution,
         eos_token_id=stops,
+        stop_strings=stop_string,
         pad_token_id=tokenizer.pad_token_id,
     )
     training, base = model.training, base_model(model)
@@ -73,9 +79,9 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
-    steps = tqdm(
-        total=math.ceil(len(prompts) / batch_size) * max_new_tokens, desc=description, unit="step", leave=False
-    )
+    total = math.ceil(len(prompts) / batch_size) * max_new_tokens
+    # None leaves it to tqdm's own setting
+    steps = tqdm(total=total, desc=description, unit="step", leave=False, disable=True if streamer else None)
     try:
         with steps, torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
@@ -90,6 +96,8 @@ def answer(
                     attention_mask=mask.to(model.device),
                     generation_config=config,
                     stopping_criteria=StoppingCriteriaList([_Progress(steps)]),
+                    tokenizer=tokenizer,
+                    streamer=streamer,
                 )
                 steps.update(number * max_new_tokens - steps.n)  # a batch whose answers have all ended stops early
                 for place, row in zip(places, out[:, width:].tolist(), strict=True):

@@ -77,7 +77,7 @@ def write_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[st
         text, messages = _rendered(messages, tokenizer)
     except Exception as error:  # a template is a program: it may raise anything
         raise UserError(
-            f"--prompts: the tokenizer's chat template refuses the conversation that begins {str(messages)[:80]} "
+            f"the tokenizer's chat template refuses the conversation that begins {str(messages)[:80]} "
             f"({first_line(error)}): fix or drop it"
         ) from None
     header_end, starts = rendered_turns(messages, text, tokenizer)

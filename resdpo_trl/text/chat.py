@@ -1,0 +1,273 @@
+"""A conversation with one or several models: they answer the same messages, and each remembers its own answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from resdpo_trl.errors import UserError, printable
+from resdpo_trl.run import use_the_cores
+from resdpo_trl.signals import Interrupted
+from resdpo_trl.text.config import ChatConfig, ChatModelConfig, named_models
+from resdpo_trl.text.generate import answer, stop_tokens
+from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, positions_of
+from resdpo_trl.text.prompts import prompt_ids
+
+NEXT_TURN = "\n\nHuman:"  # how a model without a chat template begins to write the user's next message
+HELP = """/reset  forget the conversation
+/help   show this list
+/quit   end the chat; Ctrl-D does so, too, and Ctrl-C at the prompt
+Ctrl-C stops an answer. The conversation keeps what was written of it; a model
+that had not begun to answer forgets the message.
+A message that begins with / needs a space before it."""
+
+
+class AnswerStreamer(BaseStreamer):
+    """Hands on an answer's text as its tokens come, without blank space around it.
+
+    It holds back until the next token: blank space, a character whose bytes are incomplete, the beginning of `stop`.
+
+    Args:
+        tokenizer: decodes the answer.
+        ends: tokens that end an answer and are no part of it.
+        stop: a text that ends an answer and is no part of it.
+        write: gets each new piece of text.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], stop: str | None, write: Callable[[str], None]
+    ):
+        self.tokenizer, self.ends, self.stop, self.write = tokenizer, ends, stop, write
+        self.ids: list[int] = []
+        self.written = 0  # characters
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return self._decoded().partition(self.stop)[0].strip() if self.stop else self._decoded().strip()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model has ended the answer."""
+        return self.ids[-1] in self.ends or (self.stop is not None and self.stop in self._decoded())
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take (1, T) the prompt, which `generate` hands over first, or (1,) the next token."""
+        if value.dim() == 1:
+            self.ids += value.tolist()
+            text, stop = self.text.rstrip("\ufffd"), self.stop or ""
+            held = next((size for size in range(len(stop), 0, -1) if text.endswith(stop[:size])), 0)
+            self._write(text[: len(text) - held])
+
+    def end(self) -> None:
+        """Write what was held back."""
+        self._write(self.text)
+
+    def _decoded(self) -> str:
+        ids = [token for token in self.ids if token not in self.ends]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _write(self, text: str) -> None:
+        self.write(text[self.written :])
+        self.written = max(self.written, len(text))
+
+
+class Speaker:
+    """A model with its side of the conversation.
+
+    Attributes:
+        history: the messages so far, each with this model's answer.
+        room: tokens of a prompt, at most, so that the longest answer fits into the model's positions.
+    """
+
+    def __init__(self, name: str, path: str, flag: str, config: ChatConfig, model: ChatModelConfig):
+        self.name, self.path, self.flag, self.config, self.options = name, path, flag, config, model
+        self.tokenizer = load_tokenizer(path, model, config.trust_remote_code, flag)
+        self.history: list[tuple[str, str]] = []
+        self.room = sys.maxsize
+        if config.system is not None and self.tokenizer.chat_template is None:
+            raise UserError(f"--system: {name} has no chat template that could take a system message; drop the flag")
+        try:
+            self._prompt([("Hi.", "Hello.")], "Hi.")  # a template that refuses does so before any model is loaded
+        except UserError as error:
+            raise UserError(f"{flag} {path}: {error}") from None
+
+    def load(self) -> None:
+        """Bring the model into memory."""
+        self.model: Any = load_model(self.path, self.options, self.config.trust_remote_code, self.flag)
+        check_fits(self.model, self.tokenizer, max_length=0, max_new_tokens=self.config.max_new_tokens)
+        if not getattr(self.model, "is_quantized", False):
+            self.model.to(PartialState().device)
+        positions = positions_of(self.model)
+        if positions is not None:
+            self.room = positions - self.config.max_new_tokens
+
+    def prompt(self, message: str) -> tuple[list[int], int]:
+        """Token ids of the conversation with a new message, and how many of the oldest answers have no room in it.
+
+        Raises:
+            UserError: there is no room for the message alone.
+        """
+        for dropped in range(len(self.history) + 1):
+            ids, lost = self._prompt(self.history[dropped:], message)
+            if not lost:
+                return ids, dropped
+        raise UserError(
+            f"the message has {len(ids) + lost} tokens, and {self.name} has room for {self.room} next to an answer of "
+            f"--max_new_tokens {self.config.max_new_tokens}: shorten it"
+        )
+
+    def _prompt(self, exchanges: list[tuple[str, str]], message: str) -> tuple[list[int], int]:
+        """Token ids that the model has room for, and how many it has none for."""
+        messages = [{"role": "system", "content": self.config.system}] if self.config.system is not None else []
+        for asked, answered in exchanges:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        messages.append({"role": "user", "content": message})
+        (ids,), (lost,) = prompt_ids([messages], self.tokenizer, self.room)
+        return ids, lost
+
+    def answer(self, ids: list[int], message: str, seed: int, write: Callable[[str], None]) -> bool:
+        """Answer the prompt `ids`, whose last message is `message`, and remember both.
+
+        An answer that Ctrl-C stops is remembered as far as it went. Returns whether --max_new_tokens cut it.
+        """
+        config = self.config
+        stop = NEXT_TURN if self.tokenizer.chat_template is None else None
+        streamer = AnswerStreamer(self.tokenizer, stop_tokens(self.tokenizer), stop, write)
+        try:
+            answer(
+                self.model, self.tokenizer, [ids], config.max_new_tokens, sampled=config.do_sample, seed=seed,
+                temperature=config.temperature, top_p=config.top_p, stop_string=stop, streamer=streamer,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            streamer.end()
+            raise
+        finally:
+            if streamer.ids:
+                self.history.append((message, streamer.text))
+        return not streamer.ended
+
+
+class Chat:
+    """The models of a chat, in memory together: their answers go to stdout, remarks to stderr."""
+
+    def __init__(self, config: ChatConfig, model: ChatModelConfig, run: str | None = None):
+        if (run is None) == (config.models is None):
+            raise UserError("name either the folder of a run, e.g. runs/quickstart, or --models NAME=PATH")
+        use_the_cores()
+        self.config = config
+        self.speakers = [
+            Speaker(name, path, "RUN" if run is not None else f"--models {name}", config, model)
+            for name, path in (models_of(run) if run is not None else named_models(config.models or [])).items()
+        ]
+        for speaker in self.speakers:
+            speaker.load()
+        self.asked = 0
+
+    def ask(self, message: str) -> None:
+        """Write every model's answer, under its name where there are several.
+
+        Raises:
+            UserError: a model can't read the message; then none has answered.
+        """
+        try:
+            message.encode()
+        except UnicodeEncodeError:
+            raise UserError("the message is not UTF-8; convert it") from None
+        prompts = [speaker.prompt(message) for speaker in self.speakers]
+        seed = self.config.seed + self.asked
+        self.asked += 1
+        for number, (speaker, (ids, dropped)) in enumerate(zip(self.speakers, prompts, strict=True)):
+            if len(self.speakers) > 1:
+                say(("\n" if number else "") + f"{speaker.name}:\n")
+            if dropped:
+                remark(f"{speaker.name} has no room for the {dropped} oldest messages and answers: they are dropped")
+                del speaker.history[:dropped]
+            try:
+                cut = speaker.answer(ids, message, seed, say)
+            finally:
+                say("\n")
+            if cut:
+                remark(f"{speaker.name} was cut at --max_new_tokens {self.config.max_new_tokens}")
+
+    def talk(self) -> None:
+        """Read messages and commands from the terminal until one of them ends the chat."""
+        with suppress(ImportError):
+            import readline  # noqa: F401  (arrow keys and earlier lines, for `input`)
+        say(self.describe() + "\n")
+        while True:
+            line = None
+            try:
+                line = input("\nyou> ")
+                if line.startswith("/"):
+                    if not self.obey(line.strip()):
+                        return
+                elif line.strip():
+                    self.ask(line.strip())
+            except Interrupted:  # SIGTERM
+                raise
+            except (EOFError, KeyboardInterrupt):
+                if line is None:  # at the prompt
+                    say("\n")
+                    return
+                remark("stopped")
+            except UnicodeDecodeError:
+                remark("that is not UTF-8: it is not sent")
+            except UserError as error:
+                remark(str(error))
+
+    def obey(self, command: str) -> bool:
+        """Carry out a command; False where it ends the chat, a UserError where there is none of that name."""
+        if command == "/reset":
+            for speaker in self.speakers:
+                speaker.history.clear()
+            remark("the conversation is forgotten")
+        elif command == "/help":
+            say(HELP + "\n")
+        elif command != "/quit":
+            raise UserError(f"unknown command {command}; /help lists them")
+        return command != "/quit"
+
+    def describe(self) -> str:
+        """The models, a line each, and how they answer."""
+        config, width = self.config, max(len(speaker.name) for speaker in self.speakers)
+        lines = []
+        for speaker in self.speakers:
+            form = "" if speaker.tokenizer.chat_template else ", no chat template: \\n\\nHuman: … \\n\\nAssistant:"
+            precision = str(speaker.model.dtype).removeprefix("torch.")
+            lines.append(f"{speaker.name:<{width}}  {speaker.path} ({precision}, {speaker.model.device}{form})")
+        drawn = f"drawn at temperature {config.temperature:g} and top_p {config.top_p:g}, seed {config.seed}"
+        how = drawn if config.do_sample else "greedy"
+        return "\n".join([*lines, f"Answers are {how}, {config.max_new_tokens} tokens at most. /help lists commands."])
+
+
+def models_of(run: str) -> dict[str, str]:
+    """The language models in the folder of a run, by name: its reference, its policy.
+
+    Raises:
+        UserError: no such folder, or none of them in it.
+    """
+    folder = Path(run)
+    found = {name: str(folder / name) for name in ("reference", "policy") if (folder / name).is_dir()}
+    if not found:
+        reason = "neither reference/ nor policy/ in it" if folder.is_dir() else "no such folder"
+        raise UserError(f"{run}: {reason}; name a run of dpo_hh.py or sft_hh.py, or pass --models NAME=PATH")
+    return found
+
+
+def say(text: str) -> None:
+    """Write to stdout at once, without what a terminal would obey."""
+    print(printable(text, kept="\n\t"), end="", flush=True)
+
+
+def remark(text: str) -> None:
+    """Write a line in parentheses to stderr."""
+    print(f"({printable(text)})", file=sys.stderr, flush=True)
