@@ -59,7 +59,9 @@ def saying(tokenizer, prompt, text, folder):
     the one block between them adds nothing.
     """
     script = tokenizer(text, add_special_tokens=False)["input_ids"]
-    model = tiny_model("gpt2", n_embd=len(script) + 1, n_head=1, n_layer=1, tie_word_embeddings=False)
+    model = tiny_model(
+        "gpt2", vocab_size=len(tokenizer), n_embd=len(script) + 1, n_head=1, n_layer=1, tie_word_embeddings=False
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0 if name.endswith("ln_f.weight") else 0.0)
@@ -73,7 +75,7 @@ def saying(tokenizer, prompt, text, folder):
 
 def say_to(tokenizer, text, folder, said="hi", **changes):
     """A chat with a model that answers `said` with `text`."""
-    save_model(folder / "script", tokenizer)
+    save_model(folder / "script", tokenizer, vocab_size=len(tokenizer))
     prompt, _ = chat_with(folder, "script", **changes).speakers[0].prompt(said)
     script = saying(tokenizer, len(prompt), text, folder / "script")
     return chat_with(folder, "script", **{"max_new_tokens": len(script) + 5} | changes)
@@ -123,6 +125,16 @@ def test_a_character_of_several_tokens_is_written_once_it_is_whole(chat_tokenize
 
 def test_an_answer_ends_at_the_templates_end_of_turn(chat_tokenizer, tmp_path, capsys):
     chat = say_to(chat_tokenizer, "Yes.<|im_end|>\n<|im_start|>user\nMore", tmp_path)
+    capsys.readouterr()
+    chat.ask("hi")
+    assert capsys.readouterr() == ("Yes.\n", "")
+    assert chat.speakers[0].history == [("hi", "Yes.")]
+
+
+def test_an_end_of_turn_that_decoding_does_not_skip_is_no_part_of_an_answer(chat_tokenizer, tmp_path, capsys):
+    chat_tokenizer.add_tokens("</turn>")  # an added token, not a special one
+    chat_tokenizer.chat_template = CHATML.replace(TURN_END, "</turn>")
+    chat = say_to(chat_tokenizer, "Yes.</turn>More", tmp_path)
     capsys.readouterr()
     chat.ask("hi")
     assert capsys.readouterr() == ("Yes.\n", "")
@@ -204,10 +216,8 @@ def test_an_adapter_answers(folders, chat_tokenizer, tmp_path):
 
 
 def test_drawn_answers_follow_the_seed_and_change_with_each_message(folders):
-    options = {"do_sample": True, "temperature": 2.0}
-
-    def answers(seed):
-        chat = chat_with(folders, "first", seed=seed, **options)
+    def answers(seed, **drawn):
+        chat = chat_with(folders, "first", seed=seed, do_sample=True, **{"temperature": 2.0} | drawn)
         found = []
         for _ in range(2):
             chat.ask("What is rain?")
@@ -218,6 +228,10 @@ def test_drawn_answers_follow_the_seed_and_change_with_each_message(folders):
     first = answers(1)
     assert first == answers(1) and first[0] != first[1]
     assert answers(2)[0] == first[1]  # the second message is answered by seed + 1
+    greedy = chat_with(folders, "first")
+    greedy.ask("What is rain?")
+    for sharp in ({"temperature": 1e-6}, {"top_p": 1e-9}):
+        assert answers(1, **sharp)[0] == greedy.speakers[0].history[0][1] != first[0]
 
 
 def talk(chat, monkeypatch, text):
@@ -262,6 +276,32 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(folders, monkeypatch,
     assert histories == [["What is rain?", "Why?"], ["What is rain?", "Why?"], ["Why?"]]
     stopped = chat.speakers[1].history[0][1]
     assert stopped and whole.startswith(stopped) and stopped != whole
+
+
+def test_a_stopped_answer_is_shown_as_far_as_it_is_remembered(tokenizer, tmp_path, monkeypatch, capsys):
+    chat = say_to(tokenizer, " Yes.\n\nHumor helps.", tmp_path)
+    put = AnswerStreamer.put
+
+    def press(self, value):
+        put(self, value)
+        if self.written < len(self.text):  # the beginning of "\n\nHuman:" is held back
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerStreamer, "put", press)
+    talk(chat, monkeypatch, "hi\n")
+    ((_, stopped),) = chat.speakers[0].history
+    assert stopped.startswith("Yes.\n\nH") and f"{stopped}\n" in capsys.readouterr().out
+
+
+def test_a_message_that_no_token_answers_is_forgotten(folders, monkeypatch):
+    chat = chat_with(folders, "first")
+
+    def press(self, value):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerStreamer, "put", press)  # at the prompt
+    talk(chat, monkeypatch, "hi\n")
+    assert chat.speakers[0].history == []
 
 
 @pytest.mark.parametrize("pressed", [KeyboardInterrupt(), EOFError()])
