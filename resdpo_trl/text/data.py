@@ -25,6 +25,7 @@ counted; a row that the template still refuses ends the run with its number.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -636,7 +637,7 @@ def rendered_turns(messages: Messages, text: str, tokenizer: Any) -> tuple[int, 
         truncate.
     """
     first = int(messages[0]["role"] == "system")  # the first turn's place
-    header = "" if first else _header(tokenizer)
+    header = "" if first else _header(tokenizer, str(tokenizer.chat_template))
     starts = {}
     for turn in range(max(1, len(messages) - NEWEST_TURNS), len(messages)):
         with suppress(Exception):  # a template is a program: it may raise anything
@@ -647,7 +648,8 @@ def rendered_turns(messages: Messages, text: str, tokenizer: Any) -> tuple[int, 
     return header_end, list(starts.values())
 
 
-def _header(tokenizer: Any) -> str:
+@functools.lru_cache(maxsize=16)  # one answer for all rows; a template that was changed is another key
+def _header(tokenizer: Any, template: str) -> str:
     """What a chat template writes before the first turn of a conversation that has no system message.
 
     A turn of the user is rendered at the beginning and after an answer: what the first has more than the second.
