@@ -21,10 +21,14 @@ class PairCollator:
     """Pairs -> a batch. Rows are padded on the right to the longest.
 
     Returns, for B pairs in R rows (B shared, 2B not) of T tokens with N response tokens in all:
-        input_ids, position_ids: (R, T).
+        input_ids: (R, T).
+        position_ids: (R, T), with sharing; without, they are the model's own.
         attention_mask: (R, 1, T, T) bool, True where a query (row) sees a key (column), with sharing; (R, T) without.
-        predicted_at: (N,) index into the flattened R·T hidden states that predict a response token.
+        predicted_at: (2, N) row and column of the hidden states that predict a response token. Columns count from the
+            end (−1 is the last), so that what PEFT's prompt tuning puts before a row moves none.
         predicted: (N,) the token predicted there.
+        copies: (R, T) float32, how many of a pair's two sequences a token belongs to: 2 for a shared prompt, 0 for
+            padding.
         response: (N,) whose token it is: pair i's chosen is 2i, its rejected 2i + 1.
         chosen_tokens, rejected_tokens: (B,) tokens of each response.
         ref_chosen_logps, ref_rejected_logps: (B,) float, where the pairs have them.
@@ -58,7 +62,7 @@ class PairCollator:
             # the prompt's last token predicts the first token of both
             at = torch.cat([torch.arange(prompt - 1, second - 1), torch.arange(second - 1, second + rejected - 1)])
             at[chosen] = prompt - 1
-            predicted_at.append(at + row * width)
+            predicted_at.append(torch.stack([torch.full_like(at, row), at - width]))
             response += [2 * row] * chosen + [2 * row + 1] * rejected
         queries, keys = part[:, :, None], part[:, None, :]
         # padding comes last, so a padded query still sees real keys: a row of the softmax is never empty
@@ -67,7 +71,8 @@ class PairCollator:
             "input_ids": _pad(rows, width, self.pad_token_id),
             "attention_mask": sees[:, None],
             "position_ids": position_ids,
-            "predicted_at": torch.cat(predicted_at),
+            "copies": torch.tensor([2.0, 1.0, 1.0, 0.0])[part.int()],
+            "predicted_at": torch.cat(predicted_at, 1),
             "predicted": torch.tensor([token for pair in pairs for token in pair["chosen_ids"] + pair["rejected_ids"]]),
             "response": torch.tensor(response),
         }
@@ -76,21 +81,18 @@ class PairCollator:
         sides = [(pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")]
         rows = [prompt + response for prompt, response in sides]
         width = max(map(len, rows))
-        lengths = torch.tensor([len(row) for row in rows])
+        real = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+        response = torch.repeat_interleave(
+            torch.arange(len(sides)), torch.tensor([len(response) for _, response in sides])
+        )
+        columns = [torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1) - width for prompt, response in sides]
         return {
             "input_ids": _pad(rows, width, self.pad_token_id),
-            "attention_mask": torch.arange(width) < lengths[:, None],
-            "position_ids": torch.arange(width).expand(len(rows), width).contiguous(),
-            "predicted_at": torch.cat(
-                [
-                    torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1) + row * width
-                    for row, (prompt, response) in enumerate(sides)
-                ]
-            ),
+            "attention_mask": real,
+            "copies": real.float(),
+            "predicted_at": torch.stack([response, torch.cat(columns)]),
             "predicted": torch.tensor([token for _, response in sides for token in response]),
-            "response": torch.repeat_interleave(
-                torch.arange(len(sides)), torch.tensor([len(response) for _, response in sides])
-            ),
+            "response": response,
         }
 
 

@@ -27,7 +27,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "padding_free": (False, "batches are of like length already"),
     "truncation_mode": ("keep_start", "the cap keeps every pair; see --max_response_length"),
     "use_liger_kernel": (False, "the loss has its own LM head"),
-    "router_aux_loss_coef": (None, "the loss has no router term"),
     "model_init_kwargs": (None, "use --dtype, --attn_implementation and --model_revision"),
     "pad_token": (None, "set it in the tokenizer's folder"),
     "pad_to_multiple_of": (None, "batches are padded to their longest row"),

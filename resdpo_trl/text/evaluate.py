@@ -32,7 +32,7 @@ from resdpo_trl.text.data import DataConfig, Preferences, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer
 from resdpo_trl.text.reward import RewardModel, reward_figures
-from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
+from resdpo_trl.text.scoring import add_response_head, check_adapters, pair_logps
 from resdpo_trl.text.tokens import SHORTEST, tokenize
 
 
@@ -211,10 +211,8 @@ def score_pairs(
     description: str,
 ) -> LogProbs:
     """(N,) log-probabilities of both responses under `model`, in the order of the pairs; longest batches first."""
-    base = base_model(model)
-    add_response_head(base)
-    if config.prefix_sharing:
-        check_prefix_sharing(base, max(pairs["length"][:]))
+    check_adapters(model, None, config.prefix_sharing)
+    add_response_head(base_model(model), max(pairs["length"][:]) if config.prefix_sharing else None)
     model.eval()
     collate = PairCollator(int(tokenizer.pad_token_id), config.prefix_sharing)
     order = np.argsort(np.asarray(pairs["length"][:]), kind="stable")[::-1].copy()

@@ -201,7 +201,8 @@ def loading_options(model: TextModelConfig, trust_remote_code: bool) -> dict[str
 def positions_of(model: PreTrainedModel) -> int | None:
     """The longest text in tokens that a model takes; None where it sets no limit."""
     config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return found if found is not None and found > 0 else None  # XLNet says −1
 
 
 def check_fits(

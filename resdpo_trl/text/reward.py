@@ -111,6 +111,14 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
     that pairs have in the rest of a run (`rewards/accuracies` for TRL's `accuracy`).
     """
 
+    def __init__(self, *args: Any, peft_config: Any = None, **options: Any):
+        if peft_config is not None and peft_config.is_prompt_learning:
+            raise UserError(
+                f"the PEFT method {peft_config.peft_type.value} puts virtual tokens before a row, and transformers "
+                "finds no row's last token then, where the reward is read: use LoRA (--use_peft)"
+            )
+        super().__init__(*args, peft_config=peft_config, **options)
+
     def compute_loss(
         self,
         model: torch.nn.Module,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.sources import first_line
 from resdpo_trl.text.attention import CPU_ATTENTION
 from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.model import positions_of
 
 # response tokens whose logits are held at once: 4,096 × GPT-2's vocabulary in float32 is 0.8 GB
 CHUNK_TOKENS = 4096
@@ -31,44 +34,103 @@ def pair_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
     Returns:
         chosen, rejected: (B,) float32 (float64 for a float64 model), sums over response tokens in nats.
     """
-    logps = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        predicted_at=batch["predicted_at"],
-        predicted=batch["predicted"],
-        use_cache=False,
-    )
-    pairs = len(batch["chosen_tokens"])
-    sums = logps.new_zeros(2 * pairs).index_add(0, batch["response"], logps)
+    return _sums(batch, model(**_arguments(batch)))
+
+
+def pair_logps_and_router_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """`pair_logps`, and the load-balancing loss of a mixture-of-experts model: a scalar, as TRL adds it to DPO's.
+
+    With E experts, of which each token is sent to k, the loss is
+        E · Σ_e f_e·P_e,        f_e: assignments to e per token, P_e: the router's mean probability of e
+    over the tokens of all layers (Switch Transformers, https://arxiv.org/abs/2101.03961, Eqs. 4 to 6; k = 1 there).
+    A prompt that is run once counts twice, as in two rows.
+    """
+    logps, router_loss = model(**_arguments(batch), router_weights=batch["copies"])
+    return (*_sums(batch, logps), router_loss)
+
+
+def _arguments(batch: dict[str, Tensor]) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "position_ids", "predicted_at", "predicted")
+    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
+
+
+def _sums(batch: dict[str, Tensor], logps: Tensor) -> tuple[Tensor, Tensor]:
+    sums = logps.new_zeros(2 * len(batch["chosen_tokens"])).index_add(0, batch["response"], logps)
     return sums[0::2], sums[1::2]
 
 
-def add_response_head(model: PreTrainedModel) -> None:
+def add_response_head(model: PreTrainedModel, longest_row: int | None = None) -> None:
     """Teach `model(…, predicted_at=, predicted=)` to return (N,) log-probabilities of the predicted tokens.
 
-    Going through the model's own forward keeps what wraps it working: PEFT, DDP, FSDP2, autocast. Without these
-    arguments the forward is the original one. Raises a UserError for a model whose numbers would be wrong this way.
+    With `router_weights`, (R, T), it returns the load-balancing loss of its routers too; see
+    `pair_logps_and_router_loss`. Going through the model's own forward keeps what wraps it working: PEFT, DDP, FSDP2,
+    autocast. Without these arguments the forward is the original one.
+
+    Args:
+        model: a causal language model, without its PEFT wrapper.
+        longest_row: tokens of the longest shared row `[prompt | chosen | rejected]`; None without prefix sharing.
+
+    Raises:
+        UserError: the numbers would be wrong this way (see `_scored_trial`), or wrong where the prompt is shared.
     """
-    if getattr(model, "_has_response_head", False):
-        return
+    trial = None
+    if not hasattr(model, "_response_head"):
+        trial = _scored_trial(model)
+        _patch_forward(model, trial._response_head)  # type: ignore[arg-type]
+    if longest_row is not None:
+        _check_prefix_sharing(model, longest_row, trial)
+
+
+def _patch_forward(model: PreTrainedModel, head: str) -> None:
+    """Where `head` is "linear", the LM head gives log-probabilities itself, a chunk of logits at a time. Where it is
+    "own", the rest of the model's own forward makes the logits from the N hidden states alone: models that scale, cap
+    or transform (Cohere, Granite, Gemma 2, BERT).
+    """
     original = model.forward
 
     # the signature of the class: `generate` checks its arguments against it
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, predicted_at: Any = None, predicted: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        predicted_at: Any = None,
+        predicted: Any = None,
+        router_weights: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         if predicted_at is None:
             return original(*args, **kwargs)
-        hidden = self.base_model(*args, **_with_mask(self, kwargs)).last_hidden_state
-        hidden = hidden.reshape(-1, hidden.shape[-1])[predicted_at]  # (N, D)
-        return _token_logps(self.get_output_embeddings(), hidden, predicted)
+        given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT adds labels=None, for one
+        kwargs = _with_mask(self, given)
+        if router_weights is not None:
+            kwargs["output_router_logits"] = True
+        routers: list[Any] = []
 
-    head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear:
-        head.__class__ = _ResponseHead
+        def keep_predicted(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+            if router_weights is not None:
+                routers.append(output.router_logits)
+            output.router_logits = None  # of which the model's own forward would make a loss too
+            rows, columns = predicted_at
+            output.last_hidden_state = output.last_hidden_state[rows, columns][None]  # (1, N, D)
+            return output
+
+        backbone = self.base_model
+        if backbone is self:  # Llama 4 says a wrong prefix
+            backbone = next(child for child in self.children() if isinstance(child, PreTrainedModel))
+        with backbone.register_forward_hook(keep_predicted):
+            if head == "linear":
+                hidden = backbone(*args, **kwargs).last_hidden_state[0]
+                logps = _token_logps(self.get_output_embeddings(), hidden, predicted)
+            else:
+                logps = _LogProbs.apply(original(*args, **kwargs).logits[0], predicted)
+        if router_weights is None:
+            return logps
+        return logps, _router_loss(self.config.get_text_config(), routers[0], router_weights)
+
     model.forward = types.MethodType(forward, model)
-    model._has_response_head = True  # type: ignore[assignment]
-    _check_response_head(model)
+    if head == "linear" and type(linear := model.get_output_embeddings()) is torch.nn.Linear:
+        linear.__class__ = _ResponseHead
+    model._response_head = head  # type: ignore[assignment]
 
 
 def _with_mask(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -196,71 +258,234 @@ def _rows_at_once(logits: Tensor) -> int:
     return 128 if logits.device.type == "cpu" else 2048
 
 
-def check_prefix_sharing(model: PreTrainedModel, longest_row: int) -> None:
-    """Raise a UserError where attention would not be what the shared row's mask says.
+def _router_loss(config: Any, router_logits: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+    tokens, experts = router_logits[0].shape
+    virtual = tokens // len(weights) - weights.shape[1]  # which prompt tuning puts before a row
+    weights = F.pad(weights, (virtual, 0), value=1)
+    # one function for every family, as TRL does
+    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, weights)
+
+
+def check_router_loss(model: PreTrainedModel, coefficient: float | None) -> None:
+    """Raise a UserError where a router loss is asked for, or by the model's configuration is, that can't be computed.
 
     Args:
-        model: the language model.
-        longest_row: tokens of the longest `[prompt | chosen | rejected]`.
+        model: a causal language model, given `add_response_head`.
+        coefficient: --router_aux_loss_coef; None is the configuration's own.
     """
-    config = model.config.get_text_config()
-    name, mend = type(model).__name__, "pass --prefix_sharing false"
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and window < longest_row:
-        raise UserError(f"{name} has a sliding window of {window} tokens, less than a row's {longest_row}: {mend}")
-    if model.config._attn_implementation not in ("sdpa", "eager", "flex_attention", CPU_ATTENTION):
-        raise UserError(
-            f"--attn_implementation {model.config._attn_implementation} takes no mask of its own, as prefix sharing "
-            f"needs: use sdpa or flex_attention, or {mend}"
-        )
-    if model.config._attn_implementation == "flex_attention" and not torch.cuda.is_available():
-        raise UserError("--attn_implementation flex_attention has no backward pass on the CPU: use sdpa")
-    plain = _trial(model, False)
-    try:
-        shared = _trial(model, True)
-    except (RuntimeError, ValueError, TypeError) as error:  # recurrent models expect a (B, T) mask, for one
-        raise UserError(f"{name} does not take a mask of (B, 1, T, T), as prefix sharing needs: {mend}") from error
-    if not torch.allclose(shared, plain, rtol=_tolerance(model), atol=_tolerance(model)):
-        raise UserError(f"{name} does not follow the shared prompt's mask and position ids: {mend}")
-
-
-def _check_response_head(model: PreTrainedModel) -> None:
-    """Compare with the model's own logits: a model that scales or caps them after the head would differ."""
-    batch = _trial_batch(model)
-    with _evaluating(model):
-        own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    own = own.double().log_softmax(-1).flatten(0, 1)[batch["predicted_at"]]
-    own = own.gather(1, batch["predicted"][:, None])[:, 0]
-    sums = own.new_zeros(2).index_add(0, batch["response"], own)
-    if not torch.allclose(_trial(model, False), sums, rtol=_tolerance(model), atol=_tolerance(model)):
-        raise UserError(
-            f"{type(model).__name__} changes its logits after the LM head, which is not supported; use another model"
-        )
-
-
-def _trial(model: PreTrainedModel, prefix_sharing: bool) -> Tensor:
-    with _evaluating(model):
-        chosen, rejected = pair_logps(model, _trial_batch(model, prefix_sharing))
-    return torch.cat([chosen, rejected]).double()
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
+    config, name = model.config.get_text_config(), type(model).__name__
+    if not hasattr(config, "output_router_logits"):
+        if coefficient:
+            raise UserError(f"--router_aux_loss_coef {coefficient}: {name} has no router logits; drop the flag")
+        return
+    if coefficient == 0 or (coefficient is None and not getattr(config, "router_aux_loss_coef", 0.0)):
+        return
+    trial = _trial_model(model)
+    _patch_forward(trial, model._response_head)  # type: ignore[arg-type]
     try:
         with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+            pair_logps_and_router_loss(trial, _on_device(trial, PairCollator(0, False)([_trial_pair(trial, 12)])))
+    except Exception as error:  # routers of another form: whatever the forward pass raises
+        raise UserError(
+            f"{name}'s router loss can't be computed ({first_line(error)}): pass --router_aux_loss_coef 0"
+        ) from error
 
 
-def _trial_batch(model: PreTrainedModel, prefix_sharing: bool = False) -> dict[str, Tensor]:
-    tokens = [(7 * n) % model.config.get_text_config().vocab_size for n in range(1, 13)]
-    pair = {"prompt_ids": tokens[:5], "chosen_ids": tokens[5:9], "rejected_ids": tokens[9:]}
-    return {name: value.to(model.device) for name, value in PairCollator(0, prefix_sharing)([pair]).items()}
+# --- what the numbers are checked with ---------------------------------------------------------------------------
+
+CHECK_TOLERANCE = 1e-4  # nats a token; modules that compute in float32 whatever the model's type leave 1e-5
+
+# PEFT methods that change weights, or what a layer makes of each token by itself
+PER_TOKEN = {
+    "LORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
+    "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHADOW",
+    "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+# PEFT methods that put tokens, or keys and values, before a row
+BEFORE_THE_ROW = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"}
 
 
-def _tolerance(model: PreTrainedModel) -> float:
-    exact = model.dtype in (torch.float32, torch.float64) and not getattr(model, "is_quantized", False)
-    return 1e-3 if exact else 5e-2
+def check_adapters(model: Any, new: PeftConfig | None, prefix_sharing: bool) -> None:
+    """Raise a UserError for a PEFT method whose numbers would be wrong; tests/text/test_peft.py has them all.
+
+    Not supported are those that need a task's number (POLY), calls at every step (ADALORA) or a loss of their own
+    (CPT), and those in which a token's numbers depend on what else is in the batch (LILY).
+
+    Args:
+        model: the model; its adapters are checked where it has some.
+        new: the adapter that it gets.
+    """
+    for config in (new, *getattr(model, "peft_config", {}).values()):
+        if config is None:
+            continue
+        method = config.peft_type.value
+        for option in ("alora_invocation_tokens", "use_asa"):  # which depend on a row's end, and on calls at each step
+            if getattr(config, option, None):
+                raise UserError(f"the PEFT method {method} is not supported with {option}: leave it out")
+        if method not in PER_TOKEN | BEFORE_THE_ROW:
+            raise UserError(f"the PEFT method {method} is not supported: use LoRA (--use_peft)")
+        if method in BEFORE_THE_ROW and prefix_sharing:
+            raise UserError(
+                f"the PEFT method {method} puts virtual tokens before a row, and the mask of a shared prompt has no "
+                "place for them: pass --prefix_sharing false"
+            )
+
+
+def _scored_trial(model: PreTrainedModel) -> PreTrainedModel:
+    """A trial model with the first of `_patch_forward`'s ways that gives what the model's own forward gives.
+
+    Raises:
+        UserError: none does, or the model sees the tokens that it should predict.
+    """
+    name, reason = type(model).__name__, ""
+    for head in ("linear", "own"):
+        try:
+            trial = _trial_model(model)
+            pair = _trial_pair(trial, 12)
+            own = torch.cat([_own_logps(trial, pair, side) for side in ("chosen_ids", "rejected_ids")])
+            before = _own_logps(trial, pair | {"chosen_ids": pair["chosen_ids"][:-1]}, "chosen_ids")
+            _patch_forward(trial, head)
+            found = _trial_logps(trial, pair, False)
+        except Exception as error:  # of a forward pass that has another form: whatever it raises
+            reason = first_line(error)
+            continue
+        if not (before - own[: len(before)]).abs().max() < CHECK_TOLERANCE:
+            raise UserError(
+                f"{name} sees the tokens that it should predict, so it gives no log-probability of a response: use "
+                "another model, or set is_decoder in its config.json where it has that"
+            )
+        if (found - own).abs().max() < CHECK_TOLERANCE:
+            return trial
+        reason = "the logits of its own forward pass are not those of its hidden states"
+    raise UserError(f"{name} can't be scored ({reason}): use another model")
+
+
+def _check_prefix_sharing(model: PreTrainedModel, longest_row: int, trial: PreTrainedModel | None) -> None:
+    """Raise a UserError where a row `[prompt | chosen | rejected]` gives other numbers than two rows.
+
+    Decided by a trial model and a row of `longest_row` tokens. Local, sliding and chunked attention, ALiBi,
+    convolutions and recurrence show in it where the row is long enough for them to matter.
+    """
+    name, fix = type(model).__name__, "pass --prefix_sharing false"
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager", "flex_attention", CPU_ATTENTION):
+        raise UserError(
+            f"--attn_implementation {attention} takes no mask of its own, as prefix sharing needs: use sdpa or "
+            f"flex_attention, or {fix}"
+        )
+    if attention == "flex_attention" and not torch.cuda.is_available():
+        raise UserError("--attn_implementation flex_attention has no backward pass on the CPU: use sdpa")
+    if trial is None or attention == "flex_attention":
+        trial = _trial_model(model, attention)
+        _patch_forward(trial, model._response_head)  # type: ignore[arg-type]
+    tolerance = CHECK_TOLERANCE * (1 if trial.dtype == torch.float64 else 10)
+    pair = _trial_pair(trial, longest_row)
+    plain = _trial_logps(trial, pair, False)
+    try:
+        shared = _trial_logps(trial, pair, True)
+    except Exception as error:  # recurrent models expect a (B, T) mask, for one: whatever they raise
+        raise UserError(f"{name} does not take the mask of a shared prompt ({first_line(error)}): {fix}") from error
+    difference = (shared - plain).abs().max().item()
+    if not difference < tolerance:  # nor NaN
+        raise UserError(
+            f"{name} gives other log-probabilities where a pair's prompt is shared (by {difference:.2g} nats a token "
+            f"in a row of {longest_row}; local attention, ALiBi, a convolution or recurrence does that): {fix}"
+        )
+
+
+def _trial_model(model: PreTrainedModel, attention: str | None = None) -> PreTrainedModel:
+    """A float64 model of the same class and configuration: a few layers of every kind, few tokens, other weights.
+
+    The weights are large enough that every layer matters (normal, of variance one over the fan-in: LeCun et al. 1998,
+    Efficient BackProp, §4.6), which those of a new model are not. Buffers are the model's own. It has the first layers
+    of the model, as many as it takes to have one of each kind and at least two. FlexAttention and flash attention take
+    no float64: the trial model has eager attention then, or float32 where `attention` asks for FlexAttention.
+    """
+    config = copy.deepcopy(model.config)
+    config._experts_implementation = "eager"  # grouped products take no float64
+    if config._attn_implementation not in ("sdpa", CPU_ATTENTION):
+        config._attn_implementation = attention or "eager"
+    exact = torch.float32 if config._attn_implementation == "flex_attention" else torch.float64
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        trial = type(model)(config)
+        trial.resize_token_embeddings(min(config.get_text_config().vocab_size, 100), mean_resizing=False)
+    _cut_layers(trial)
+    device = torch.device("cpu") if model.device.type == "mps" else model.device  # which has no float64
+    trial.to(exact).to_empty(device=device)
+    trial.tie_weights()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in trial.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+            else:
+                parameter.normal_(1, 0.25, generator=generator)
+        own = {name.replace(".base_layer", ""): value for name, value in model.named_buffers()}  # under a LoRA
+        for name, buffer in trial.named_buffers():
+            buffer.copy_(own[name])
+    return trial.eval()
+
+
+def _cut_layers(model: PreTrainedModel) -> None:
+    """Leave the first layers, as many as it takes to have one of each kind and at least two.
+
+    Layers are of one kind where their modules, shapes and settings are the same, and so is what the configuration lists
+    for each. A setting that grows by one from layer to layer is the layer's number.
+    """
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", 0)
+    stacks = [each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == count]
+    settings: dict[Any, list[Any]] = {
+        name: value for name, value in vars(config).items() if isinstance(value, list | tuple) and len(value) == count
+    }
+    for number, stack in enumerate(stacks):
+        for index, layer in enumerate(stack):
+            for name, module in layer.named_modules():
+                simple = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str)}
+                simple["class"] = type(module).__name__
+                simple["shapes"] = [each.shape for each in module.parameters(recurse=False)]
+                for key, value in simple.items():
+                    settings.setdefault((number, name, key), [None] * count)[index] = value
+    kinds = ["" for _ in range(count)]
+    for values in settings.values():
+        numbers = [(index, value) for index, value in enumerate(values) if type(value) is int]
+        if len(numbers) < 2 or len({value - index for index, value in numbers}) > 1:
+            kinds = [f"{kind}{value} " for kind, value in zip(kinds, values, strict=True)]
+    needed = max([2, *(kinds.index(kind) + 1 for kind in kinds)])
+    if needed < count and stacks:
+        for stack in stacks:
+            del stack[needed:]
+        config.num_hidden_layers = needed
+
+
+def _trial_pair(model: PreTrainedModel, length: int) -> dict[str, list[int]]:
+    """A random pair whose shared row has `length` tokens: a third prompt, or less where the model has few positions."""
+    config, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
+    length = max(length, 12)
+    chosen = max(length // 3, length - (positions_of(model) or length))
+    tokens = torch.randint(config.vocab_size, (length,), generator=generator).tolist()
+    prompt = length - 2 * chosen + 1
+    return {
+        "prompt_ids": tokens[:prompt],
+        "chosen_ids": tokens[prompt : prompt + chosen],
+        "rejected_ids": tokens[prompt + chosen :],
+    }
+
+
+@torch.no_grad()
+def _trial_logps(model: PreTrainedModel, pair: dict[str, list[int]], prefix_sharing: bool) -> Tensor:
+    """(N,) log-probabilities of the tokens of both responses through the response head."""
+    logps: Tensor = model(**_arguments(_on_device(model, PairCollator(0, prefix_sharing)([pair]))))
+    return logps
+
+
+def _on_device(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(model.device) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def _own_logps(model: PreTrainedModel, pair: dict[str, list[int]], side: str) -> Tensor:
+    """(N,) log-probabilities of a response's tokens by the model's own forward of one row, without padding."""
+    row = torch.tensor([pair["prompt_ids"] + pair[side]], device=model.device)
+    logps = model(input_ids=row, use_cache=False).logits[0, :-1].log_softmax(-1)
+    return logps.gather(1, row[0, 1:, None])[len(pair["prompt_ids"]) - 1 :, 0]

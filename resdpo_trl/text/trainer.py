@@ -35,7 +35,13 @@ from resdpo_trl.text.reference_cache import (
     weights_digest,
     write_reference,
 )
-from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
+from resdpo_trl.text.scoring import (
+    add_response_head,
+    check_adapters,
+    check_router_loss,
+    pair_logps,
+    pair_logps_and_router_loss,
+)
 
 
 class LengthSampler(LengthGroupedSampler):
@@ -122,15 +128,16 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
 
     What differs from TRL's: the plain loss and that of evaluation go through the response head, without the
     vocabulary-wide metrics (token accuracy, entropy; benchmarks/LOG.md has what that saves); evaluation is the mean
-    over all tokens with a label, not over batches.
+    over all tokens with a label, not over batches, without the router loss of a mixture of experts.
     """
 
     def __init__(self, model: PreTrainedModel, args: TextSFTConfig, **options: Any):
         # a loss of another kind is TRL's own
         self._plain = args.loss_type == "nll" and not args.label_smoothing_factor and not args.use_liger_kernel
         add_response_head(base_model(model))
+        check_adapters(model, options.get("peft_config"), prefix_sharing=False)
+        check_router_loss(base_model(model), args.router_aux_loss_coef)
         super().__init__(model=model, args=args, compute_metrics=_token_mean, **options)
-        self._plain = self._plain and not self.aux_loss_enabled
 
     def compute_loss(
         self,
@@ -142,13 +149,19 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         """Negative log-likelihood of the tokens with a label, over their number on all processes."""
         if not self._plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        _, logps = _label_logps(model, inputs)
+        _, logps, *router_loss = _label_logps(model, inputs, self.aux_loss_enabled)
         self._note_tokens(_real(inputs["attention_mask"]))
         if num_items_in_batch is None:
-            return -logps.sum() / max(len(logps), 1)
-        # DDP averages the gradients over processes, and `num_items_in_batch` counts the tokens of all
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return -logps.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
+            loss, steps = -logps.sum() / max(len(logps), 1), 1
+        else:
+            # DDP averages the gradients over processes, and `num_items_in_batch` counts the tokens of all
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = -logps.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
+            steps = self.current_gradient_accumulation_steps
+        for each in router_loss:  # of a mixture of experts: a mean of each step's
+            loss = loss + self.router_aux_loss_coef * each / steps
+            self._metrics["train"]["aux_loss"].append(self.accelerator.gather(each.detach()).mean().item())
+        return loss
 
     def prediction_step(
         self,
@@ -242,9 +255,9 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
     """`trl.DPOTrainer` on pairs that `resdpo_trl.text.tokens.tokenize` made.
 
     What differs from TRL's: the loss is `resdpo_trl.losses`; the prompt of a pair runs once (`prefix_sharing`);
-    evaluation is the mean over all pairs, not over batches; metrics are gathered when they are logged, not at every
-    step; the vocabulary-wide metrics (entropy, mean logits, token accuracy) are left out, for they cost a pass over
-    the logits each.
+    evaluation is the mean over all pairs, not over batches, and has no router loss of a mixture of experts, which is
+    one of batches; metrics are gathered when they are logged, not at every step; the vocabulary-wide metrics (entropy,
+    mean logits, token accuracy) are left out, for they cost a pass over the logits each.
     """
 
     def __init__(
@@ -259,13 +272,12 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.preference_loss = preference_loss(args)
-        bases = [base_model(each) for each in (model, ref_model) if each is not None]
-        for base in bases:
-            add_response_head(base)
-        if args.prefix_sharing:
-            longest = max(max(rows["length"][:]) for rows in (train_dataset, eval_dataset) if rows is not None)
-            for base in bases:
-                check_prefix_sharing(base, longest)
+        self._longest_row = max(max(rows["length"][:]) for rows in (train_dataset, eval_dataset) if rows is not None)
+        for each in (model, ref_model):
+            if each is not None:
+                add_response_head(base_model(each), self._longest_row if args.prefix_sharing else None)
+        check_adapters(model, peft_config, args.prefix_sharing)
+        check_router_loss(base_model(model), args.router_aux_loss_coef)
         self._means = RunningMeans()  # of the steps since the last log
         self._evaluated: tuple[int, LogProbs] | None = None  # the step of the last evaluation, and its scores
         self.reference_seconds = 0.0  # spent on the reference's log-probabilities before training
@@ -292,7 +304,16 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         Batches are of like length. The reference's come from the columns that `add_reference` wrote, from the
         reference model otherwise.
         """
+        self._check_longest(dataset)
         return self._over_pairs(dataset, self._batch_logps, description)
+
+    def _check_longest(self, dataset: Dataset) -> None:
+        """Check the model again where a data set has a longer row than those it was checked for, as a window may be
+        between the two."""
+        longest = max(dataset["length"][:])
+        if self.args.prefix_sharing and longest > self._longest_row:
+            add_response_head(base_model(self.accelerator.unwrap_model(self.model)), longest)
+            self._longest_row = longest
 
     def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
         scores = self.score(dataset, description)
@@ -311,6 +332,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
         if self.state.global_step > 0 and self.ref_model is None:
             raise RuntimeError("the policy has moved: the reference's log-probabilities must come before training")
+        self._check_longest(dataset)
         started = time.perf_counter()
         found = self._cached_reference(dataset)
         if found is None:
@@ -357,12 +379,17 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         return dataset if "ref_chosen_logps" in dataset.column_names else self.add_reference(dataset)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Tensor:
-        chosen, rejected = pair_logps(model, inputs)
+        router_loss = None
+        if self.aux_loss_enabled:
+            chosen, rejected, router_loss = pair_logps_and_router_loss(model, inputs)
+        else:
+            chosen, rejected = pair_logps(model, inputs)
         pairs = self._with_reference(model, inputs, chosen, rejected)
         pairs = LogProbs(*(own_rows(inputs, value) for value in vars(pairs).values()))
         losses = self.preference_loss(pairs)
-        self._note(pairs, losses.detach(), inputs)
-        return mean_over_processes(inputs, losses)
+        self._note(pairs, losses.detach(), inputs, router_loss)
+        loss = mean_over_processes(inputs, losses)
+        return loss if router_loss is None else loss + self.router_aux_loss_coef * router_loss
 
     def _batch_logps(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> LogProbs:
         with torch.no_grad(), self.accelerator.autocast():
@@ -382,7 +409,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             reference = self.compute_ref_log_probs(model, inputs)
         return LogProbs(chosen, rejected, *reference, inputs["chosen_tokens"], inputs["rejected_tokens"])
 
-    def _note(self, pairs: LogProbs, losses: Tensor, inputs: dict[str, Tensor]) -> None:
+    def _note(self, pairs: LogProbs, losses: Tensor, inputs: dict[str, Tensor], router_loss: Tensor | None) -> None:
         """Keep this step's figures for `log`."""
         rewards_chosen, rewards_rejected = self.preference_loss.rewards(pairs)
         weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
@@ -396,6 +423,8 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             "gradient_weights/chosen": weights_chosen,
             "gradient_weights/rejected": weights_rejected,
         }
+        if router_loss is not None:
+            figures["aux_loss"] = router_loss.detach().expand(len(losses))
         self._means.add(figures)
         mask = inputs["attention_mask"]
         mask = mask[: len(losses) * len(mask) // len(inputs["chosen_tokens"])]  # one row a pair, or two
@@ -420,17 +449,18 @@ def _real(mask: Tensor) -> Tensor:
     return mask.any(dim=2).squeeze(1) if mask.ndim == 4 else mask
 
 
-def _label_logps(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The rows of the N tokens with a label, (N,), and the tokens' log-probabilities, (N,)."""
+def _label_logps(model: torch.nn.Module, inputs: dict[str, Tensor], router_loss: bool = False) -> tuple[Tensor, ...]:
+    """The rows of the N tokens with a label, (N,), and their log-probabilities, (N,); the router loss if asked."""
     labels = inputs["labels"]
     row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)  # a row's first token is not predicted
-    logps = model(
+    found = model(
         **{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs},
-        predicted_at=row * labels.shape[1] + column,
+        router_weights=inputs["attention_mask"] if router_loss else None,
+        predicted_at=torch.stack([row, column - labels.shape[1]]),
         predicted=labels[row, column + 1],
         use_cache=False,
     )
-    return row, logps
+    return (row, *found) if router_loss else (row, found)
 
 
 def _token_mean(rows: EvalPrediction) -> dict[str, float]:

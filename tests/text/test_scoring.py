@@ -4,14 +4,17 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text import scoring
 from resdpo_trl.text.batch import PairCollator
-from resdpo_trl.text.scoring import _LogProbs, add_response_head, check_prefix_sharing, pair_logps
+from resdpo_trl.text.scoring import _LogProbs, add_response_head, pair_logps
 from tests.conftest import random_pairs, tiny_model
 
 KINDS = ("gpt2", "llama", "qwen3")
+SIDES = ("chosen", "rejected")
 
 
 def plain_logps(model, pair, side):
@@ -61,7 +64,7 @@ def test_the_block_mask_of_flex_attention_says_what_the_boolean_mask_says():
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-5)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no backward pass on the CPU"):
-            check_prefix_sharing(model, 64)
+            add_response_head(model, longest_row=64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,36 +153,127 @@ def test_generation_is_untouched():
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), before)
 
 
-def test_a_sliding_window_is_refused_and_works_without_sharing():
-    model = tiny_model("mistral")
-    add_response_head(model)
-    with pytest.raises(UserError, match=r"sliding window of 8.*--prefix_sharing false"):
-        check_prefix_sharing(model, longest_row=40)
+SIZES = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 0,
+    "eos_token_id": 0,
+}  # fmt: skip
+LOCAL = {  # models for which what stands between the prompt and the rejected response matters
+    "gpt_neo": {
+        "vocab_size": 400, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "window_size": 24,
+        "attention_types": [[["global", "local"], 2]],
+    },
+    "mpt": {"vocab_size": 400, "d_model": 32, "n_layers": 2, "n_heads": 4},
+    "bloom": {"vocab_size": 400, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mamba": {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "mistral": SIZES | {"sliding_window": 24},
+    "gemma3_text": SIZES | {"sliding_window": 24, "query_pre_attn_scalar": 8},
+    "llama4_text": SIZES | {"attention_chunk_size": 24, "intermediate_size_mlp": 48, "num_local_experts": 2},
+    "lfm2": SIZES | {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "olmo_hybrid": SIZES,
+    "qwen3_next": SIZES
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}  # fmt: skip
 
 
-def test_a_recurrent_model_is_refused():
-    from transformers import MambaConfig, MambaForCausalLM
-
+def new_model(kind, **changes):
+    """A float64 model as `from_config` makes it, whose weights are so small that little shows in its numbers."""
     torch.manual_seed(0)
-    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
-    add_response_head(model)
-    with pytest.raises(UserError, match="--prefix_sharing false"):
-        check_prefix_sharing(model, 20)
+    config = CONFIG_MAPPING[kind](**LOCAL.get(kind, {}) | changes)
+    config._experts_implementation = "eager"  # grouped products take no float64
+    return AutoModelForCausalLM.from_config(config).double().eval()
 
 
-def test_logits_changed_after_the_head_are_refused():
-    from transformers import CohereConfig, CohereForCausalLM
-
-    torch.manual_seed(0)
-    config = CohereConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, logit_scale=0.01, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = CohereForCausalLM(config)
+def with_large_weights(model):
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    with pytest.raises(UserError, match="after the LM head"):
+            parameter.add_(torch.randn_like(parameter) / max(parameter.shape[-1], 16) ** 0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_model_in_which_a_shared_row_differs_is_refused_and_right_without(kind):
+    model = new_model(kind)
+    with pytest.raises(UserError, match=r"^\w+ (gives other log-prob|does not take).*: pass --prefix_sharing false$"):
+        add_response_head(model, longest_row=70)
+    with_large_weights(model)
+    pairs = random_pairs(6)
+    with torch.no_grad():
+        found = torch.stack(pair_logps(model, PairCollator(0, False)(pairs)))
+        own = torch.stack([torch.stack([plain_logps(model, pair, side) for pair in pairs]) for side in SIDES])
+    torch.testing.assert_close(found.double(), own.double(), rtol=1e-4, atol=1e-4)  # Mamba gives float32
+
+
+def test_a_window_matters_from_the_row_that_is_longer():
+    """GPT-Neo's local layers count keys, not positions: −943.83 instead of −943.03 in a row of 390 tokens."""
+    model = with_large_weights(
+        new_model("gpt_neo", window_size=256, max_position_embeddings=1024, initializer_range=0.1)
+    )
+    add_response_head(model, longest_row=256)
+    pair = random_pair_of(130, 130, 130)
+    shared, separate = (torch.stack(pair_logps(model, PairCollator(0, way)([pair]))) for way in (True, False))
+    assert (shared - separate).abs().max() > 0.01
+    with pytest.raises(UserError, match=r"in a row of 390; local attention.*--prefix_sharing false"):
+        add_response_head(model, longest_row=390)
+    short = random_pair_of(86, 85, 85)
+    shared, separate = (torch.stack(pair_logps(model, PairCollator(0, way)([short]))) for way in (True, False))
+    torch.testing.assert_close(shared, separate, rtol=1e-6, atol=1e-6)
+
+
+def random_pair_of(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    parts = zip(("prompt_ids", "chosen_ids", "rejected_ids"), lengths, strict=True)
+    return {part: torch.randint(5, 390, (length,), generator=generator).tolist() for part, length in parts}
+
+
+def test_the_check_has_layers_of_every_kind_and_few_of_them():
+    types = [["global"] * 3, ["global"] * 4, ["global", "local"]]
+    model = new_model("gpt_neo", num_layers=9, attention_types=[[each, 1] for each in types])
+    trial = scoring._trial_model(model)
+    assert [each.attn.attention_type for each in trial.transformer.h] == ["global"] * 8 + ["local"]
+    with pytest.raises(UserError, match="--prefix_sharing false"):
+        add_response_head(model, longest_row=70)
+    llama = tiny_model("llama", num_hidden_layers=12)
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    state = torch.random.get_rng_state()
+    trial = scoring._trial_model(llama)
+    assert len(trial.model.layers) == trial.config.num_hidden_layers == 2 and len(llama.model.layers) == 12
+    assert llama.config.num_hidden_layers == 12 and trial.dtype == torch.float64
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+AFTER_THE_HEAD = {
+    "cohere": SIZES | {"logit_scale": 0.0625},
+    "granite": SIZES | {"logits_scaling": 8.0},
+    "gemma2": SIZES | {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "granitemoe": SIZES | {"logits_scaling": 8.0, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "bert": SIZES | {"is_decoder": True},  # transforms before it
+}
+
+
+@pytest.mark.parametrize("kind", AFTER_THE_HEAD)
+def test_what_a_model_does_about_its_head_is_kept(kind):
+    model = with_large_weights(new_model(kind, **AFTER_THE_HEAD[kind]))
+    pairs = random_pairs(6)
+    own = torch.stack([torch.stack([plain_logps(model, pair, side) for pair in pairs]) for side in SIDES])
+    loss_of(*own).backward()
+    gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()]
+    for sharing in (True, False):
+        model.zero_grad()
+        add_response_head(model, longest_row=70 if sharing else None)
+        assert model._response_head == "own"
+        found = pair_logps(model, PairCollator(0, sharing)(pairs))
+        torch.testing.assert_close(torch.stack(found), own, rtol=1e-5, atol=1e-5)
+        loss_of(*found).backward()
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_can_not_be_scored_is_refused_by_name():
+    model = new_model("xlnet", vocab_size=400, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    with pytest.raises(UserError, match=r"^XLNetLMHeadModel can't be scored \(.+\): use another model$"):
         add_response_head(model)
 
 
@@ -201,7 +295,8 @@ def test_the_batch_of_a_pair_by_hand():
         [1, 1, 0, 1, 0],
         [1, 1, 0, 1, 1],
     ]
-    assert batch["predicted_at"].tolist() == [1, 1, 3, 6, 6]
+    assert batch["predicted_at"].tolist() == [[0, 0, 0, 1, 1], [-4, -4, -2, -4, -4]]
+    assert batch["copies"].tolist() == [[2, 2, 1, 1, 1], [2, 2, 1, 1, 0]]
     assert batch["predicted"].tolist() == [3, 4, 5, 3, 4]
     assert batch["response"].tolist() == [0, 1, 1, 2, 3]
     assert batch["ref_rejected_logps"].tolist() == [-2.0, -2.0]

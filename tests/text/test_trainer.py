@@ -17,6 +17,7 @@ from resdpo_trl.text.config import REFUSED, SFTStageConfig, TextDPOConfig, TextS
 from resdpo_trl.text.tokens import sft_rows
 from resdpo_trl.text.trainer import LengthSampler, TextDPOTrainer, TextSFTTrainer
 from tests.conftest import random_pairs, tiny_model
+from tests.text.test_scoring import AFTER_THE_HEAD, SIZES, new_model, random_pair_of, with_large_weights
 
 
 def tokenized(count=24, seed=0):
@@ -89,6 +90,29 @@ def test_scores_stand_in_the_data_sets_order(tmp_path, tokenizer):
     torch.testing.assert_close(scores.rejected, torch.tensor(one_by_one), rtol=1e-4, atol=1e-4)
 
 
+class AlreadyTokenized(DPOTrainer):
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
+def trl_losses(path, tokenizer, new_model, data, peft_config=None, **options):
+    """The losses that TRL's own trainer logs."""
+    args = DPOConfig(
+        str(path), per_device_train_batch_size=4, use_cpu=True, bf16=False, save_strategy="no", logging_steps=1,
+        learning_rate=1e-3, disable_tqdm=True, report_to="none", max_length=None, gradient_checkpointing=False,
+        **options,
+    )  # fmt: skip
+    theirs = AlreadyTokenized(
+        new_model(),
+        None if peft_config else new_model(),
+        args,
+        train_dataset=data.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    return train_losses(theirs)
+
+
 @pytest.mark.parametrize("sharing", [True, False])
 @pytest.mark.parametrize("precompute", [True, False])
 def test_twenty_steps_follow_trls_trainer(tmp_path, tokenizer, sharing, precompute):
@@ -100,27 +124,89 @@ def test_twenty_steps_follow_trls_trainer(tmp_path, tokenizer, sharing, precompu
         trainer(tmp_path / "ours", tokenizer, ref_model=reference, train=data, prefix_sharing=sharing, **shared)
     )
 
-    class AlreadyTokenized(DPOTrainer):
-        def _prepare_dataset(self, dataset, *args, **kwargs):
-            return dataset
-
-    args = DPOConfig(
-        str(tmp_path / "trl"), per_device_train_batch_size=4, use_cpu=True, bf16=False, save_strategy="no",
-        logging_steps=1, learning_rate=1e-3, disable_tqdm=True, report_to="none", max_length=None,
-        gradient_checkpointing=False, **shared,
-    )  # fmt: skip
-    theirs = train_losses(
-        AlreadyTokenized(
-            tiny_model("gpt2"),
-            tiny_model("gpt2"),
-            args,
-            train_dataset=data.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
-            processing_class=tokenizer,
-        )
-    )
+    theirs = trl_losses(tmp_path / "trl", tokenizer, lambda: tiny_model("gpt2"), data, **shared)
     assert len(ours) == len(theirs) == 20
     assert abs(ours[0] - ours[-1]) > 0.05  # it does learn
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("kind", ["cohere", "granite", "gemma2", "granitemoe"])
+def test_models_that_scale_or_cap_their_logits_follow_trls_trainer(tmp_path, tokenizer, kind, sharing):
+    def new():
+        return with_large_weights(new_model(kind, **AFTER_THE_HEAD[kind])).float()
+
+    data, options = tokenized(8), {"train_sampling_strategy": "sequential", "num_train_epochs": 2}
+    if kind == "granitemoe":
+        options["router_aux_loss_coef"] = 0.0  # TRL looks for config.num_experts, which it does not have
+    ours = train_losses(trainer(tmp_path / "ours", tokenizer, new(), train=data, prefix_sharing=sharing, **options))
+    theirs = trl_losses(tmp_path / "trl", tokenizer, new, data, **options)
+    assert abs(ours[0] - ours[-1]) > 1e-3
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def new_mixture(**changes):
+    mixture = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.05}
+    return with_large_weights(new_model("mixtral", **mixture | changes)).float()
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("coefficient", [None, 0.3, 0.0])
+def test_the_router_loss_of_a_mixture_of_experts_is_trls(tmp_path, tokenizer, sharing, coefficient):
+    data = tokenized(8)
+    shared = {"train_sampling_strategy": "sequential", "num_train_epochs": 2, "router_aux_loss_coef": coefficient}
+    job = trainer(tmp_path / "ours", tokenizer, new_mixture(), train=data, prefix_sharing=sharing, **shared)
+    ours = train_losses(job)
+    theirs = trl_losses(tmp_path / "trl", tokenizer, new_mixture, data, **shared)
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    router = [entry["aux_loss"] for entry in job.state.log_history if "aux_loss" in entry]
+    used = 0.05 if coefficient is None else coefficient
+    assert ours[0] == pytest.approx(math.log(2) + used * (router[0] if used else 0), abs=1e-4)
+    assert len(router) == (4 if used else 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_router_loss_of_sft_is_trls(tmp_path, tokenizer, steps):
+    rows = sft_rows(tokenized(8), True)
+    shared = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": steps, "use_cpu": True, "bf16": False,
+        "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-3, "disable_tqdm": True, "max_length": 128,
+        "report_to": "none",
+    }  # fmt: skip
+    args = TextSFTConfig(
+        output_dir=str(tmp_path), train_sampling_strategy="random", select="last", eval_strategy="no", **shared
+    )
+    ours = TextSFTTrainer(
+        model=new_mixture(), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    theirs = SFTTrainer(
+        model=new_mixture(),
+        args=SFTConfig(output_dir=str(tmp_path / "trl"), gradient_checkpointing=False, **shared),
+        train_dataset=rows.remove_columns("length"),
+        processing_class=tokenizer,
+    )
+    assert train_losses(ours) == pytest.approx(train_losses(theirs), rel=1e-4)
+    router = [[entry["aux_loss"] for entry in job.state.log_history if "aux_loss" in entry] for job in (ours, theirs)]
+    assert router[0] == pytest.approx(router[1], rel=1e-4) and len(router[0]) == 4 // steps
+
+
+def test_a_router_loss_that_can_not_be_is_refused(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"^--router_aux_loss_coef 0\.1: GPT2LMHeadModel has no router logits"):
+        trainer(tmp_path, tokenizer, router_aux_loss_coef=0.1)
+
+
+def test_a_test_row_that_is_longer_than_those_of_training_is_checked_too(tmp_path, tokenizer):
+    """A window may be between the two."""
+
+    def pairs(length):
+        return Dataset.from_list([{**random_pair_of(length, length, length), "length": 3 * length}] * 4)
+
+    model = new_model("mistral", sliding_window=50).float()
+    job = trainer(tmp_path, tokenizer, model, train=pairs(12), evaluation=pairs(12))
+    for score in (job.score, job.add_reference):
+        with pytest.raises(UserError, match=r"in a row of 60.*--prefix_sharing false"):
+            score(pairs(20))
+    job.score(pairs(16))
 
 
 def test_the_metrics_of_a_step_by_hand(tmp_path, tokenizer):
@@ -234,7 +320,6 @@ ASKED = {
     "padding_free": True,
     "truncation_mode": "keep_end",
     "use_liger_kernel": True,
-    "router_aux_loss_coef": 0.1,
     "model_init_kwargs": {"dtype": "bfloat16"},
     "pad_token": "<pad>",
     "pad_to_multiple_of": 8,
@@ -274,7 +359,7 @@ def test_every_option_of_trls_loss_is_honoured_or_refused():
     honoured = {
         "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
         "discopop_tau", "disable_dropout", "max_length", "precompute_ref_log_probs", "precompute_ref_batch_size",
-        "activation_offloading", "trust_remote_code",
+        "activation_offloading", "trust_remote_code", "router_aux_loss_coef",
     }  # fmt: skip
     assert own <= honoured | set(REFUSED)
 
