@@ -212,7 +212,8 @@ def score_pairs(
 ) -> LogProbs:
     """(N,) log-probabilities of both responses under `model`, in the order of the pairs; longest batches first."""
     check_adapters(model, None, config.prefix_sharing)
-    add_response_head(base_model(model), max(pairs["length"][:]) if config.prefix_sharing else None)
+    longest = max(pairs["length"][:]) if config.prefix_sharing else None
+    add_response_head(base_model(model), longest, config.max_length)
     model.eval()
     collate = PairCollator(int(tokenizer.pad_token_id), config.prefix_sharing)
     order = np.argsort(np.asarray(pairs["length"][:]), kind="stable")[::-1].copy()

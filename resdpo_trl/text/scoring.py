@@ -59,7 +59,7 @@ def _sums(batch: dict[str, Tensor], logps: Tensor) -> tuple[Tensor, Tensor]:
     return sums[0::2], sums[1::2]
 
 
-def add_response_head(model: PreTrainedModel, longest_row: int | None = None) -> None:
+def add_response_head(model: PreTrainedModel, longest_row: int | None = None, max_length: int | None = None) -> None:
     """Teach `model(…, predicted_at=, predicted=)` to return (N,) log-probabilities of the predicted tokens.
 
     With `router_weights`, (R, T), it returns the load-balancing loss of its routers too; see
@@ -69,6 +69,7 @@ def add_response_head(model: PreTrainedModel, longest_row: int | None = None) ->
     Args:
         model: a causal language model, without its PEFT wrapper.
         longest_row: tokens of the longest shared row `[prompt | chosen | rejected]`; None without prefix sharing.
+        max_length: tokens of a prompt with one response, at most; `longest_row` by default.
 
     Raises:
         UserError: the numbers would be wrong this way (see `_scored_trial`), or wrong where the prompt is shared.
@@ -78,7 +79,7 @@ def add_response_head(model: PreTrainedModel, longest_row: int | None = None) ->
         trial = _scored_trial(model)
         _patch_forward(model, trial._response_head)  # type: ignore[arg-type]
     if longest_row is not None:
-        _check_prefix_sharing(model, longest_row, trial)
+        _check_prefix_sharing(model, longest_row, max_length, trial)
 
 
 def _patch_forward(model: PreTrainedModel, head: str) -> None:
@@ -360,11 +361,13 @@ def _scored_trial(model: PreTrainedModel) -> PreTrainedModel:
     raise UserError(f"{name} can't be scored ({reason}): use another model")
 
 
-def _check_prefix_sharing(model: PreTrainedModel, longest_row: int, trial: PreTrainedModel | None) -> None:
+def _check_prefix_sharing(
+    model: PreTrainedModel, longest_row: int, max_length: int | None, trial: PreTrainedModel | None
+) -> None:
     """Raise a UserError where a row `[prompt | chosen | rejected]` gives other numbers than two rows.
 
-    Decided by a trial model and a row of `longest_row` tokens. Local, sliding and chunked attention, ALiBi,
-    convolutions and recurrence show in it where the row is long enough for them to matter.
+    Decided by a trial model and a pair whose rows are as long as they may be either way. Local, sliding and chunked
+    attention, ALiBi, convolutions and recurrence show in it where the rows are long enough for them to matter.
     """
     name, fix = type(model).__name__, "pass --prefix_sharing false"
     attention = model.config._attn_implementation
@@ -379,7 +382,7 @@ def _check_prefix_sharing(model: PreTrainedModel, longest_row: int, trial: PreTr
         trial = _trial_model(model, attention)
         _patch_forward(trial, model._response_head)  # type: ignore[arg-type]
     tolerance = CHECK_TOLERANCE * (1 if trial.dtype == torch.float64 else 10)
-    pair = _trial_pair(trial, longest_row)
+    pair = _trial_pair(trial, longest_row, max_length)
     plain = _trial_logps(trial, pair, False)
     try:
         shared = _trial_logps(trial, pair, True)
@@ -458,17 +461,19 @@ def _cut_layers(model: PreTrainedModel) -> None:
         config.num_hidden_layers = needed
 
 
-def _trial_pair(model: PreTrainedModel, length: int) -> dict[str, list[int]]:
-    """A random pair whose shared row has `length` tokens: a third prompt, or less where the model has few positions."""
+def _trial_pair(model: PreTrainedModel, longest_row: int, max_length: int | None = None) -> dict[str, list[int]]:
+    """A random pair of long rows: `[prompt | chosen | rejected]` is no shorter than `longest_row`, and
+    `[prompt | chosen]` is as long as one of a pair may be (`max_length`, and within the model's positions).
+    """
     config, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
-    length = max(length, 12)
-    chosen = max(length // 3, length - (positions_of(model) or length))
-    tokens = torch.randint(config.vocab_size, (length,), generator=generator).tolist()
-    prompt = length - 2 * chosen + 1
+    row = max(longest_row, 12)
+    sequence = min(row, max_length or row, positions_of(model) or row)
+    chosen = min(max(row // 4, row - sequence + 1), sequence - 1)
+    tokens = torch.randint(config.vocab_size, (sequence + chosen - 1,), generator=generator).tolist()
     return {
-        "prompt_ids": tokens[:prompt],
-        "chosen_ids": tokens[prompt : prompt + chosen],
-        "rejected_ids": tokens[prompt + chosen :],
+        "prompt_ids": tokens[: sequence - chosen],
+        "chosen_ids": tokens[sequence - chosen : sequence],
+        "rejected_ids": tokens[sequence:],
     }
 
 

@@ -275,7 +275,8 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         self._longest_row = max(max(rows["length"][:]) for rows in (train_dataset, eval_dataset) if rows is not None)
         for each in (model, ref_model):
             if each is not None:
-                add_response_head(base_model(each), self._longest_row if args.prefix_sharing else None)
+                longest = self._longest_row if args.prefix_sharing else None
+                add_response_head(base_model(each), longest, args.max_length)
         check_adapters(model, peft_config, args.prefix_sharing)
         check_router_loss(base_model(model), args.router_aux_loss_coef)
         self._means = RunningMeans()  # of the steps since the last log
@@ -312,7 +313,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         between the two."""
         longest = max(dataset["length"][:])
         if self.args.prefix_sharing and longest > self._longest_row:
-            add_response_head(base_model(self.accelerator.unwrap_model(self.model)), longest)
+            add_response_head(base_model(self.accelerator.unwrap_model(self.model)), longest, self.args.max_length)
             self._longest_row = longest
 
     def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:

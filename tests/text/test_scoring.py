@@ -210,15 +210,31 @@ def test_a_window_matters_from_the_row_that_is_longer():
     model = with_large_weights(
         new_model("gpt_neo", window_size=256, max_position_embeddings=1024, initializer_range=0.1)
     )
-    add_response_head(model, longest_row=256)
+    add_response_head(model, longest_row=256, max_length=171)
     pair = random_pair_of(130, 130, 130)
     shared, separate = (torch.stack(pair_logps(model, PairCollator(0, way)([pair]))) for way in (True, False))
     assert (shared - separate).abs().max() > 0.01
     with pytest.raises(UserError, match=r"in a row of 390; local attention.*--prefix_sharing false"):
-        add_response_head(model, longest_row=390)
+        add_response_head(model, longest_row=390, max_length=260)
     short = random_pair_of(86, 85, 85)
     shared, separate = (torch.stack(pair_logps(model, PairCollator(0, way)([short]))) for way in (True, False))
     torch.testing.assert_close(shared, separate, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("prompt", "response"), [(58, 4), (22, 22)])
+def test_a_window_between_a_pairs_two_sequences_and_its_shared_row(prompt, response):
+    """Mistral's mask is replaced by the shared row's: right while prompt and response are within the window."""
+    model = with_large_weights(new_model("mistral", sliding_window=50))
+    pair = random_pair_of(prompt, response, response)
+    add_response_head(model)
+    shared, separate = (torch.stack(pair_logps(model, PairCollator(0, way)([pair]))) for way in (True, False))
+    if prompt + response > 50:
+        assert (shared - separate).abs().max() > 0.01
+        with pytest.raises(UserError, match="--prefix_sharing false"):
+            add_response_head(model, longest_row=66, max_length=62)
+    else:
+        torch.testing.assert_close(shared, separate, rtol=1e-6, atol=1e-6)
+        add_response_head(model, longest_row=66, max_length=44)
 
 
 def random_pair_of(*lengths):
