@@ -171,7 +171,7 @@ def test_the_router_loss_of_sft_is_trls(tmp_path, tokenizer, steps):
     shared = {
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": steps, "use_cpu": True, "bf16": False,
         "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-3, "disable_tqdm": True, "max_length": 128,
-        "report_to": "none",
+        "report_to": "none", "num_train_epochs": 1,
     }  # fmt: skip
     args = TextSFTConfig(
         output_dir=str(tmp_path), train_sampling_strategy="random", select="last", eval_strategy="no", **shared
