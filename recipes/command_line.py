@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -14,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +28,52 @@ LARGEST_PRESET = 64 * 2**10  # bytes
 DEEPEST_PRESET = 20  # PyYAML's time grows with the square of the depth, or worse
 # what PyYAML's constructors raise for "!!timestamp x", "!!bool x", "!!int ''" and 2001-99-99
 TAG_ERRORS = (AttributeError, KeyError, IndexError, ValueError)
+
+# what other tools call a field, or versions of transformers and TRL before these: the field here, and what differs
+ELSEWHERE = {
+    "adam8bit": ("optim", "adamw_bnb_8bit"),
+    "batch_size": ("per_device_train_batch_size", ""),
+    "cutoff_len": ("max_length", ""),
+    "data_path": ("dataset_name", ""),
+    "dataset": ("dataset_name", ""),
+    "dataset_path": ("dataset_name", ""),
+    "epochs": ("num_train_epochs", ""),
+    "eval_dataset": ("eval_dataset_name", ""),
+    "eval_file": ("eval_dataset_name", ""),
+    "evaluation_strategy": ("eval_strategy", ""),
+    "finetuning_type": ("use_peft", ""),
+    "grad_accum": ("gradient_accumulation_steps", ""),
+    "lora_rank": ("lora_r", ""),
+    "lr": ("learning_rate", ""),
+    "max_completion_length": ("max_response_length", ""),
+    "max_prompt_length": ("max_length", "which counts the prompt with one response"),
+    "max_seq_length": ("max_length", ""),
+    "model": ("model_name_or_path", ""),
+    "model_name": ("model_name_or_path", ""),
+    "no_cuda": ("use_cpu", ""),
+    "pref_beta": ("beta", ""),
+    "pref_loss": ("loss_type", ""),
+    "test_file": ("eval_dataset_name", ""),
+    "torch_dtype": ("dtype", ""),
+    "train_file": ("dataset_name", ""),
+    "val_size": ("validation_fraction", ""),
+    "validation_split": ("validation_fraction", ""),
+    "warmup_ratio": ("warmup_steps", "of which a number below 1 is a share of the steps"),
+}
+
+# what --help shows of the options that a recipe has, the most important first; --help_all shows every one
+SHOWN = (
+    "run", "runs", "models", "model", "reference", "dataset_name", "eval_dataset_name", "columns", "prompts", "prompt",
+    "model_name_or_path", "arch", "pretrained_weights", "output_dir", "output", "betas", "learning_rates", "seeds",
+    "beta", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length", "image_size",
+    "sft_epochs", "sft_learning_rate", "sft_checkpoint", "reference_epochs", "reference_learning_rate",
+    "reference_model", "reward_model", "loss_type", "reference_update", "rejected_sampling", "compare_modes",
+    "compare_cross_entropy", "prefer", "use_peft", "dialogue_format", "max_train_samples",
+    "max_test_samples", "select", "gradient_checkpointing", "num_samples", "max_new_tokens", "do_sample",
+    "temperature", "judge", "judge_url", "best_of_n", "test_time_views", "jobs", "seed", "report_to",
+    "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub", "hub_model_id",
+    "verbose", "help_all",
+)  # fmt: skip
 
 # loggers of libraries whose warnings are advice that a run needs not follow
 ADVICE = (
@@ -61,8 +109,21 @@ if not VERBOSE:
     disable_progress_bar()  # of "Loading weights" and "Writing model shards"
 
 
-class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every flag with its default, under the recipe's docstring as it stands."""
+class RecipeHelp(argparse.RawDescriptionHelpFormatter):
+    """Every option once, with the value that it has where it is not given, under the recipe's docstring as it is."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        metavar = "" if action.nargs == 0 else self._format_args(action, "X")
+        return f"{action.option_strings[0]} {metavar}".rstrip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        value = action.default
+        if value in (None, [], argparse.SUPPRESS) or action.dest in ("help", "help_all"):
+            return action.help or ""
+        shown = " ".join(map(str, value)) if isinstance(value, list) else getattr(value, "value", value)
+        return f"{action.help or ''} [{str(shown).replace('%', '%%')}]"
 
 
 class RecipeParser(TrlParser):
@@ -81,6 +142,38 @@ class RecipeParser(TrlParser):
         self.add_argument(
             "--verbose", action="store_true", help="show the libraries' progress bars, advice and warnings too"
         )
+        if dataclass_types:
+            self.add_argument("--help_all", action="store_true", help="show every option")
+
+    def _show_help(self, words: list[str], everything: bool) -> None:
+        """Print the options with the values that a run of these words would use."""
+        values: dict[str, Any] = {}
+        with contextlib.suppress(UserError):  # what the recipe cannot do without is not given
+            values |= vars(self.parse_known_args(words)[0])
+        for kind in self.dataclass_types:  # some values follow from others, or from the hardware
+            of_it = {each.name: values[each.name] for each in fields(kind) if each.init and each.name in values}
+            with contextlib.suppress(UserError):
+                values |= vars(kind(**of_it))
+        for action in self._actions:
+            action.default = values.get(action.dest, action.default)
+        rank = {name: place for place, name in enumerate(SHOWN)}
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        if everything:
+            groups = [(group.title, group.description, group._group_actions) for group in self._action_groups]
+        else:
+            of_a_sweep = ("beta", "learning_rate", "seed") if "betas" in values else ()  # each point's own
+            shown = [action for action in self._actions if action.dest in rank and action.dest not in of_a_sweep]
+            groups = [("options [what a run uses where they are not given]", None, shown)]
+        for title, text, actions in groups:
+            # HfArgumentParser adds --no_x for a switch x that is on
+            once = [action for action in actions if not (action.option_strings or [""])[0].startswith("--no_")]
+            formatter.start_section(title)
+            formatter.add_text(text)
+            formatter.add_arguments(sorted(once, key=lambda action: rank.get(action.dest, len(rank))))
+            formatter.end_section()
+        print(formatter.format_help(), end="")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -102,10 +195,8 @@ class RecipeParser(TrlParser):
                 has that name there is the other stage's.
         """
         flags = list(sys.argv[1:] if given is None else given)
-        if "-h" in flags or "--help" in flags:
-            self.print_help()
-            raise SystemExit(0)
-        flags, preset = _take_config(flags)
+        helps = [word for word in flags if word in ("-h", "--help", "--help_all")]
+        flags, preset = _take_config([word for word in flags if word not in helps])
         named = {flag.partition("=")[0].replace("-", "_") for flag in flags}
         if preset is None and default_preset is not None and "__model_name_or_path" not in named:
             preset = PRESETS / default_preset
@@ -114,6 +205,9 @@ class RecipeParser(TrlParser):
         if ours and "__dataset_name" in named:
             without += OF_ITS_DATA
         defaults = self._flags_of(preset, without, renamed) if preset is not None else []
+        if helps:
+            self._show_help(defaults + flags, everything="--help_all" in helps)
+            raise SystemExit(0)
         self._check(defaults, f"{preset}: ")
         self._check(flags, "")
         try:
@@ -138,7 +232,11 @@ class RecipeParser(TrlParser):
                 option.lstrip("-") for option in self._option_string_actions if "_" in option or "-" not in option[2:]
             ]
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else "; --help lists them"
+            here, what = ELSEWHERE.get(name, ("", ""))
+            if here in known:
+                hint = f"; here it is --{here} {what}".rstrip()
+            else:
+                hint = f"; did you mean {near[0]}?" if near else "; --help_all lists them"
             raise UserError(f"{place}unknown field {name}{hint}" if place else f"unknown flag --{name}{hint}")
 
     def _flags_of(self, preset: Path, without: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
@@ -170,7 +268,7 @@ class RecipeParser(TrlParser):
         for name, value in content.items():
             if name in without or name in replaced:
                 continue
-            if name in ("help", "verbose"):  # flags, but no fields
+            if name in ("help", "help_all", "verbose"):  # flags, but no fields
                 raise UserError(f"--config {preset}: unknown field {name}")
             if value is None:
                 raise UserError(f"--config {preset}: field {name} has no value; leave the field out")

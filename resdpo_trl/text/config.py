@@ -96,6 +96,14 @@ class SamplesConfig:
 class TextModelConfig(ModelConfig):
     _argument_group_name = "model"
 
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Any causal language model: a Hub id, a folder, a .gguf file, or smollm2 (the default), which "
+            "needs no network."
+        },
+    )
+
 
 @dataclass
 class SFTStageConfig:

@@ -22,7 +22,7 @@ from resdpo_trl.files import step_of
 from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
-from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, source_name
 from resdpo_trl.text.config import (
     SamplesConfig,
     SFTStageConfig,
@@ -90,7 +90,9 @@ class TextRun(Job):
         model = self.base or f"the reference {self.sft.sft_checkpoint}"
         if model == SMOLLM2:
             model = SMOLLM2_ID.partition("/")[2]
-        source = self.data.dataset_name + (f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else "")
+        source = source_name(self.data.dataset_name) + (
+            f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else ""
+        )
         if source == QUICKSTART:
             source = "people's chit-chat (no network needed)"
         last = {TextDPOConfig: "SFT and DPO", TextRewardConfig: "SFT and a reward model", TextSFTConfig: "SFT"}
@@ -443,7 +445,8 @@ def describe_data(counts: dict[str, Any]) -> str:
     )
     repaired = f"; {counts['roles_repaired']} with roles repaired for the template" if counts["roles_repaired"] else ""
     cap = {name: sum(split[name] for split in counts["cap"].values()) for name in counts["cap"]["train"]}
-    return (
+    layout = f"layout: {'; '.join(counts['layouts'])}\n" if counts["layouts"] else ""
+    return layout + (
         f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test{left_out}; "
         f"dropped: {dropped}{repaired}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
         f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "

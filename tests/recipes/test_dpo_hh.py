@@ -455,15 +455,6 @@ def test_control_characters_of_a_file_name_do_not_reach_the_terminal(recipe, tmp
     assert "red.jsonl: no such file" in said and "\x1b" not in said
 
 
-@pytest.mark.parametrize("name", ["dpo_hh.py", "sft_hh.py"])
-def test_help_is_grouped_and_opens_with_a_command(recipe, name):
-    status, out, _ = recipe(name, "--help")
-    assert status == 0
-    for group in ("data:", "model:", "run:"):
-        assert group in out
-    assert "accelerate launch recipes/" in out
-
-
 @pytest.mark.parametrize(
     "preset", sorted((ROOT / "recipes" / "configs" / "hh").glob("*.yaml")), ids=lambda path: path.stem
 )
