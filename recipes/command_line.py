@@ -233,7 +233,7 @@ class RecipeParser(TrlParser):
             ]
             near = difflib.get_close_matches(name, known, 1)
             here, what = ELSEWHERE.get(name, ("", ""))
-            if here in known:
+            if here in known and not difflib.get_close_matches(name, known, 1, 0.9):
                 hint = f"; here it is --{here} {what}".rstrip()
             else:
                 hint = f"; did you mean {near[0]}?" if near else "; --help_all lists them"

@@ -157,7 +157,7 @@ class Job:
                 replace_folder(aside, folder)
         PartialState().wait_for_everyone()
 
-    def end(self, table: Callable[[dict[str, Any], Path], str], write_card: Callable[[], None]) -> None:
+    def end(self, table: Callable[[dict[str, Any]], str], write_card: Callable[[], None]) -> None:
         """run.json's end, the report, the model card with its plots, the table, and the Hub if asked."""
         name = "seconds_since_resume" if self.run.earlier else "total_seconds"  # nobody knows when a kill came
         throughput = self.run.summary.get("throughput", {}) | {name: time.perf_counter() - self.started}
@@ -167,7 +167,8 @@ class Job:
             write_report([self.run.path])
             write_card()
         self.run.record(complete=True)  # from here on there is nothing to resume
-        self.say(table(self.run.summary, self.run.path))
+        self.say(table(self.run.summary))
+        self.say(f"open {self.run.path / 'report.html'}")
         if self.hub is not None and self.run.main_process:
             self.hub.push_model(self.run.trained)
 

@@ -382,7 +382,7 @@ def describe(rows: Sequence[dict[str, Any]], output_dir: Path, seconds: float) -
     ]
     if (output_dir / "frontier.csv").exists():
         lines.append(f"  {output_dir / 'frontier.csv'}")
-    return "\n".join([*lines, f"  {output_dir / 'report.html'}", ""])
+    return "\n".join([*lines, "", f"open {output_dir / 'report.html'}"])
 
 
 def _gpus() -> list[str]:

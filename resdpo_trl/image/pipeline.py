@@ -374,7 +374,7 @@ def _speed(seconds: float, images: int) -> dict[str, float]:
     return {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
 
 
-def describe_results(summary: dict[str, Any], path: Path) -> str:
+def describe_results(summary: dict[str, Any]) -> str:
     """The table at the end of a run."""
     data = summary["data"]
     rows = [("images", f"{data['train']} train, {data['validation']} validation, {data['test']} test")]
@@ -397,7 +397,6 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
             *describe_epochs(summary["dpo"]),
         ]
     rows.append(describe_seconds(summary["throughput"]))
-    rows.append(("files", str(path)))
     return as_table(rows) + ("\n" + describe_comparison(summary) if "dpo" in summary else "")
 
 

@@ -553,7 +553,7 @@ def describe(summary: dict[str, Any], path: Path) -> str:
     for name, found in summary.get("judges", {}).items():
         for reason, count in found["no_verdict_because"].items():
             lines.append(f"  no verdict by {name}, {count} times: {reason}")
-    return "\n".join([*lines, "", f"  files: {path}", ""])
+    return "\n".join([*lines, "", f"open {path / 'report.html'}"])
 
 
 def _files(path: str) -> list[tuple[str, int, int]]:

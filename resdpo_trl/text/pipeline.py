@@ -465,7 +465,7 @@ def describe_format(dialogue_format: str, tokenizer: PreTrainedTokenizerBase, pa
     return "\n".join(lines)
 
 
-def describe_results(summary: dict[str, Any], path: Path) -> str:
+def describe_results(summary: dict[str, Any]) -> str:
     """The table at the end of a run."""
     data, sft, rows = summary["data"], summary.get("sft", {}), []
     rows.append(("pairs", f"{data['train']} train, {data['validation']} validation, {data['test']} test"))
@@ -505,5 +505,4 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
             ("pairs per second", f"{summary['throughput']['reward_pairs_per_second']:.1f}"),
         ]
     rows.append(describe_seconds(summary["throughput"]))
-    rows.append(("files", str(path)))
     return as_table(rows)

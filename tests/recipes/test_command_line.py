@@ -12,6 +12,7 @@ TRAINING = ("dpo_hh.py", "dpo_cifar.py")
 
 def options_of(text):
     """flag -> its help on one line, of what --help prints."""
+    text = text[text.index("\noptions") :]  # after the recipe's docstring, which has flags of its own
     found = re.split(r"^  (?=--\w)", text, flags=re.MULTILINE)[1:]
     lines = [" ".join(each.split()) for each in found]
     flags = [line.split()[0] for line in lines]
