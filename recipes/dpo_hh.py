@@ -10,8 +10,9 @@ accelerate launch recipes/dpo_hh.py --dataset_name pairs.jsonl
 accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/smollm2.yaml
 accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/gpt2.yaml
 
-# LoRA on any causal language model
-accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --use_peft
+# LoRA on any causal language model; --merge_adapter keeps a full model in place of the adapter
+accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --use_peft \\
+  --merge_adapter
 """
 
 from command_line import RecipeParser, run
@@ -36,6 +37,7 @@ def main() -> None:
     pairs = job.prepare_pairs()
     job.make_reference(pairs)
     job.make_policy(pairs)
+    job.merge_adapter()
     job.write_samples(pairs)
     job.finish()
 

@@ -38,6 +38,7 @@ def main() -> None:
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)
+    job.merge_adapter()
     job.write_samples(pairs)
     job.finish()
 

@@ -80,6 +80,7 @@ class RunFolder:
         self.reward_model = self.path / "reward_model"
         self.summary: dict[str, Any] = {}
         self.earlier: dict[str, Any] = {}  # run.json of the run that is resumed
+        self._run: dict[str, Any] = {}  # run.json as it is
         self._replaced: list[Path] = []  # files and folders of the run that is overwritten, which `start` deletes
 
     @property
@@ -108,7 +109,7 @@ class RunFolder:
         if resume and (self.path / "summary.json").exists():
             self.summary = self._read("summary.json")
         if resume and (self.path / "run.json").exists():
-            self.earlier = self._read("run.json")
+            self.earlier = self._run = self._read("run.json")
         _barrier()  # every process has looked before the main one writes
         if not self.main_process:
             return

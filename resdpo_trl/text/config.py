@@ -141,6 +141,10 @@ class ShortDialogues(OneMachine):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Not supported: batches are padded to their longest row."}
     )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Add a trained LoRA adapter to its base model, and keep that full model instead of it."},
+    )
 
     def __post_init__(self) -> None:
         if self.max_length is None or self.max_length < SHORTEST:

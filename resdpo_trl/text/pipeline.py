@@ -18,10 +18,12 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.card import write_text_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import step_of
+from resdpo_trl.files import ASIDE, replace_folder, step_of
+from resdpo_trl.hub import check_public_base
 from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
+from resdpo_trl.run import RunFolder
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID
 from resdpo_trl.text.config import (
     SamplesConfig,
@@ -34,7 +36,15 @@ from resdpo_trl.text.config import (
 )
 from resdpo_trl.text.data import QUICKSTART, SPLITS, DataConfig, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
-from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer
+from resdpo_trl.text.model import (
+    base_model,
+    check_fits,
+    check_same_tokenizer,
+    full_model,
+    load_model,
+    load_tokenizer,
+    merged_model,
+)
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows, save_reward_model, untrained_reward_model
 from resdpo_trl.text.tokens import cap_counts, sft_rows, tokenize
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
@@ -84,6 +94,14 @@ class TextRun(Job):
             raise UserError(
                 "--reference_update moves a full reference model, which --use_peft does not keep: drop either"
             )
+        trains_adapter = self.model.use_peft or any(
+            (Path(name) / "adapter_config.json").is_file() for name, _ in self._sources()[:1]
+        )
+        if self.training.merge_adapter and not trains_adapter:
+            raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or drop the flag")
+        merges = self.training.merge_adapter or isinstance(self.training, TextRewardConfig)  # which always is
+        if self.training.push_to_hub and trains_adapter and not merges:
+            check_public_base(full_model(*self._sources()[0]))
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
@@ -175,11 +193,11 @@ class TextRun(Job):
             train_dataset=as_rows(pairs["train"]),
             eval_dataset=held_out,
             processing_class=self.tokenizer,
-            peft_config=get_peft_config(self.model),
+            peft_config=None if hasattr(model, "peft_config") else self._new_adapter(),
         )
         del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
-        if not isinstance(self.training, TextDPOConfig):
+        if not isinstance(self.training, TextDPOConfig) and not self.training.merge_adapter:
             self.push_saves(trainer, "text-generation")
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -204,8 +222,7 @@ class TextRun(Job):
         """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
-        stops = stop_tokens(self.tokenizer)
-        base_model(model).generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        end_answers(model, self.tokenizer)
 
     def _sft_loss(self, trainer: TextSFTTrainer) -> float:
         """Validation loss of the weights that are kept."""
@@ -241,6 +258,8 @@ class TextRun(Job):
         reference = str(self.run.reference)
         model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
+        if adapter_on_full:  # reference/ is a copy; the adapter names what was copied, so that it loads anywhere
+            model.name_or_path = full_model(*self._sources()[0])
         args = self._arguments("dpo", self.training)
         sharded = is_sharded()
         if sharded and self.model.use_peft:
@@ -255,8 +274,22 @@ class TextRun(Job):
             train_dataset=pairs["train"],
             eval_dataset=pairs["validation"],
             processing_class=self.tokenizer,
-            peft_config=get_peft_config(self.model) if adapter_on_full else None,
+            peft_config=self._new_adapter() if adapter_on_full else None,
         )
+
+    def _new_adapter(self) -> Any:
+        """The configuration of a new adapter, or None; with the base's revision, which PEFT loads again."""
+        config = get_peft_config(self.model)
+        if config is not None and not Path(self._sources()[0][0]).is_dir() and self.model.model_revision != "main":
+            config.revision = self.model.model_revision
+        return config
+
+    def merge_adapter(self) -> None:
+        """With --merge_adapter: the trained model's folder becomes a full model."""
+        folder = self.run.policy if isinstance(self.training, TextDPOConfig) else self.run.reference
+        if self.training.merge_adapter and (folder / "adapter_config.json").is_file():
+            save = partial(save_merged, folder, self.model, self.training.trust_remote_code, self.tokenizer)
+            self.publish(folder, save if self.run.main_process else silent, self.tokenizer)
 
     def make_policy(self, pairs: dict[str, Dataset]) -> None:
         """DPO from the reference, into policy/; then the test, once."""
@@ -266,7 +299,8 @@ class TextRun(Job):
         trainer = self._dpo_trainer(pairs)
         args = trainer.args
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
-        self.push_saves(trainer, "text-generation")
+        if not self.training.merge_adapter:  # a checkpoint holds the adapter alone
+            self.push_saves(trainer, "text-generation")
         test = pairs["test"]
         if args.precompute_ref_log_probs:
             test = trainer.add_reference(test)
@@ -426,6 +460,38 @@ class TextRun(Job):
         """The end of the run, with the model card."""
         base = str(self.base or self.sft.sft_checkpoint)
         self.end(describe_results, partial(write_text_card, self.run, self.run.trained, base))
+
+
+def end_answers(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let what is saved of a model end its answers where they end here."""
+    stops = stop_tokens(tokenizer)
+    base_model(model).generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+
+
+def save_merged(
+    adapter: Path, model: TextModelConfig, trust_remote_code: bool, tokenizer: PreTrainedTokenizerBase, folder: str
+) -> None:
+    """Write the full model of an adapter's folder into `folder`."""
+    merged = merged_model(str(adapter), model, trust_remote_code)
+    end_answers(merged, tokenizer)
+    merged.save_pretrained(folder)
+
+
+def merge_run(path: Path) -> None:
+    """The adapter of a finished run becomes a full model, with its card; a run that has a full model stays as it is."""
+    run = RunFolder(path)
+    run.open(resume=True)
+    folder, config = run.trained, run.config
+    if not (folder / "adapter_config.json").is_file():
+        return
+    model, stage = TextModelConfig(**config["model"]), config.get("sft_stage", {})
+    trust_remote_code = config["training"]["trust_remote_code"]
+    tokenizer = load_tokenizer(str(folder), model, trust_remote_code, str(folder))
+    aside = folder.with_name(folder.name + ASIDE)
+    save_merged(folder, model, trust_remote_code, tokenizer, str(aside))
+    tokenizer.save_pretrained(str(aside))
+    replace_folder(aside, folder)
+    write_text_card(run, folder, model.model_name_or_path or stage.get("sft_checkpoint") or SMOLLM2)
 
 
 def _rows_trained(trainer: Any, checkpoint: str | None) -> float:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import save_model, train_tokenizer, write_pairs
 from tests.recipes.conftest import ROOT, not_ended, rows_of
@@ -257,8 +258,8 @@ def test_sft_keeps_what_was_asked_for_and_answers_within_the_models_positions(re
     assert "sft_stage" not in json.loads((tmp_path / "s" / "run.json").read_text())["config"]
 
 
-@pytest.mark.parametrize("quantized", [[], ["--load_in_4bit"], ["--load_in_8bit"]], ids=["lora", "4bit", "8bit"])
-def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, llama_folder, quantized):
+@pytest.mark.parametrize("quantized", [["--load_in_4bit", "--merge_adapter"], ["--load_in_8bit"]], ids=["4bit", "8bit"])
+def test_quantized_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, llama_folder, quantized):
     from transformers import AutoModelForCausalLM
 
     arguments = [
@@ -268,10 +269,12 @@ def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, llama_folder
     ]  # fmt: skip
     status, _, said = recipe("dpo_hh.py", *arguments, *quantized)
     assert status == 0, said
-    assert (tmp_path / "d" / "policy" / "adapter_config.json").is_file()
+    assert (tmp_path / "d" / "policy" / "adapter_config.json").is_file() == ("--merge_adapter" not in quantized)
     test = json.loads((tmp_path / "d" / "summary.json").read_text())["dpo"]["test"]
     assert test["rewards/margins"] != 0
-    AutoModelForCausalLM.from_pretrained(tmp_path / "d" / "policy")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "d" / "policy")
+    if "--merge_adapter" in quantized:  # dequantized
+        assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
 
 
 def test_eight_bit_adam_trains(recipe, tmp_path, pairs_file, llama_folder):
