@@ -21,6 +21,7 @@ from resdpo_trl.errors import NothingToDo, UserError, printable
 from resdpo_trl.files import ASIDE, replace_folder, step_of, torn
 from resdpo_trl.hub import Hub
 from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
+from resdpo_trl.provenance import write_facts
 from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, trim_heap, use_the_cores
 
@@ -139,8 +140,9 @@ class Job:
         PartialState().wait_for_everyone()
         return str(found) if found else None
 
-    def publish(self, folder: Path, save: Callable[[str], Any], processor: Any) -> None:
-        """Save a model and its tokenizer or image processor whole or not at all: aside, then renamed."""
+    def publish(self, folder: Path, save: Callable[[str], Any], processor: Any, facts: dict[str, Any]) -> None:
+        """Save a model, its tokenizer or image processor and the facts of its training whole or not at all: aside, then
+        renamed."""
         aside = folder.with_name(folder.name + ASIDE)
         if self.run.main_process and aside.exists():
             shutil.rmtree(aside)
@@ -151,6 +153,7 @@ class Job:
             PartialState().wait_for_everyone()
             if self.run.main_process:
                 processor.save_pretrained(str(aside))
+                write_facts(aside, facts)
                 (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
                 if (aside / "ref").is_dir():
                     shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps beside the policy's

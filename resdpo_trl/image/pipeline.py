@@ -45,6 +45,7 @@ from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epo
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
 from resdpo_trl.processes import is_sharded
+from resdpo_trl.provenance import read_facts, seen_by, training_facts
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
 
@@ -165,6 +166,12 @@ class ImageRun(Job):
             some = images["train"].pixels[:FITTED_ON].float().div_(255).sub_(mean).div_(std)
         return build_classifier(config, self.training.seed, some, weights)
 
+    def _facts(self, args: Any, images: LabelledImages) -> dict[str, Any]:
+        seen = {*images["train"].digests(), *images["validation"].digests()}
+        if self.run.reference.is_dir():
+            seen |= seen_by(read_facts(str(self.run.reference), None, "reference"))
+        return training_facts(args, seen)
+
     # --- cross-entropy -------------------------------------------------------------------------------------------
 
     def train_cross_entropy(self, images: LabelledImages) -> None:
@@ -181,7 +188,8 @@ class ImageRun(Job):
         if self.stage.reference_model:
             model = load_classifier(self.stage.reference_model, "--reference_model")
             save = model.save_pretrained if self.run.main_process else silent
-            self.publish(self.run.reference, save, self.processor)
+            facts = read_facts(self.stage.reference_model, None, "--reference_model")
+            self.publish(self.run.reference, save, self.processor, facts)
             self.run.summarize(reference={"given": self.stage.reference_model})
             return
         args = reference_stage(self.training, self.stage)
@@ -204,7 +212,7 @@ class ImageRun(Job):
         if self.stage is None:
             self.push_saves(trainer, "image-classification")
         seconds, trained = self._train(trainer, stage)
-        self.publish(folder, trainer.save_model, self.processor)
+        self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         summary: dict[str, Any] = {
             "steps": trainer.state.global_step, **epochs(trainer), **_speed(seconds, trained),
         }  # fmt: skip
@@ -281,7 +289,7 @@ class ImageRun(Job):
         if stage == "dpo":
             self.push_saves(trainer, "image-classification")
         seconds, trained = self._train(trainer, stage)
-        self.publish(folder, trainer.save_model, self.processor)
+        self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
             first = load_classifier(name, "reference").state_dict()
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first)

@@ -145,20 +145,25 @@ class Preferences:
             )
 
 
-def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Preferences:
+def load_preferences(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None, held_out: bool = False
+) -> Preferences:
     """Load, parse and split preference pairs.
 
     Args:
         config: what to load.
         tokenizer: its chat template renders the pairs where the format is `chat`; None means `plain`. Where
             --dialogue_format plain asks for it, its template is removed, so that what is saved with it says so.
+        held_out: only a test split is wanted: the data's own, or all of a data set that has one split.
 
     Raises:
         UserError: a missing file, a malformed row, missing columns, splits of unknown names, no usable pair, a chat
             template that is missing or refuses a row.
     """
     template = _template(config, tokenizer)
-    sources = _by_split(_load(config), config.dataset_name)
+    raw = _load(config)
+    tests = [name for name in raw if len(raw) == 1 or name in SPLIT_NAMES["test"]] if held_out else []
+    sources = {"test": raw[tests[0]]} if tests else _by_split(raw, config.dataset_name)
     parsed: dict[str, Dataset] = {}
     counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
     statuses: Counter[str] = Counter()
@@ -182,9 +187,13 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
             f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows ({reasons or 'no rows'}); "
             "two different responses to one prompt are needed"
         )
-    splits, counts["left_out"] = _split(parsed, config)
+    if tests:
+        place = _spread(np.asarray(parsed["test"]["group"][:]))[: config.max_test_samples]
+        splits, counts["left_out"] = {"test": parsed["test"].select(np.sort(place))}, 0
+    else:
+        splits, counts["left_out"] = _split(parsed, config)
     counts.update({name: len(rows) for name, rows in splits.items()})
-    for name in SPLITS:
+    for name in splits:
         if counts[name] == 0:
             raise UserError(
                 f"--dataset_name {config.dataset_name}: no usable pair in its split {name}; mend that split, or drop "
@@ -454,6 +463,7 @@ def _parse(
         "shown": Value("string"),
         "group": Value("string"),
         "whole": Value("string"),
+        "pair": Value("string"),
         "status": Value("string"),
     }
     rows = rows.select_columns([name for name in (*COLUMNS, "group") if name in rows.column_names])
@@ -486,7 +496,7 @@ def _parse_batch(
     out: dict[str, list[Any]] = {
         name: []
         for name in (
-            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "status",
+            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "pair", "status",
         )
     }  # fmt: skip
     size = len(batch["chosen"])
@@ -516,6 +526,7 @@ def _parse_batch(
         out["shown"].append(pair.shown)
         out["group"].append(_digest(group) if group else pair.group)
         out["whole"].append(pair.whole)
+        out["pair"].append(pair.pair)
         out["status"].append(pair.status)
     return out
 
@@ -534,6 +545,7 @@ class _Pair:
     shown: str = ""
     group: str = ""
     whole: str = ""
+    pair: str = ""
     status: str = "kept"
 
 
@@ -555,6 +567,7 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
     early = kind == "dialogue" and (MARKER in chosen or MARKER in rejected)
     return _Pair(
         prompt, chosen, rejected, starts, shown=prompt, group=_digest(_opening(prompt, starts)), whole=_digest(prompt),
+        pair=_digest(json.dumps([prompt, *sorted([chosen.strip(), rejected.strip()])])),
         status="parted_early" if early else "kept",
     )  # fmt: skip
 
@@ -568,8 +581,9 @@ def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Me
     messages, good, bad = _parted(prompt, chosen, rejected)
     if not messages or not good or not bad:
         return "empty"
-    opening, whole = (_digest(json.dumps(part, default=str)) for part in (messages[:1], messages))
-    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole)
+    told = [json.dumps(part, default=str) for part in (messages[:1], messages, good, bad)]
+    opening, whole, pair = map(_digest, (told[0], told[1], "\n".join([told[1], *sorted(told[2:])])))
+    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole, pair=pair)
 
 
 def _render(pair: _Pair, template: Any) -> _Pair:

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.provenance import read_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, check_model_folder, first_line
 from resdpo_trl.text.attention import CPU_ATTENTION
 from resdpo_trl.text.config import TextModelConfig
@@ -60,12 +61,14 @@ def full_model(name: str, flag: str) -> str:
     """What an adapter names as its base: the Hub id, or the absolute path, of the full model that `name` loads.
 
     Args:
-        name: as in `load_model`; of an adapter's folder the base that it names counts.
+        name: as in `load_model`; of an adapter's folder the base that it names counts, of a run's copy what was copied.
     """
     name = local_model(name, flag)
     adapter = Path(name) / "adapter_config.json"
     if adapter.is_file():
         name = str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    elif os.path.isdir(name):
+        name = str(read_facts(name, None, flag).get("copy_of", name))
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 

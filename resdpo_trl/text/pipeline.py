@@ -23,6 +23,7 @@ from resdpo_trl.hub import check_public_base
 from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
+from resdpo_trl.provenance import read_facts, seen_by, training_facts, write_facts
 from resdpo_trl.run import RunFolder
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID
 from resdpo_trl.text.config import (
@@ -43,6 +44,7 @@ from resdpo_trl.text.model import (
     full_model,
     load_model,
     load_tokenizer,
+    local_model,
     merged_model,
 )
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows, save_reward_model, untrained_reward_model
@@ -148,6 +150,13 @@ class TextRun(Job):
         self.say(describe_format(counts["dialogue_format"], self.tokenizer, pairs["train"][0]))
         return pairs
 
+    def _facts(self, args: Any) -> dict[str, Any]:
+        seen = {*self.texts["train"]["pair"][:], *self.texts["validation"]["pair"][:]}
+        if self.run.reference.is_dir():
+            seen |= seen_by(read_facts(str(self.run.reference), None, "reference"))
+        cap = {"max_length": args.max_length, "max_response_length": self.data.max_response_length}
+        return training_facts(args, seen, **cap)
+
     def _sources(self) -> list[tuple[str, str]]:
         """(name, flag) of every place a tokenizer comes from; the first one's is used."""
         found = []
@@ -175,7 +184,10 @@ class TextRun(Job):
             model = load_model(name, self.model, self.training.trust_remote_code, flag)
             self._prepare(model)
             save = model.save_pretrained if self.run.main_process else silent
-            self.publish(self.run.reference, save, self.tokenizer)
+            facts = read_facts(local_model(name, flag), None, flag)
+            if not hasattr(model, "peft_config"):
+                facts |= {"copy_of": full_model(name, flag)}
+            self.publish(self.run.reference, save, self.tokenizer, facts)
             self.run.summarize(sft={"skipped": name})
             return
         model = self._base_model()
@@ -203,7 +215,7 @@ class TextRun(Job):
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
         before, after = self.run.logged("sft", "validation", 0), self._sft_loss(trainer)
-        self.publish(self.run.reference, trainer.save_model, self.tokenizer)
+        self.publish(self.run.reference, trainer.save_model, self.tokenizer, self._facts(args))
         self.run.summarize(
             sft={
                 "train": {"loss": trainer.mean_training_loss},
@@ -258,8 +270,6 @@ class TextRun(Job):
         reference = str(self.run.reference)
         model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
-        if adapter_on_full:  # reference/ is a copy; the adapter names what was copied, so that it loads anywhere
-            model.name_or_path = full_model(*self._sources()[0])
         args = self._arguments("dpo", self.training)
         sharded = is_sharded()
         if sharded and self.model.use_peft:
@@ -280,7 +290,7 @@ class TextRun(Job):
     def _new_adapter(self) -> Any:
         """The configuration of a new adapter, or None; with the base's revision, which PEFT loads again."""
         config = get_peft_config(self.model)
-        if config is not None and not Path(self._sources()[0][0]).is_dir() and self.model.model_revision != "main":
+        if config is not None and not Path(full_model(*self._sources()[0])).is_dir():
             config.revision = self.model.model_revision
         return config
 
@@ -289,7 +299,7 @@ class TextRun(Job):
         folder = self.run.policy if isinstance(self.training, TextDPOConfig) else self.run.reference
         if self.training.merge_adapter and (folder / "adapter_config.json").is_file():
             save = partial(save_merged, folder, self.model, self.training.trust_remote_code, self.tokenizer)
-            self.publish(folder, save if self.run.main_process else silent, self.tokenizer)
+            self.publish(folder, save if self.run.main_process else silent, self.tokenizer, self._facts(self.training))
 
     def make_policy(self, pairs: dict[str, Dataset]) -> None:
         """DPO from the reference, into policy/; then the test, once."""
@@ -310,7 +320,7 @@ class TextRun(Job):
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started - trainer.evaluation_seconds
         loss = trainer.preference_loss
-        self.publish(self.run.policy, trainer.save_model, self.tokenizer)
+        self.publish(self.run.policy, trainer.save_model, self.tokenizer, self._facts(args))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
             first_reference = load_model(
                 str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
@@ -370,7 +380,7 @@ class TextRun(Job):
         checkpoint = self.checkpoint("reward")
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started - trainer.evaluation_seconds
-        self.publish(self.run.reward_model, partial(save_reward_model, trainer), self.tokenizer)
+        self.publish(self.run.reward_model, partial(save_reward_model, trainer), self.tokenizer, self._facts(args))
         per_pair = {split: trainer.pair_figures(rows[split], split) for split in ("validation", "test")}
         figures = {split: with_intervals(found) for split, found in per_pair.items()}
         step, epoch = trainer.state.global_step, trainer.state.epoch
@@ -490,6 +500,7 @@ def merge_run(path: Path) -> None:
     aside = folder.with_name(folder.name + ASIDE)
     save_merged(folder, model, trust_remote_code, tokenizer, str(aside))
     tokenizer.save_pretrained(str(aside))
+    write_facts(aside, read_facts(str(folder), None, str(folder)))
     replace_folder(aside, folder)
     write_text_card(run, folder, model.model_name_or_path or stage.get("sft_checkpoint") or SMOLLM2)
 
