@@ -22,8 +22,9 @@ from resdpo_trl.files import ASIDE, replace_folder, step_of, torn
 from resdpo_trl.hub import Hub
 from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
 from resdpo_trl.provenance import write_facts
-from resdpo_trl.report import write_report
+from resdpo_trl.report import load_run, write_report
 from resdpo_trl.run import RunFolder, trim_heap, use_the_cores
+from resdpo_trl.verdict import verdict
 
 
 class Job:
@@ -169,6 +170,8 @@ class Job:
         if self.run.main_process:
             write_report([self.run.path])
             write_card()
+            found = load_run(self.run.path)
+            self.say("\n".join(["", *verdict(found.summary, found.metrics)]))
         self.run.record(complete=True)  # from here on there is nothing to resume
         self.say(table(self.run.summary, self.run.path))
         if self.hub is not None and self.run.main_process:

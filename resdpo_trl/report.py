@@ -15,6 +15,7 @@ from resdpo_trl import __version__
 from resdpo_trl.errors import UserError, printable
 from resdpo_trl.files import write_whole
 from resdpo_trl.run import read_object, read_rows
+from resdpo_trl.verdict import of_comparison, of_sweep, verdict
 
 STAGES = ("dpo", "reward", "cross_entropy")  # what a run's summary may hold with test figures, in order
 INK = "#010203"  # what plots are drawn with; in the page it becomes the text's colour, light or dark
@@ -165,7 +166,7 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
             title=single.name,
             subtitle=comparison_page.subtitle(single),
             headline=[],
-            notes=single.notes,
+            notes=[*of_comparison(single.summary), *single.notes],
             sections=[section for section in comparison_page.sections(single, plots) if section],
             version=__version__,
         )
@@ -199,6 +200,9 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
         notes += [note for run in runs for note in part(overfitting, run, stage) or []]
     else:
         notes += [*(part(_turned, runs, stage) or []), *_failures(sweep)]
+        notes = [*(part(of_sweep, sweep.rows) or []), *notes]
+    if single:
+        notes = [*(part(verdict, single.summary, single.metrics) or []), *notes]
     return environment.get_template("report.html").render(
         title=single.name
         if single

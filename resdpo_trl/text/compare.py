@@ -46,6 +46,7 @@ from resdpo_trl.text.judges import (
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer
 from resdpo_trl.text.prompts import Prompt, answer_end, load_prompts, prompt_ids
 from resdpo_trl.text.reward import RewardModel
+from resdpo_trl.verdict import of_comparison
 
 
 @dataclasses.dataclass
@@ -520,8 +521,8 @@ class Comparison:
 
 
 def describe(summary: dict[str, Any], path: Path) -> str:
-    """The win rates and rewards as tables for the terminal."""
-    comparison, lines = summary["comparison"], [""]
+    """The verdict, and the win rates and rewards as tables, for the terminal."""
+    comparison, lines = summary["comparison"], ["", *of_comparison(summary), ""]
     answers = comparison["answers"]
     width = max(map(len, answers))
     lines.append(
