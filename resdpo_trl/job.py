@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,24 @@ from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
 from resdpo_trl.provenance import write_facts
 from resdpo_trl.report import load_run, write_report
 from resdpo_trl.run import RunFolder, trim_heap, use_the_cores
+from resdpo_trl.sources import LEAST_STEPS
 from resdpo_trl.verdict import verdict
 
 
 class Job:
     """One run in one folder. `training` holds transformers' `TrainingArguments` of the stage that ends it."""
 
-    def __init__(self, training: Any, options: RunConfig, config: dict[str, Any], preset: Path | None):
+    def __init__(
+        self,
+        training: Any,
+        options: RunConfig,
+        config: dict[str, Any],
+        preset: Path | None,
+        given: Collection[str] | None = None,
+    ):
+        """`given` names the fields that flags give; what they do not give is adapted to small data (None: nothing)."""
         check_sharding(getattr(training, "reference_update", "frozen"))
-        self.training, self.options = training, options
+        self.training, self.options, self.given = training, options, given
         self.resume = training.resume_from_checkpoint is not None
         self.started = time.perf_counter()
         use_the_cores()
@@ -50,6 +59,25 @@ class Job:
         self.say = _say if self.run.main_process else silent
         if self.resume and not self.run.earlier:
             self.say(f"{self.run.path} holds no run: nothing to resume, so this is its beginning")
+
+    def adapt(self, rows: int) -> dict[str, int]:
+        """Smaller batches and a denser log where `rows` training rows are few: field -> its new value.
+
+        An epoch gets at least `LEAST_STEPS` steps, and a training five lines of metrics.
+        """
+        args, adapted = self.training, dict[str, int]()
+        if self.given is None:
+            return adapted
+        rows_a_step = args.gradient_accumulation_steps * args.world_size  # with one row on each device
+        most = rows // (LEAST_STEPS * rows_a_step)
+        if most < args.per_device_train_batch_size and "per_device_train_batch_size" not in self.given:
+            adapted["per_device_train_batch_size"] = 2 ** (max(1, most).bit_length() - 1)
+            args.per_device_train_batch_size = adapted["per_device_train_batch_size"]
+        steps = math.ceil(rows / (args.per_device_train_batch_size * rows_a_step) * args.num_train_epochs)
+        steps = args.max_steps if args.max_steps > 0 else steps
+        if steps < 5 * args.logging_steps and args.logging_steps > 1 and "logging_steps" not in self.given:
+            args.logging_steps = adapted["logging_steps"] = max(1, steps // 5)
+        return adapted
 
     def begin(self, data_fingerprint: dict[str, str], counts: dict[str, Any]) -> None:
         """Write the first files, once the data are there: until then a run that is overwritten is whole.

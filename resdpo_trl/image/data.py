@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import check_held_out, first_line, load_rows
+from resdpo_trl.sources import check_held_out, first_line, held_out_size, load_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -161,7 +161,7 @@ def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImag
         if held is not None:
             splits[split] = _some(held, limits[split])
             continue
-        wanted = min(limits[split] or len(images), max(1, round(shares[split] * len(images))))
+        wanted = held_out_size(len(images), shares[split], limits[split])
         splits[split] = images[order[taken : taken + wanted]]
         taken += wanted
     splits["train"] = images[order[taken:][: limits["train"]]]
@@ -169,6 +169,13 @@ def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImag
         raise UserError(f"--dataset_name {config.dataset_name}: {len(images)} images are too few for three splits")
     counts |= {"image_size": list(images.pixels.shape[2:])}
     counts |= {split: len(splits[split]) for split in SPLITS}
+    rows = len(images) + sum(len(held) for held in own.values() if held is not None)
+    counts["cut_by_limits"] = rows - sum(map(len, splits.values()))
+    counts["held_out_raised"] = [
+        split
+        for split, share in shares.items()
+        if own[split] is None and counts[split] > max(1, round(share * len(images)))
+    ]
     return LabelledImages({split: splits[split] for split in SPLITS}, names, counts)
 
 

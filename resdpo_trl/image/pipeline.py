@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.provenance import read_facts, seen_by, training_facts
+from resdpo_trl.sources import describe_cuts
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
 
@@ -62,6 +64,7 @@ class ImageRun(Job):
         training: ClassifierDPOConfig | CrossEntropyConfig,
         stage: ReferenceStageConfig | None = None,
         preset: Path | None = None,
+        given: Collection[str] | None = None,
     ):
         """`training` is a `ClassifierDPOConfig` with the reference `stage` before it, or cross-entropy alone."""
         self.data, self.model, self.augment, self.stage = data, model, augment, stage
@@ -85,7 +88,7 @@ class ImageRun(Job):
         }
         if stage is not None:
             config["reference_stage"] = dataclasses.asdict(stage)
-        super().__init__(training, options, config, preset)
+        super().__init__(training, options, config, preset, given)
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
@@ -114,6 +117,7 @@ class ImageRun(Job):
         if given is not None:
             check_fits(given, images, "--reference_model", str(named))
         counts = images.counts
+        counts["adapted"] = self.adapt(counts["train"])
         height, width = counts["image_size"]
         if height != width:
             raise UserError(
@@ -122,7 +126,7 @@ class ImageRun(Job):
             )
         self.say(
             f"images: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "
-            f"{counts['classes']} classes, {width}×{height} pixels"
+            f"{counts['classes']} classes, {width}×{height} pixels{describe_cuts(counts, self.data)}"
         )
         if given is not None:
             assert named is not None

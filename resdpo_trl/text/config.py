@@ -107,7 +107,9 @@ class SFTStageConfig:
         default=None, metadata={"help": "A folder or Hub id of a finished reference: skips SFT."}
     )
     sft_epochs: float = field(default=1.0, metadata={"help": "Epochs of SFT; 0 takes the model as it is."})
-    sft_learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of SFT."})
+    sft_learning_rate: float = field(
+        default=2e-5, metadata={"help": "Peak learning rate of SFT; ten times that with --use_peft."}
+    )
     sft_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of an SFT step on each device; --per_device_train_batch_size by default."}
     )
@@ -159,7 +161,9 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
     _argument_group_name = "DPO and training"
 
     output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of DPO."})
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Peak learning rate of DPO; ten times that with --use_peft."}
+    )
     prefix_sharing: bool = field(
         default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}
     )
@@ -204,7 +208,7 @@ class TextSFTConfig(ShortDialogues, SFTConfig):  # type: ignore[misc]  # as abov
     _argument_group_name = "SFT and training"
 
     output_dir: str | None = field(default="runs/sft_hh", metadata={"help": "The run's folder."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; ten times that with --use_peft."})
     completion_only_loss: bool | None = field(
         default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
     )
@@ -221,7 +225,7 @@ class TextRewardConfig(ShortDialogues, RewardConfig):  # type: ignore[misc]  # a
     _argument_group_name = "reward model and training"
 
     output_dir: str | None = field(default="runs/reward_hh", metadata={"help": "The run's folder."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the reward model."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate; ten times that with --use_peft."})
 
     def __post_init__(self) -> None:
         refuse(self, REFUSED_REWARD)

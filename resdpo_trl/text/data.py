@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import check_held_out, first_line, load_rows
+from resdpo_trl.sources import check_held_out, first_line, held_out_size, load_rows
 from resdpo_trl.text.tokens import cache_key, tokenizer_state
 
 if TYPE_CHECKING:
@@ -193,6 +193,13 @@ def load_preferences(
     else:
         splits, counts["left_out"] = _split(parsed, config)
     counts.update({name: len(rows) for name, rows in splits.items()})
+    counts["cut_by_limits"] = counts["kept"] - sum(map(len, splits.values())) - counts["left_out"]
+    shares = {"validation": config.validation_fraction, "test": config.test_fraction}
+    counts["held_out_raised"] = [
+        split
+        for split, share in shares.items()
+        if split not in parsed and len(splits.get(split, ())) > max(1, round(share * len(parsed.get("train", ()))))
+    ]
     for name in splits:
         if counts[name] == 0:
             raise UserError(
@@ -729,7 +736,7 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
             chosen = _spread(np.asarray(own_rows["group"][:]))[: limits[split]]
             splits[split] = own_rows.select(np.sort(chosen))
             continue
-        wanted = min(limits[split] or len(rows), max(1, round(shares[split] * len(rows))))
+        wanted = held_out_size(len(rows), shares[split], limits[split])
         later = starts[starts >= taken + wanted]
         if len(later) == 0:
             raise UserError(

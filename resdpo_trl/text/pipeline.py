@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.provenance import read_facts, seen_by, training_facts, write_facts
 from resdpo_trl.run import RunFolder
-from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, describe_cuts
 from resdpo_trl.text.config import (
     SamplesConfig,
     SFTStageConfig,
@@ -66,6 +66,7 @@ class TextRun(Job):
         training: TextDPOConfig | TextRewardConfig | TextSFTConfig,
         sft: SFTStageConfig | None = None,
         preset: Path | None = None,
+        given: Collection[str] | None = None,
     ):
         """`training` is a `TextDPOConfig` or `TextRewardConfig` with the `sft` stage before it, or `TextSFTConfig`."""
         self.data, self.model, self.samples = data, model, samples
@@ -83,7 +84,11 @@ class TextRun(Job):
         }
         if sft is not None:
             config["sft_stage"] = dataclasses.asdict(sft)
-        super().__init__(training, options, config, preset)
+        super().__init__(training, options, config, preset, given)
+
+    @property
+    def _skips_sft(self) -> bool:
+        return self.sft.sft_checkpoint is not None or self.sft.sft_epochs == 0
 
     def _check_model_flags(self) -> None:
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
@@ -118,6 +123,13 @@ class TextRun(Job):
             f"{last[type(self.training)]} of {model} on {source}; for GPT-2 on Anthropic HH: "
             "--config recipes/configs/hh/gpt2.yaml\n" + self.hardware_line()
         )
+        if self.model.use_peft:
+            alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
+            sft = "" if alone else f", SFT {self.sft.sft_learning_rate:g}"
+            self.say(
+                f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft} (about ten "
+                "times the rate of full fine-tuning)"
+            )
 
     # --- pairs ---------------------------------------------------------------------------------------------------
 
@@ -144,9 +156,10 @@ class TextRun(Job):
             }
         counts = texts.counts | {"cap": {split: cap_counts(rows) for split, rows in pairs.items()}}
         counts["max_length"] = self.training.max_length
+        counts["adapted"] = self.adapt(counts["train"])
         self.begin({split: fingerprint(rows) for split, rows in pairs.items()}, counts)
         self.preparation_seconds = time.perf_counter() - started
-        self.say(describe_data(counts))
+        self.say(describe_data(counts) + describe_cuts(counts, self.data))
         self.say(describe_format(counts["dialogue_format"], self.tokenizer, pairs["train"][0]))
         return pairs
 
@@ -179,7 +192,7 @@ class TextRun(Job):
         set_seed(self.training.seed)
         if self.past("sft", self.run.reference, self.run.summary.get("sft")):
             return
-        if self.sft.sft_checkpoint or self.sft.sft_epochs == 0:
+        if self._skips_sft:
             name, flag = self._sources()[0]
             model = load_model(name, self.model, self.training.trust_remote_code, flag)
             self._prepare(model)
