@@ -56,6 +56,7 @@ from trl import TrlParser  # noqa: E402
 
 from resdpo_trl.errors import NothingToDo, UserError, printable  # noqa: E402
 from resdpo_trl.files import disk_trouble  # noqa: E402
+from resdpo_trl.run import untrained  # noqa: E402
 from resdpo_trl.signals import Interrupted, stop_at_once  # noqa: E402
 from resdpo_trl.sources import first_line  # noqa: E402
 
@@ -245,6 +246,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except NothingToDo as reason:
         _say(str(reason))
     except UserError as error:
+        discard_untrained()
         _say(f"error: {error}")
         sys.exit(2)
     except Interrupted as stopped:
@@ -254,6 +256,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         _say(GO_ON)
         sys.exit(130)
     except Exception as error:
+        discard_untrained()
         reason = disk_trouble(error)
         if reason is None:
             from resdpo_trl.run import redacted
@@ -264,6 +267,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         _say(f"error: {getattr(error, 'filename', None) or 'a file'} can't be written or read ({reason}); {GO_ON}")
         sys.exit(2)
     sys.exit(0)
+
+
+def discard_untrained() -> None:
+    """Delete the run that ends before its first step, so that the next try finds an empty folder."""
+    for folder in list(untrained):
+        untrained.discard(folder)
+        folder.discard()
 
 
 def _end_with_the_launcher() -> None:

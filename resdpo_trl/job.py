@@ -23,7 +23,7 @@ from resdpo_trl.hub import Hub
 from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
 from resdpo_trl.provenance import write_facts
 from resdpo_trl.report import load_run, write_report
-from resdpo_trl.run import RunFolder, trim_heap, use_the_cores
+from resdpo_trl.run import RunFolder, trim_heap, untrained, use_the_cores
 from resdpo_trl.sources import LEAST_STEPS
 from resdpo_trl.verdict import verdict
 
@@ -50,6 +50,8 @@ class Job:
         token, training.hub_token = training.hub_token, None
         self.hub = self._hub(token) if training.push_to_hub else None
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
+        if self.run.main_process and not self.resume:
+            untrained.add(self.run)
         if self.run.earlier.get("complete"):
             raise NothingToDo(f"the run in {self.run.path} ended at {self.run.earlier['ended']}: nothing to resume")
         self._check_asked()
@@ -201,6 +203,7 @@ class Job:
             found = load_run(self.run.path)
             self.say("\n".join(["", *verdict(found.summary, found.metrics)]))
         self.run.record(complete=True)  # from here on there is nothing to resume
+        untrained.discard(self.run)
         self.say(table(self.run.summary, self.run.path))
         if self.hub is not None and self.run.main_process:
             self.hub.push_model(self.run.trained)

@@ -122,13 +122,19 @@ def load_run(folder: str | Path) -> Run:
     return loaded
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path | None = None, sweep: Sweep | None = None) -> Path:
+def write_report(
+    folders: Sequence[str | Path],
+    output: str | Path | None = None,
+    sweep: Sweep | None = None,
+    refresh: float | None = None,
+) -> Path:
     """Write the page of these runs, and PNG copies of its plots in plots/ beside it.
 
     Args:
         folders: one or several runs.
         output: the page; report.html in the folder of a single run by default.
         sweep: the table and the frontier of the sweep whose points these runs are.
+        refresh: seconds after which a browser loads the page again.
     """
     runs = [load_run(folder) for folder in folders]
     if sweep is not None:
@@ -141,15 +147,17 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     plots = Plots(target.parent / "plots")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        page = render(runs, plots, sweep, target.parent.resolve().name)
+        page = render(runs, plots, sweep, target.parent.resolve().name, refresh)
         write_whole(target, page)
     except OSError as error:
         raise UserError(f"{target}: can't be written ({error.strerror}); name another --output") from None
     return target
 
 
-def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str = "") -> str:
-    """The page as text; `name` is the sweep's."""
+def render(
+    runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str = "", refresh: float | None = None
+) -> str:
+    """The page as text; `name` is the sweep's, `refresh` as `write_report` has it."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -158,6 +166,7 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: printable(value, kept="\n\t") if type(value) is str else value,  # Markup is ours
     )
+    environment.globals["refresh"] = refresh
     single = runs[0] if len(runs) == 1 and sweep is None else None
     if single and "comparison" in single.summary:
         from resdpo_trl.text import comparison_page
