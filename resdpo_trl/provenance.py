@@ -49,14 +49,16 @@ def write_facts(folder: str | Path, facts: dict[str, Any]) -> None:
 
 
 def read_facts(name: str, revision: str | None, flag: str) -> dict[str, Any]:
-    """The facts of a folder or Hub id; none where it has no such file."""
+    """The facts of a folder or Hub id; none where it has no such file. (That a model is missing, its loading says.)"""
     from transformers.utils import cached_file
 
-    path = cached_file(
-        name, FILE, revision=revision, _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
-    if path is None:
+    path: str | Path | None = Path(name) / FILE
+    if not Path(name).is_dir():
+        try:
+            path = cached_file(name, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+        except OSError:
+            path = None
+    if path is None or not Path(path).is_file():
         return {}
     try:
         return read_object(Path(path))

@@ -278,7 +278,9 @@ class CompareConfig:
             "β·log(π/π_ref) under each policy."
         },
     )
-    beta: float = field(default=0.1, metadata={"help": "β of these rewards, above 0; the one of the training."})
+    beta: float | None = field(
+        default=None, metadata={"help": "β of these rewards, above 0; by default that of the models' training, or 0.1."}
+    )
     baseline: str | None = field(
         default=None,
         metadata={
@@ -355,7 +357,7 @@ class CompareConfig:
             raise UserError("--best_of_n_model needs --best_of_n, the number of samples")
         if (self.judge_url is None) != (self.judge_model is None):
             raise UserError("--judge_url and --judge_model belong together: pass both")
-        if not self.beta > 0:
+        if self.beta is not None and not self.beta > 0:
             raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
         for flag in ("max_new_tokens", "batch_size", "judge_workers", "max_prompts"):
             if getattr(self, flag) is not None and getattr(self, flag) < 1:
