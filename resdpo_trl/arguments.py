@@ -165,15 +165,15 @@ def check_reporters(report_to: str | list[str] | None) -> None:
         return
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    packages = {"azure_ml": "azureml", "flyte": "flytekit", "kubeflow": "kubeflow"}
+    packages = {"azure_ml": ["azureml"], "flyte": ["flytekit"], "tensorboard": ["tensorboard", "tensorboardX"]}
     for name in names:
         if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
             raise UserError(f"--report_to {name}: not among {', '.join(INTEGRATION_TO_CALLBACK)}, all, none")
-        package = packages.get(name, name)
-        if name in INTEGRATION_TO_CALLBACK and importlib.util.find_spec(package) is None:
-            brought = "'resdpo-trl[watch]'" if name in ("tensorboard", "trackio") else package
+        known = packages.get(name, [name])
+        if name in INTEGRATION_TO_CALLBACK and not any(map(importlib.util.find_spec, known)):
+            brought = "'resdpo-trl[watch]'" if name in ("tensorboard", "trackio") else known[0]
             raise UserError(
-                f"--report_to {name}: the package {package} is not installed: pip install {brought}; "
+                f"--report_to {name}: the package {known[0]} is not installed: pip install {brought}; "
                 "recipes/report.py RUN --watch needs none"
             )
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import write_pairs
+from tests.image.conftest import draw, write_parquet
 
 HOLD = """
 import sys, time
@@ -49,6 +50,17 @@ def test_a_tracker_that_is_not_installed(recipe, tmp_path, name, what, recipe_na
     assert (status, said) == (2, "")
     assert f"--report_to {name}: the package {name} is not installed: pip install {what};" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "files"), [("tensorboard", "**/events.out.tfevents*"), ("trackio", "**/*.db")])
+def test_a_tracker_of_the_extra_gets_the_run(recipe, tmp_path, monkeypatch, name, files):
+    pytest.importorskip(name)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    write_parquet(tmp_path / "few.parquet", draw(60))
+    small = ["--dataset_name", tmp_path / "few.parquet", "--widths", "24", "24", "--num_train_epochs", "1"]
+    status, _, err = recipe("train_cifar.py", *small, "--report_to", name, "--output_dir", tmp_path / "run")
+    assert status == 0, err
+    assert [path for path in tmp_path.glob(files) if path.stat().st_size > 0]
 
 
 def test_a_tracker_that_nobody_knows(recipe, tmp_path):
