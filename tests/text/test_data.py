@@ -171,7 +171,7 @@ def test_what_no_split_has_is_counted(tmp_path):
         {"prompt": f"{H}{n}{A} Go on.{H}{k}{A}", "chosen": " a", "rejected": " b"} for n in range(9) for k in range(5)
     ]
     counts = load(
-        write_jsonl(tmp_path / "p.jsonl", rows), max_test_samples=7, test_fraction=0.3, max_eval_samples=5
+        write_jsonl(tmp_path / "p.jsonl", rows), max_test_samples=7, test_fraction=0.3, max_eval_samples=2
     ).counts
     assert (counts["test"], counts["validation"], counts["left_out"], counts["train"]) == (7, 2, 6, 30)
     assert load(write_jsonl(tmp_path / "q.jsonl", write_pairs(40))).counts["left_out"] == 0
