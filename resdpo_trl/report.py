@@ -203,7 +203,7 @@ def render(
             return None
 
     if sweep is not None:
-        page |= {"title": part(_sweep_title, runs, sweep) or f"Sweep {printable(name)}"}
+        page |= {"title": part(_sweep_title, runs, sweep) or f"Sweep {printable(name)}: {len(sweep.rows)} points"}
         lead, *said = part(of_sweep, sweep.rows) or [""]
         page |= {"lead": lead, "verdict": said, "steps": part(_sweep_steps, runs, sweep) or []}
         sections = [part(_against_beta, runs, sweep, plots), part(_points, sweep), part(_frontier, sweep, plots)]
@@ -214,7 +214,7 @@ def render(
         sections = [part(_results, runs), part(_comparison, runs), part(_curves, runs, stage, plots)]
         sections.append(part(_accuracy_and_kl, runs, plots))
     if single:
-        page |= {"title": part(_title, single) or single.name, "lead": part(_lead, single) or ""}
+        page |= {"title": part(_title, single) or single.name, "lead": part(lead, single.summary) or ""}
         page |= {"strip": part(_strip, single) or [], "steps": part(_next_steps, single) or []}
         page |= {"first": part(_first_answers, single), "verdict": part(_verdict, single) or []}
         sections = [sections[2], part(_margins, single, plots), sections[0], sections[1], sections[3]]
@@ -247,15 +247,15 @@ def _title(run: Run) -> str | None:
     return f"{what} of {Path(str(model)).name} on {source_name(str(run.summary['data']['source']))}"
 
 
-def _before_and_after(run: Run) -> list[tuple[str, float, list[float], int]]:
+def _before_and_after(summary: dict[str, Any]) -> list[tuple[str, float, list[float], int]]:
     """(name, share, its 95% interval, n) of the reference and of the model that was trained."""
-    test, found = _test(run), []
+    test, found = _test(summary), []
     if "accuracy" in test:
         sides = [
-            ("reference", run.summary.get("reference", {}).get("test", {}), "accuracy"),
+            ("reference", summary.get("reference", {}).get("test", {}), "accuracy"),
             ("policy", test, "accuracy"),
         ]
-    elif "reward" in run.summary:
+    elif "reward" in summary:
         sides = [("reward model", test, "rewards/accuracies")]
     else:
         sides = [("reference", test, "logps/ref_accuracies"), ("policy", test, "rewards/accuracies")]
@@ -265,13 +265,14 @@ def _before_and_after(run: Run) -> list[tuple[str, float, list[float], int]]:
     return found
 
 
-def _lead(run: Run) -> str:
-    found = {name: (share, n) for name, share, _, n in _before_and_after(run)}
+def lead(summary: dict[str, Any]) -> str:
+    """One sentence: before and after, on unseen rows; empty where there are no test figures."""
+    found = {name: (share, n) for name, share, _, n in _before_and_after(summary)}
     if not found:
         return ""
     (name, (share, n)), before = list(found.items())[-1], found.get("reference")
     after = _percent(share, n)
-    if "accuracy" in _test(run):
+    if "accuracy" in _test(summary):
         said = f"The {name} classifies {after} of {n} unseen images right"
         return said + (f"; the reference {_percent(*before)}." if before else ".")
     what = "The policy's implicit reward" if name == "policy" else f"The {name}"
@@ -282,7 +283,7 @@ def _lead(run: Run) -> str:
 def _verdict(run: Run) -> list[str]:
     """The verdict without its first sentence where the lead and the bars say the same."""
     found = verdict(run.summary, run.metrics)
-    return found[1:] if _before_and_after(run) else found
+    return found[1:] if _before_and_after(run.summary) else found
 
 
 def _strip(run: Run) -> list[dict[str, Any]]:
@@ -296,7 +297,7 @@ def _strip(run: Run) -> list[dict[str, Any]]:
             "low": f"{100 * low:.2f}",
             "width": f"{100 * (high - low):.2f}",
         }
-        for name, share, (low, high), n in _before_and_after(run)
+        for name, share, (low, high), n in _before_and_after(run.summary)
     ]
 
 
@@ -435,7 +436,7 @@ class Plots:
 
 
 def _results(runs: list[Run]) -> dict[str, Any] | None:
-    tests = [_test(run) for run in runs]
+    tests = [_test(run.summary) for run in runs]
     if not any(tests):
         return None
     rows = []
@@ -594,7 +595,7 @@ def _sweep_title(runs: list[Run], sweep: Sweep) -> str | None:
 
 def _reference_share(runs: list[Run]) -> float | None:
     """The share of the test pairs that the reference's log-likelihood ranks right, where all points have the same."""
-    found = {_test(run).get("logps/ref_accuracies") for run in runs}
+    found = {_test(run.summary).get("logps/ref_accuracies") for run in runs}
     return found.pop() if len(found) == 1 else None
 
 
@@ -915,9 +916,9 @@ def _said(config: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def _test(run: Run) -> dict[str, Any]:
+def _test(summary: dict[str, Any]) -> dict[str, Any]:
     """The test figures of the stage that ended a run; empty where there are none."""
-    found: dict[str, Any] = next((run.summary[stage] for stage in STAGES if stage in run.summary), {})
+    found: dict[str, Any] = next((summary[stage] for stage in STAGES if stage in summary), {})
     return found.get("test") or {}
 
 
