@@ -11,14 +11,14 @@ from transformers.trainer_utils import has_length
 
 from resdpo_trl.hub import Hub
 from resdpo_trl.processes import parallelism
-from resdpo_trl.run import RunFolder, trim_heap
+from resdpo_trl.run import RunFolder, trim_heap, untrained
 
 # the Trainer's own summary of a stage; it goes to summary.json's throughput
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss", "model_preparation_time")
 
 
 class MetricsCallback(TrainerCallback):
-    """Write every log of a stage to the run's metrics.jsonl."""
+    """Write every log of a stage to the run's metrics.jsonl, and note that a step was trained."""
 
     def __init__(self, run: RunFolder, stage: str):
         self.run = run
@@ -34,6 +34,9 @@ class MetricsCallback(TrainerCallback):
             if name != "epoch" and not name.endswith(TIMINGS)
         }
         self.run.log(self.stage, split, state.global_step, state.epoch, metrics)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        untrained.discard(self.run)
 
 
 class PushCallback(TrainerCallback):
