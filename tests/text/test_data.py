@@ -102,7 +102,7 @@ def test_every_file_format_gives_the_same_pairs(tmp_path):
     Dataset.from_list(rows).to_parquet(tmp_path / "folder" / "part" / "train.parquet")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     expected = load(plain)["train"]["chosen"][:]
-    assert len(expected) > 30
+    assert len(expected) > 25
     for name in ("p.jsonl.gz", "p.parquet", "saved"):
         assert load(tmp_path / name)["train"]["chosen"][:] == expected
     assert load(tmp_path / "folder", dataset_data_dir="part")["train"]["chosen"][:] == expected
@@ -145,7 +145,7 @@ def test_splits_are_known_by_the_first_word_of_their_names(tmp_path):
     ("names", "message"),
     [
         (("train", "heldout"), r"its split heldout is neither train nor .*found: train, heldout"),
-        (("train_prefs", "train_sft"), r"its split train_sft is not the only one for train .*save_to_disk"),
+        (("train_prefs", "train_sft"), r"its split train_sft is not the only one for train .*--dataset_train_split"),
         (("test", "validation"), r"no training split \(found: test, validation\)"),
     ],
 )
@@ -171,7 +171,7 @@ def test_what_no_split_has_is_counted(tmp_path):
         {"prompt": f"{H}{n}{A} Go on.{H}{k}{A}", "chosen": " a", "rejected": " b"} for n in range(9) for k in range(5)
     ]
     counts = load(
-        write_jsonl(tmp_path / "p.jsonl", rows), max_test_samples=7, test_fraction=0.3, max_eval_samples=5
+        write_jsonl(tmp_path / "p.jsonl", rows), max_test_samples=7, test_fraction=0.3, max_eval_samples=2
     ).counts
     assert (counts["test"], counts["validation"], counts["left_out"], counts["train"]) == (7, 2, 6, 30)
     assert load(write_jsonl(tmp_path / "q.jsonl", write_pairs(40))).counts["left_out"] == 0
@@ -648,8 +648,8 @@ def test_numbers_are_not_texts(tmp_path):
 
 
 def test_no_usable_pair(tmp_path):
-    name = write_jsonl(tmp_path / "p.jsonl", [{"chosen": "x", "rejected": "y"}] * 3)
-    with pytest.raises(UserError, match=r"no usable pair in 3 rows \(3 no_marker\)"):
+    name = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "x", "rejected": "x"}] * 3)
+    with pytest.raises(UserError, match=r"no usable pair in 3 rows \(3 identical\); two different responses"):
         load(name)
 
 
@@ -664,14 +664,8 @@ def test_a_missing_path(name):
         load(name)
 
 
-def test_another_suffix(tmp_path):
-    (tmp_path / "p.csv").write_text("chosen,rejected\n")
-    with pytest.raises(UserError, match=r"not \.jsonl, \.jsonl\.gz or \.parquet"):
-        load(tmp_path / "p.csv")
-
-
 def test_a_hub_id_without_network():
-    with pytest.raises(UserError, match=r"Hub.*pass a folder, \.jsonl"):
+    with pytest.raises(UserError, match=r"Hub.*pass a folder, a \.jsonl"):
         load("Anthropic/hh-rlhf", dataset_data_dir="harmless-base")
 
 
