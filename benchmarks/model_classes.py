@@ -37,7 +37,8 @@ SHARED, WITHIN, UNSHARED = "yes", "yes, in rows within its window", "no: `--pref
 REFUSED, NOT_BUILT, WRONG = "refused", "not tried", "WRONG"
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size": 32, "n_embd": 32, "d_model": 32, "embed_dim": 32, "intermediate_size": 48,
+    "vocab_size_per_layer_input": 128, "mamba_d_state": 16,
+    "vocab_size": 128, "hidden_size": 32, "n_embd": 32, "d_model": 32, "embed_dim": 32, "intermediate_size": 48,
     "ffn_dim": 48, "n_inner": 48, "num_hidden_layers": 6, "n_layer": 6, "n_layers": 6, "num_layers": 6,
     "decoder_layers": 6, "encoder_layers": 6, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
     "decoder_attention_heads": 4, "encoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

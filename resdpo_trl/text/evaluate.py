@@ -243,7 +243,8 @@ def score_pairs(
     """(N,) log-probabilities of both responses under `model`, in the order of the pairs; longest batches first."""
     check_adapters(model, None, config.prefix_sharing)
     longest = max(pairs["length"][:]) if config.prefix_sharing else None
-    add_response_head(base_model(model), longest, config.max_length)
+    sequences = (len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs)
+    add_response_head(base_model(model), longest, max(sequences))
     model.eval()
     collate = PairCollator(int(tokenizer.pad_token_id), config.prefix_sharing)
     order = np.argsort(np.asarray(pairs["length"][:]), kind="stable")[::-1].copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -264,7 +265,9 @@ def _router_loss(config: Any, router_logits: tuple[Tensor, ...], weights: Tensor
     virtual = tokens // len(weights) - weights.shape[1]  # which prompt tuning puts before a row
     weights = F.pad(weights, (virtual, 0), value=1)
     # one function for every family, as TRL does
-    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, weights)
+    balance: Callable[..., Any] = load_balancing_loss_func  # annotated as if it took one layer
+    loss: Tensor = balance(router_logits, experts, config.num_experts_per_tok, weights)
+    return loss
 
 
 def check_router_loss(model: PreTrainedModel, coefficient: float | None) -> None:
@@ -414,7 +417,8 @@ def _trial_model(model: PreTrainedModel, attention: str | None = None) -> PreTra
         trial.resize_token_embeddings(min(config.get_text_config().vocab_size, 100), mean_resizing=False)
     _cut_layers(trial)
     device = torch.device("cpu") if model.device.type == "mps" else model.device  # which has no float64
-    trial.to(exact).to_empty(device=device)
+    trial.to(dtype=exact)
+    trial.to_empty(device=device)
     trial.tie_weights()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -439,12 +443,16 @@ def _cut_layers(model: PreTrainedModel) -> None:
     count = getattr(config, "num_hidden_layers", 0)
     stacks = [each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == count]
     settings: dict[Any, list[Any]] = {
-        name: value for name, value in vars(config).items() if isinstance(value, list | tuple) and len(value) == count
+        name: list(value)
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple) and len(value) == count
     }
     for number, stack in enumerate(stacks):
         for index, layer in enumerate(stack):
             for name, module in layer.named_modules():
-                simple = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str)}
+                simple: dict[str, Any] = {
+                    key: value for key, value in vars(module).items() if isinstance(value, int | float | str)
+                }
                 simple["class"] = type(module).__name__
                 simple["shapes"] = [each.shape for each in module.parameters(recurse=False)]
                 for key, value in simple.items():
