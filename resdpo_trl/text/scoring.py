@@ -411,13 +411,13 @@ def _trial_model(model: PreTrainedModel, attention: str | None = None) -> PreTra
     config._experts_implementation = "eager"  # grouped products take no float64
     if config._attn_implementation not in ("sdpa", CPU_ATTENTION):
         config._attn_implementation = attention or "eager"
-    exact = torch.float32 if config._attn_implementation == "flex_attention" else torch.float64
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         trial = type(model)(config)
         trial.resize_token_embeddings(min(config.get_text_config().vocab_size, 100), mean_resizing=False)
     _cut_layers(trial)
     device = torch.device("cpu") if model.device.type == "mps" else model.device  # which has no float64
-    trial.to(dtype=exact)
+    if config._attn_implementation != "flex_attention":
+        trial.double()
     trial.to_empty(device=device)
     trial.tie_weights()
     generator = torch.Generator(device).manual_seed(0)

@@ -23,6 +23,8 @@ OPTIONS = {  # of the methods whose defaults do not fit a tiny Llama
     "MISS": ATTENTION | {"r": 8},
     "OFT": ATTENTION | {"oft_block_size": 4},
     "BEFT": {},
+    "PSOFT": ATTENTION | {"r": 8},
+    "SHIRA": ATTENTION | {"r": 2},
     "ROAD": ATTENTION | {"group_size": 8},
     "SHADOW": {},
     "TRAINABLE_TOKENS": {"token_indices": [3, 5, 9]},
