@@ -345,7 +345,7 @@ def _scored_trial(model: PreTrainedModel) -> PreTrainedModel:
     for head in ("linear", "own"):
         try:
             trial = _trial_model(model)
-            pair = _trial_pair(trial, 12)
+            pair = _trial_pair(trial, 130)  # more than the chunks of 64 of Reformer's random hashing, for one
             own = torch.cat([_own_logps(trial, pair, side) for side in ("chosen_ids", "rejected_ids")])
             before = _own_logps(trial, pair | {"chosen_ids": pair["chosen_ids"][:-1]}, "chosen_ids")
             _patch_forward(trial, head)
