@@ -269,8 +269,6 @@ class RunFolder:
 
     def log(self, stage: str, split: str, step: int, epoch: float | None, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        if step > 0:
-            untrained.discard(self)
         if self.main_process:
             line = {"stage": stage, "split": split, "step": step, "epoch": epoch, **metrics}
             with self.writing("metrics.jsonl"), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:

@@ -36,7 +36,7 @@ def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[
         *of_the_test(test, before),
         *diverged,
         *([] if diverged or stage != "dpo" else of_the_margin(test)),
-        *of_epochs(losses, found.get("kept_epoch")),
+        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo"),
         *of_held_out((found.get("validation") or {}).get("n"), len(losses), test.get("n")),
     ]
 
@@ -109,12 +109,13 @@ def of_the_margin(test: dict[str, Any]) -> list[str]:
     return []
 
 
-def of_epochs(losses: Sequence[tuple[float, float]], kept: float | None) -> list[str]:
+def of_epochs(losses: Sequence[tuple[float, float]], kept: float | None, dpo: bool = True) -> list[str]:
     """A validation loss that has turned, or that still falls.
 
     Args:
         losses: (epoch, validation loss) of each evaluation.
         kept: the epoch whose weights were kept.
+        dpo: whether β holds the model back.
     """
     if len(losses) < 2:
         return []
@@ -123,7 +124,7 @@ def of_epochs(losses: Sequence[tuple[float, float]], kept: float | None) -> list
         keeps = "" if kept is None or kept != best else "; that epoch is kept"
         return [
             f"The validation loss has risen since epoch {best:g} ({least:.3f} to {final:.3f}{keeps}): train fewer "
-            "epochs, or with a larger --beta."
+            f"epochs{', or with a larger --beta' if dpo else ''}."
         ]
     if best == last and losses[-2][1] > final * (1 + TURNED):
         return [f"The validation loss still fell in the last epoch ({losses[-2][1]:.3f} to {final:.3f}): train longer."]

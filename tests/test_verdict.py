@@ -76,7 +76,9 @@ def test_rewards_that_fall_together():
 def test_a_validation_loss_that_turned_or_still_falls():
     (said,) = of_epochs([(1, 0.6), (2, 0.5), (3, 0.7)], 2)
     assert said.startswith("The validation loss has risen since epoch 2 (0.500 to 0.700; that epoch is kept): train")
+    assert said.endswith("train fewer epochs, or with a larger --beta.")
     assert "kept" not in of_epochs([(1, 0.6), (2, 0.5), (3, 0.7)], 3)[0]
+    assert of_epochs([(1, 0.5), (2, 0.7)], 1, dpo=False)[0].endswith("train fewer epochs.")
     (said,) = of_epochs([(1, 0.6), (2, 0.5)], 2)
     assert said.endswith("(0.600 to 0.500): train longer.")
     assert of_epochs([(1, 0.500), (2, 0.505)], 1) == []  # noise

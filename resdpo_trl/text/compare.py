@@ -84,13 +84,14 @@ class Comparison:
             self.tokenizers[self.reference] = load_tokenizer(
                 self.reference, model, config.trust_remote_code, "--reference"
             )
+        self.beta = config.beta or 0.1
         if config.beta is None:
             flags = [(path, f"--models {name}") for name, path in self.models.items()]
             known = [read_facts(local_model(path, flag), model.model_revision, flag) for path, flag in flags]
             betas = sorted({loss_of(as_trained(facts, {}, {})).beta for facts in known if "beta" in facts})
             if len(betas) > 1 and config.reference is not None:
                 raise UserError(f"--models: trained with β {', '.join(map(str, betas))}: pass one --beta for all")
-            config = self.config = dataclasses.replace(config, beta=betas[0] if betas else 0.1)
+            self.beta = next(iter(betas), self.beta)
         resume = config.resume_from_checkpoint is not None
         self.run = RunFolder(config.output_dir, main_process=self.state.is_main_process)
         self.run.open(overwrite=options.overwrite_output_dir, resume=resume)
@@ -309,9 +310,7 @@ class Comparison:
                 logps[name][first] = np.array([chosen for chosen, _ in part])
                 logps[name][second] = np.array([rejected for _, rejected in part])
         self.rewards = {
-            policy: {
-                name: (self.config.beta * (logps[policy][name] - logps[reference][name])).tolist() for name in names
-            }
+            policy: {name: (self.beta * (logps[policy][name] - logps[reference][name])).tolist() for name in names}
             for policy in policies
         }
 
@@ -417,7 +416,7 @@ class Comparison:
                 comparison={
                     "models": dict(self.models),
                     "reference": self.reference,
-                    "beta": self.config.beta,
+                    "beta": self.beta,
                     "reward_model": self.config.reward_model,
                     "baseline": self.config.baseline or next(iter(self.models)),
                     "answers": {name: self._answer_figures(found) for name, found in self.answers.items()},

@@ -135,7 +135,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
     logps, answers = {}, []
     for flag, name in names.items():  # one model in memory at a time
         loaded = load_model(name, model, config.trust_remote_code, flag)
-        check_fits(loaded, tokenizer, config.max_length, config.max_new_tokens if config.num_samples else 0)
+        check_fits(loaded, tokenizer, used["max_length"], config.max_new_tokens if config.num_samples else 0)
         if not getattr(loaded, "is_quantized", False):
             loaded.to(PartialState().device)
         logps[flag] = score_pairs(loaded, pairs, tokenizer, config, f"Scoring, {flag.lstrip('-')}")

@@ -199,7 +199,7 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, pairs_file, mo
     import shutil
 
     arguments = ["--dataset_name", pairs_file, "--num_train_epochs", "2", "--max_train_samples", 48, *SMALL]
-    arguments += ["--select", "last", "--model_name_or_path", model_folder]
+    arguments += ["--select", "last", "--model_name_or_path", model_folder, "--per_device_train_batch_size", 16]
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert recipe("dpo_hh.py", *arguments, "--output_dir", whole)[0] == 0
     shutil.copytree(whole, torn)

@@ -350,8 +350,8 @@ def test_beta_is_that_of_the_models(folders, tmp_path):
         (tmp_path / name / FILE).write_text('{"beta": 0.3}')
     shutil.copytree(folders / "reference", tmp_path / "reference")
     shutil.copy(folders / "prompts.jsonl", tmp_path)
-    assert compared(tmp_path, tmp_path / "a", steps=1).config.beta == 0.3
-    assert compared(tmp_path, tmp_path / "b", steps=1, beta=0.2).config.beta == 0.2
+    assert compared(tmp_path, tmp_path / "a", steps=1).beta == 0.3
+    assert compared(tmp_path, tmp_path / "b", steps=1, beta=0.2).beta == 0.2
     (tmp_path / "bad" / FILE).write_text('{"beta": 0.5}')
     with pytest.raises(UserError, match=r"trained with β 0\.3, 0\.5: pass one --beta for all"):
         compared(tmp_path, tmp_path / "c", steps=1)
