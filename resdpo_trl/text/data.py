@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
 import shlex
 from collections import Counter
@@ -41,12 +42,13 @@ import numpy as np
 from resdpo_trl.errors import UserError
 from resdpo_trl.sources import READABLE, check_held_out, first_line, held_out_size, load_rows, named_files
 from resdpo_trl.text.layouts import MARKER, Messages, mapped, recognize
-from resdpo_trl.text.tokens import cache_key, tokenizer_state
+from resdpo_trl.text.tokens import cache_key, tokenize, tokenizer_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 QUICKSTART = "chitchat"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -247,6 +249,26 @@ def load_preferences(
                 "it to have one held out"
             )
     return Preferences(splits, counts, ends_turns=template is not None)
+
+
+def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Raw pairs of any layout in `resdpo_trl.text.layouts`, tokenized and capped as the recipes do it.
+
+    They are rendered with the tokenizer's chat template where it has one. Unusable pairs are dropped with a warning.
+
+    Raises:
+        UserError: columns that make no layout, a row that the template refuses, or no usable pair.
+    """
+    template = tokenizer if tokenizer.chat_template is not None else None
+    config = DataConfig(dataset_name="(the data set given)")
+    found, kind, _ = recognize(rows, {}, template is not None, config.dataset_name)
+    pairs, statuses = _parse(found, kind, template, config, "given")
+    dropped = ", ".join(f"{statuses[reason]} {reason}" for reason in REASONS if statuses[reason])
+    if len(pairs) == 0:
+        raise UserError(f"no usable pair in {len(rows)} rows ({dropped or 'no rows'})")
+    if dropped:
+        logger.warning(f"pairs dropped: {dropped}")
+    return tokenize(pairs, tokenizer, max_length, None, template is not None, "Tokenizing")
 
 
 def _template(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:

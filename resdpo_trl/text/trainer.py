@@ -19,14 +19,16 @@ from trl.trainer.utils import use_adapter
 
 from resdpo_trl.arguments import preference_loss
 from resdpo_trl.callbacks import TIMINGS
+from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs
 from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
 from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
 from resdpo_trl.text.batch import PairCollator
-from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
-from resdpo_trl.text.model import base_model
+from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextSFTConfig
+from resdpo_trl.text.data import tokenized_pairs
+from resdpo_trl.text.model import base_model, load_model, load_tokenizer
 from resdpo_trl.text.reference_cache import (
     cache_folder,
     forward_config,
@@ -252,7 +254,8 @@ class PairTrainer(_TextTrainer, Trainer):
 
 
 class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
-    """`trl.DPOTrainer` on pairs that `resdpo_trl.text.tokens.tokenize` made.
+    """`trl.DPOTrainer`, with its arguments in its order, on raw pairs, which `resdpo_trl.text.data.tokenized_pairs`
+    reads, or on pairs that `resdpo_trl.text.tokens.tokenize` made.
 
     What differs from TRL's: the loss is `resdpo_trl.losses`; the prompt of a pair runs once (`prefix_sharing`);
     evaluation is the mean over all pairs, not over batches, and has no router loss of a mixture of experts, which is
@@ -262,15 +265,43 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: TextDPOConfig,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None,
-        processing_class: PreTrainedTokenizerBase,
+        model: str | PreTrainedModel,
         ref_model: PreTrainedModel | None = None,
-        peft_config: Any = None,
+        args: TextDPOConfig | None = None,
+        data_collator: None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: None = None,
+        peft_config: Any = None,
     ):
+        """As TRL's. `model` may be a folder, a Hub id or `smollm2`; the tokenizer is by default the model's.
+
+        Raises:
+            UserError: an argument that has no place here, or pairs that can't be used.
+        """
+        for name, value in (
+            ("data_collator", data_collator),
+            ("compute_metrics", compute_metrics),
+            ("quantization_config", quantization_config),
+        ):
+            if value is not None:
+                raise UserError(f"{name} is not supported by TextDPOTrainer: leave it out")
+        args = args or TextDPOConfig()
+        if processing_class is None:
+            name = model if isinstance(model, str) else base_model(model).config._name_or_path
+            processing_class = load_tokenizer(name, TextModelConfig(), args.trust_remote_code, "model")
+        if isinstance(model, str):
+            model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
+        train_dataset, eval_dataset = (
+            rows
+            if rows is None or "prompt_ids" in rows.column_names
+            else tokenized_pairs(rows, processing_class, args.max_length or 0)
+            for rows in (train_dataset, eval_dataset)
+        )
         self.preference_loss = preference_loss(args)
         self._longest_row = max(max(rows["length"][:]) for rows in (train_dataset, eval_dataset) if rows is not None)
         for each in (model, ref_model):
@@ -295,8 +326,9 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            peft_config=peft_config,
             callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
         )
 
     def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:
