@@ -287,6 +287,12 @@ def test_what_a_model_does_about_its_head_is_kept(kind):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_that_sees_what_it_should_predict_is_refused():
+    """BERT without `is_decoder`: its own forward gives numbers, which are no log-probabilities of a text."""
+    with pytest.raises(UserError, match=r"^BertLMHeadModel sees the tokens that it should predict"):
+        add_response_head(new_model("bert", **SIZES))
+
+
 def test_a_model_that_can_not_be_scored_is_refused_by_name():
     model = new_model("xlnet", vocab_size=400, d_model=32, n_layer=2, n_head=4, d_inner=48)
     with pytest.raises(UserError, match=r"^XLNetLMHeadModel can't be scored \(.+\): use another model$"):
