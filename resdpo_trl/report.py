@@ -447,7 +447,7 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
             digits = digits_of(*bounds)
             cells.append(shown_number(test.get(name), digits))
             if len(runs) == 1:
-                cells.append(_interval(*bounds, digits))
+                cells.append(_interval(bounds[0], bounds[1], digits))
         if set(cells) - {"–", ""}:
             rows.append([text, *cells])
     head = ["", "mean", "95% interval"] if len(runs) == 1 else ["", *(run.name for run in runs)]
@@ -480,7 +480,7 @@ def _comparison(runs: list[Run]) -> dict[str, Any] | None:
                 [
                     name if len(runs) == 1 else f"{run.name}: {name}",
                     shown_number(test.get("accuracy"), digits),
-                    _interval(*bounds, digits),
+                    _interval(bounds[0], bounds[1], digits),
                     shown_number(test.get("kl"), 3),
                     shown_number(found.get("seconds"), 1),
                     shown_number(found.get("images_per_second"), 0),

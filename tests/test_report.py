@@ -208,7 +208,9 @@ def test_a_sweeps_page_marks_the_best_and_names_what_failed(tmp_path):
     assert "beta0.5_x, step 30 is left out of the frontier: failed: torn weights" in page
     assert "beta2_x is left out of the frontier: it did not end" in page
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert "In 2 of 2 points validation loss turned" in page and page.count("least at epoch 2 of 3") == 2
+    assert "No point beats the reference" in page[: page.index("<section")]  # no interval is above 50%
+    assert 'id="against-beta"' in page and (tmp_path / "plots" / "against_beta.png").exists()
+    assert f"chat.py {paths[0]}<" in page and f"{paths[0] / 'report.html'}<" in page  # the winner's
     assert (tmp_path / "plots" / "frontier.png").stat().st_size > 5000
 
 

@@ -230,8 +230,8 @@ def load_preferences(
                else "two different responses to one prompt are needed")
         )  # fmt: skip
     if tests:
-        place = _spread(np.asarray(parsed["test"]["group"][:]))[: config.max_test_samples]
-        splits, counts["left_out"] = {"test": parsed["test"].select(np.sort(place))}, 0
+        chosen = _spread(np.asarray(parsed["test"]["group"][:]))[: config.max_test_samples]
+        splits, counts["left_out"] = {"test": parsed["test"].select(np.sort(chosen))}, 0
     else:
         splits, counts["left_out"] = _split(parsed, config)
     counts.update({name: len(rows) for name, rows in splits.items()})

@@ -45,7 +45,7 @@ def test_the_values_shown_are_those_that_would_be_used(recipe):
     assert options["--select"].endswith("[best]")
     options = options_of(recipe("dpo_hh.py", "--config", "hh/gpt2.yaml", "--beta", "0.7", "--help")[1])
     assert options["--beta"].endswith("[0.7]")
-    assert options["--dataset_name"].endswith("[Anthropic/hh-rlhf]")
+    assert options["--dataset_name"].replace(" ", "").endswith("[Anthropic/hh-rlhf]")  # argparse breaks at a hyphen
 
 
 @pytest.mark.parametrize("name", ["compare_hh.py", "evaluate_hh.py", "sweep_hh.py", "chat.py"])
