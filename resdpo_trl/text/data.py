@@ -12,8 +12,11 @@ One row becomes
     whole        a digest of the whole prompt; both digests are of the data's own text or messages, so that they are the
                  same whatever chat template rendered them
 
-or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt, or `no_marker`,
-a dialogue whose two sides share no "\\n\\nAssistant:".
+or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt (a message without text
+or role counts as one), or `no_marker`, a dialogue whose two sides share no "\\n\\nAssistant:".
+
+Two more columns reach a chat template, as in TRL: `tools`, the row's functions as a list or as JSON, and
+`chat_template_kwargs`. Every other column is ignored, and the counts name it.
 
 The format is `plain` or `chat`. `plain` keeps texts as they are, which suits a base model. `chat` turns them into
 messages (Human is the user, Assistant the assistant, a prompt without speakers one turn of the user) and renders them
@@ -51,9 +54,11 @@ QUICKSTART = "chitchat"
 MARKER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 COLUMNS = ("prompt", "chosen", "rejected")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # which TRL passes to the chat template
 REASONS = ("identical", "empty", "no_marker")
 COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # HH's names of the roles
+OPTIONS_TRIED = 8  # rows whose template options are tried out, to know whether the template reads them
 NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for each costs a pass of the template
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {  # the first word of a data set's own name of a split
@@ -161,11 +166,14 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
     sources = _by_split(_load(config), config.dataset_name)
     parsed: dict[str, Dataset] = {}
     counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
+    ignored: set[str] = set()
     statuses: Counter[str] = Counter()
     for name, rows in sources.items():
         kind = _kind(rows, config.dataset_name)
+        used = _used_columns(rows, template, config)
+        ignored.update(set(rows.column_names) - used)
         try:
-            table, found = _parse(rows, kind, template, config, name)
+            table, found = _parse(rows.select_columns(sorted(used)), kind, template, config, name)
         except UnicodeDecodeError:  # of a damaged parquet file; a line of JSON was looked at
             raise UserError(f"--dataset_name {config.dataset_name}: a text is not UTF-8; write it anew") from None
         parsed[name] = table
@@ -175,6 +183,7 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
     counts["dropped"] = {reason: statuses[reason] for reason in REASONS}
     counts["parted_early"] = statuses["parted_early"]
     counts["roles_repaired"] = statuses["roles_repaired"]
+    counts["ignored_columns"] = sorted(ignored)
     counts["dialogue_format"] = "plain" if template is None else "chat"
     if counts["kept"] == 0:
         reasons = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items() if number)
@@ -240,7 +249,9 @@ def dialogue(messages: Messages) -> str:
     """Messages in HH's form, up to the answer that is asked for; a system message comes without a name."""
     names = {role: speaker for speaker, role in SPEAKERS.items()}
     parts = [
-        f"\n\n{names[message['role']]}: {message['content']}" if message["role"] in names else str(message["content"])
+        f"\n\n{names[message['role']]}: {message['content'] or ''}"
+        if message["role"] in names
+        else str(message["content"])
         for message in messages
     ]
     return "".join(parts) + MARKER
@@ -386,9 +397,7 @@ def _load(config: DataConfig) -> dict[str, Dataset]:
         raise UserError(f"--dataset_data_dir {config.dataset_data_dir}: {config.dataset_name} is no folder; drop it")
     if config.dataset_name == QUICKSTART:
         return chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
-    found = load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
-    # a column `group` is the quickstart's: the user's own means something else
-    return {name: rows.select_columns([c for c in rows.column_names if c != "group"]) for name, rows in found.items()}
+    return load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
 
 
 def _by_split(sources: dict[str, Dataset], name: str) -> dict[str, Dataset]:
@@ -434,6 +443,35 @@ def _kind(rows: Dataset, name: str) -> str:
     )
 
 
+def _used_columns(rows: Dataset, template: Any, config: DataConfig) -> set[str]:
+    """The columns that a pair is made of; a chat template's options only where it has any use for them."""
+    used = {*COLUMNS, "group"} if config.dataset_name == QUICKSTART else {*COLUMNS}  # a user's `group` is another
+    for name in set(TEMPLATE_COLUMNS) & set(rows.column_names) if template is not None else ():
+        asked = [{"role": "user", "content": "a question"}]
+        options = (_template_options({name: value}) for value in rows.with_format("python")[name][:OPTIONS_TRIED])
+        plain = template.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        with suppress(Exception):  # a template is a program: what it raises ends the row that it raises for
+            if all(
+                template.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **each) == plain
+                for each in options
+            ):
+                continue
+        used.add(name)
+    return used & set(rows.column_names)
+
+
+def _template_options(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row passes to the chat template besides its messages, as TRL reads it.
+
+    Raises:
+        ValueError: `tools` is a text and no JSON, or `chat_template_kwargs` is no mapping.
+    """
+    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    return ({"tools": tools} if tools else {}) | dict(options)
+
+
 def _parse(
     rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: DataConfig, split: str
 ) -> tuple[Dataset, Counter[str]]:
@@ -456,7 +494,6 @@ def _parse(
         "whole": Value("string"),
         "status": Value("string"),
     }
-    rows = rows.select_columns([name for name in (*COLUMNS, "group") if name in rows.column_names])
     options = {"kind": kind, "swap": config.prefer == "rejected", "place": f"{config.dataset_name}, split {split}"}
     parsed = rows.map(
         _parse_batch,
@@ -493,15 +530,25 @@ def _parse_batch(
     prompts = batch.get("prompt", [None] * size)
     groups = batch.get("group", [None] * size)
     columns = (numbers, prompts, batch["chosen"], batch["rejected"], groups)
-    for number, prompt, chosen, rejected, group in zip(*columns, strict=True):
+    for at, (number, prompt, chosen, rejected, group) in enumerate(zip(*columns, strict=True)):
         if kind == "conversation":
-            found = _conversation(prompt, chosen, rejected)
+            try:
+                found = _conversation(*(_with_text_content(side) for side in (prompt, chosen, rejected)))
+            except UserError as error:
+                raise UserError(f"--dataset_name {place}, row {number + 1}: {error}") from None
         else:
             found = _texts(prompt, chosen, rejected, kind)
         pair: _Pair = found if isinstance(found, _Pair) else _Pair("", "", "", status=found)
         if template is not None and pair.status not in REASONS:
             try:
-                pair = _render(pair, template)
+                options = _template_options({name: batch[name][at] for name in TEMPLATE_COLUMNS if name in batch})
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"--dataset_name {place}, row {number + 1}: tools must be a list of functions or its JSON, and "
+                    f"chat_template_kwargs a mapping ({first_line(error)}); fix the row or drop the column"
+                ) from None
+            try:
+                pair = _render(pair, template, options)
             except Exception as error:  # a template is a program: it may raise anything for roles it does not expect
                 raise UserError(
                     f"--dataset_name {place}, row {number + 1}: the chat template refuses the conversation "
@@ -559,6 +606,38 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
     )  # fmt: skip
 
 
+def _with_text_content(messages: Messages | None) -> Messages | None:
+    """The same messages with contents that are text: parts of type text are joined.
+
+    A system message without text is none. Any other message without text that calls no tool, or without a role, makes
+    a conversation unusable: it becomes empty.
+
+    Raises:
+        UserError: a content has parts of another type.
+    """
+    if messages is None:
+        return None
+    found: Messages = []
+    for message in messages:
+        content = message and message.get("content")
+        if isinstance(content, list):
+            other = [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]
+            if other:
+                raise UserError(
+                    f"a message has a content of another type than text ({str(other[0])[:60]}): only text is read; "
+                    "drop the row"
+                )
+            content = "".join(part.get("text") or "" for part in content)
+        if not message or not message.get("role"):
+            return []
+        if message["role"] == "system" and content is None:
+            continue
+        if message["role"] != "system" and not message.get("tool_calls") and not str(content or "").strip():
+            return []
+        found.append(message | {"content": content})
+    return found
+
+
 def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Messages | None) -> _Pair | str:
     """A row of messages as a pair, or why it can't be used."""
     if not chosen or not rejected:
@@ -572,13 +651,11 @@ def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Me
     return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole)
 
 
-def _render(pair: _Pair, template: Any) -> _Pair:
+def _render(pair: _Pair, template: Any, options: dict[str, Any]) -> _Pair:
     """A pair through the tokenizer's chat template, with its roles repaired where the template refuses them.
 
     The repair is of the whole conversation: an answer that the prompt already began becomes part of both responses.
     """
-    from trl.data_utils import apply_chat_template
-
     messages, (chosen, rejected) = pair.messages, pair.responses
     if not messages:  # a row of text
         messages = messages_of(pair.prompt)
@@ -588,7 +665,7 @@ def _render(pair: _Pair, template: Any) -> _Pair:
         )
     status = pair.status
     try:
-        text: Any = apply_chat_template({"prompt": messages, "chosen": chosen, "rejected": rejected}, template)
+        texts = _rendered(messages, chosen, rejected, template, options)
     except Exception:
         asked = alternating(messages)
         asked = asked[:-1] if asked and asked[-1]["role"] == "assistant" else asked
@@ -596,14 +673,27 @@ def _render(pair: _Pair, template: Any) -> _Pair:
         if not asked or (asked, *responses) == (messages, chosen, rejected):
             raise
         messages, (chosen, rejected), status = asked, responses, "roles_repaired"
-        text = apply_chat_template({"prompt": messages, "chosen": chosen, "rejected": rejected}, template)
-    if text["chosen"].strip() == text["rejected"].strip():
+        texts = _rendered(messages, chosen, rejected, template, options)
+    if texts[1].strip() == texts[2].strip():
         status = "identical"
-    header_end, starts = rendered_turns(messages, text["prompt"], template)
+    header_end, starts = rendered_turns(messages, texts[0], template, options)
     return replace(
-        pair, prompt=text["prompt"], chosen=text["chosen"], rejected=text["rejected"], turn_starts=starts,
-        header_end=header_end, shown=dialogue(messages), status=status,
+        pair, prompt=texts[0], chosen=texts[1], rejected=texts[2], turn_starts=starts, header_end=header_end,
+        shown=dialogue(messages), status=status,
     )  # fmt: skip
+
+
+def _rendered(
+    messages: Messages, chosen: Messages, rejected: Messages, template: Any, options: dict[str, Any]
+) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected text of a pair: the prompt is what its own rendering and both whole ones begin with,
+    for some templates write the question before an answer differently (a thought that is opened, …)."""
+    asked = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    good, bad = (
+        template.apply_chat_template([*messages, *side], tokenize=False, **options) for side in (chosen, rejected)
+    )
+    end = min(_shared(asked, good), _shared(asked, bad))
+    return asked[:end], good[end:], bad[end:]
 
 
 def turn_starts(prompt: str) -> list[int]:
@@ -627,7 +717,9 @@ def _parted(prompt: Messages | None, chosen: Messages, rejected: Messages) -> tu
     return row["prompt"], row["chosen"], row["rejected"]
 
 
-def rendered_turns(messages: Messages, text: str, tokenizer: Any) -> tuple[int, list[int]]:
+def rendered_turns(
+    messages: Messages, text: str, tokenizer: Any, options: dict[str, Any] | None = None
+) -> tuple[int, list[int]]:
     """Where the turns of a conversation start in `text`, its rendering by the chat template, as character offsets.
 
     Returns:
@@ -637,11 +729,11 @@ def rendered_turns(messages: Messages, text: str, tokenizer: Any) -> tuple[int, 
         truncate.
     """
     first = int(messages[0]["role"] == "system")  # the first turn's place
-    header = "" if first else _header(tokenizer, str(tokenizer.chat_template))
+    header = "" if first else _header(tokenizer, json.dumps([tokenizer.chat_template, options or {}], default=str))
     starts = {}
     for turn in range(max(1, len(messages) - NEWEST_TURNS), len(messages)):
         with suppress(Exception):  # a template is a program: it may raise anything
-            before = tokenizer.apply_chat_template(messages[:turn], tokenize=False)
+            before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, **options or {})
             if text.startswith(before):
                 starts[turn] = len(before)
     header_end = starts.pop(1, 0) if first else len(header) if text.startswith(header) else 0
@@ -649,15 +741,17 @@ def rendered_turns(messages: Messages, text: str, tokenizer: Any) -> tuple[int, 
 
 
 @functools.lru_cache(maxsize=16)  # one answer for all rows; a template that was changed is another key
-def _header(tokenizer: Any, template: str) -> str:
+def _header(tokenizer: Any, asked: str) -> str:
     """What a chat template writes before the first turn of a conversation that has no system message.
+
+    `asked` is the template and the options that a row passes to it, as JSON.
 
     A turn of the user is rendered at the beginning and after an answer: what the first has more than the second.
     """
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(Exception):  # a template is a program: it may raise anything
         first, both, three = (
-            tokenizer.apply_chat_template(part, tokenize=False)
+            tokenizer.apply_chat_template(part, tokenize=False, **json.loads(asked)[1])
             for part in (messages[:1], messages, [*messages, messages[0]])
         )
         turn = three.removeprefix(both)

@@ -443,11 +443,17 @@ def describe_data(counts: dict[str, Any]) -> str:
     )
     repaired = f"; {counts['roles_repaired']} with roles repaired for the template" if counts["roles_repaired"] else ""
     cap = {name: sum(split[name] for split in counts["cap"].values()) for name in counts["cap"]["train"]}
+    ignored = f"; columns ignored: {', '.join(counts['ignored_columns'])}" if counts["ignored_columns"] else ""
+    merged = (
+        f"; in {cap['prompts_merged']} the prompt's end merges with a response into one token, which is the response's"
+        if cap["prompts_merged"]
+        else ""
+    )
     return (
         f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test{left_out}; "
         f"dropped: {dropped}{repaired}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
         f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "
-        f"{cap['pairs_lost'] or 'no'} pair lost"
+        f"{cap['pairs_lost'] or 'no'} pair lost{merged}{ignored}"
     )
 
 
