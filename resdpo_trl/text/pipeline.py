@@ -78,6 +78,11 @@ class TextRun(Job):
             raise UserError(
                 "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
             )
+        figure = self.training.metric_for_best_model
+        if figure is not None and figure.removeprefix("eval_") not in self.training.figures:
+            raise UserError(
+                f"--metric_for_best_model {figure}: no such figure; evaluation has {', '.join(self.training.figures)}"
+            )
         if isinstance(self.training, TextRewardConfig) and (self.model.load_in_4bit or self.model.load_in_8bit):
             raise UserError("--load_in_4bit and --load_in_8bit are not supported for a reward model: drop them")
         if getattr(self.training, "reference_update", "frozen") != "frozen" and self.model.use_peft:
@@ -202,6 +207,11 @@ class TextRun(Job):
 
     def _prepare(self, model: Any) -> None:
         """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""
+        if getattr(base_model(model), "is_quantized", False) and not hasattr(model, "peft_config"):
+            if not self.model.use_peft:
+                raise UserError(
+                    "the model's weights are quantized, which freezes them: add --use_peft to train adapters"
+                )
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
         stops = stop_tokens(self.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from trl.trainer.utils import use_adapter
 
 from resdpo_trl.arguments import preference_loss
 from resdpo_trl.callbacks import TIMINGS
+from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs
 from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
 from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
@@ -99,6 +101,10 @@ class _TextTrainer(EveryRowOnce, Resumable):
         super().load_log_state(state)
         self._tokens = [torch.tensor(each, device=self.accelerator.device) for each in state["step_tokens"]]
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # --include_num_input_tokens_seen: with prefix sharing the mask has a cell for every query and key
+        super()._track_num_input_tokens({**inputs, "attention_mask": _real(inputs["attention_mask"])})
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # a checkpoint holds a tied weight once; transformers warns as if it had been lost
         tied = getattr(base_model(self.model), "all_tied_weights_keys", {})
@@ -131,6 +137,14 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         add_response_head(base_model(model))
         super().__init__(model=model, args=args, compute_metrics=_token_mean, **options)
         self._plain = self._plain and not self.aux_loss_enabled
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        # transformers' leaves rows of evaluation out with --dataloader_drop_last, which is of training
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def compute_loss(
         self,
@@ -183,10 +197,21 @@ class PairTrainer(_TextTrainer, Trainer):
         raise NotImplementedError
 
     def evaluate(
-        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
+        """transformers' `evaluate`: of several data sets each under its name, `eval_NAME_loss` and so on."""
         started = time.perf_counter()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, dict):
+            every: dict[str, float] = {}
+            for name, rows in dataset.items():
+                every |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
+            return every
         figures = self.pair_figures(dataset, "Evaluating")
         metrics = {f"{metric_key_prefix}_{name}": float(values.mean()) for name, values in figures.items()}
         self.log(metrics)
@@ -226,7 +251,7 @@ class PairTrainer(_TextTrainer, Trainer):
         training = model.training
         model.eval()
         parts = []
-        hidden = not self.is_world_process_zero() or None  # None: where stderr is no terminal
+        hidden = not self.is_world_process_zero() or self.args.disable_tqdm or None  # None: where stderr is no terminal
         for inputs in tqdm(loader, desc=description, leave=False, delay=0, disable=hidden):  # a batch may take seconds
             pairs = function(model, self._prepare_inputs(inputs))
             gathered = self.accelerator.gather_for_metrics(list(vars(pairs).values()))
@@ -252,18 +277,22 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         model: PreTrainedModel,
         args: TextDPOConfig,
         train_dataset: Dataset,
-        eval_dataset: Dataset | None,
+        eval_dataset: Dataset | dict[str, Dataset] | None,
         processing_class: PreTrainedTokenizerBase,
         ref_model: PreTrainedModel | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.preference_loss = preference_loss(args)
+        adapter = peft_config is not None or hasattr(model, "peft_config")
+        if ref_model is None and not adapter and not args.precompute_ref_log_probs:
+            ref_model = copy.deepcopy(model)  # the policy as it starts
         bases = [base_model(each) for each in (model, ref_model) if each is not None]
         for base in bases:
             add_response_head(base)
         if args.prefix_sharing:
-            longest = max(max(rows["length"][:]) for rows in (train_dataset, eval_dataset) if rows is not None)
+            held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+            longest = max(max(rows["length"][:]) for rows in (train_dataset, *held_out.values()) if rows is not None)
             for base in bases:
                 check_prefix_sharing(base, longest)
         self._means = RunningMeans()  # of the steps since the last log
@@ -291,7 +320,12 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
         Batches are of like length. The reference's come from the columns that `add_reference` wrote, from the
         reference model otherwise.
+
+        Raises:
+            UserError: the rows have no such columns, and training has changed the only model there is.
         """
+        if "ref_chosen_logps" not in dataset.column_names:
+            self._check_reference_is_here()
         return self._over_pairs(dataset, self._batch_logps, description)
 
     def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
@@ -309,8 +343,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
     def add_reference(self, dataset: Dataset, description: str = "Reference log-probabilities") -> Dataset:
         """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
-        if self.state.global_step > 0 and self.ref_model is None:
-            raise RuntimeError("the policy has moved: the reference's log-probabilities must come before training")
+        self._check_reference_is_here()
         started = time.perf_counter()
         found = self._cached_reference(dataset)
         if found is None:
@@ -324,6 +357,14 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         return dataset.add_column("ref_chosen_logps", found[0].numpy()).add_column(
             "ref_rejected_logps", found[1].numpy()
         )
+
+    def _check_reference_is_here(self) -> None:
+        adapter = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        if self.state.global_step > 0 and self.ref_model is None and not adapter:
+            raise UserError(
+                "the rows have no log-probabilities of the reference, and the model that was it has been trained: call "
+                "add_reference before training, pass a ref_model, or set precompute_ref_log_probs=False"
+            )
 
     def _cached_reference(self, dataset: Dataset) -> tuple[Tensor, Tensor] | None:
         """The log-probabilities as an earlier run left them; every process reads them, or none."""
