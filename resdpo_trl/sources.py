@@ -92,7 +92,8 @@ def load_rows(name: str, data_dir: str | None, revision: str | None, quickstart:
         except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
             if SUFFIXES[suffix] == "json":
                 _find_bad_line(path)
-            raise UserError(f"{flag} can't be read ({first_line(error)}): write it anew") from None
+            reason = first_line(error.__cause__ or error)  # `datasets` says that something failed, and its cause what
+            raise UserError(f"{flag} can't be read ({reason}): write it anew") from None
     if not path.is_dir() and (
         name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(tuple(SUFFIXES))
     ):

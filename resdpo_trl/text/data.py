@@ -186,10 +186,9 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
     counts["ignored_columns"] = sorted(ignored)
     counts["dialogue_format"] = "plain" if template is None else "chat"
     if counts["kept"] == 0:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items() if number)
         raise UserError(
-            f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows ({reasons or 'no rows'}); "
-            "two different responses to one prompt are needed"
+            f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows: "
+            + _why_none(sources["train"], counts["dropped"])
         )
     splits, counts["left_out"] = _split(parsed, config)
     counts.update({name: len(rows) for name, rows in splits.items()})
@@ -200,6 +199,23 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
                 "it to have one held out"
             )
     return Preferences(splits, counts, ends_turns=template is not None)
+
+
+def _why_none(rows: Dataset, dropped: dict[str, int]) -> str:
+    """What is wrong with rows of which none can be used, and the fix."""
+    found = [reason for reason, number in dropped.items() if number]
+    if "no_marker" in found:
+        if any("\r\n" in str(text) for text in rows[:1]["chosen"]):
+            return "the lines of the dialogues end in \\r\\n; convert them to \\n, as HH has them"
+        return (
+            f"there is no column prompt (found: {', '.join(sorted(rows.column_names))}), and chosen and rejected are "
+            "no dialogues that share a \\n\\nAssistant: either; give the question in a column named prompt"
+        )
+    said = {
+        "identical": "both responses are the same; two different ones are needed",
+        "empty": "a prompt or a response has no text; fill them in",
+    }
+    return " or ".join(said[reason] for reason in found) or "the file has no rows"
 
 
 def _template(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:

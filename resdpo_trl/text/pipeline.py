@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from resdpo_trl.files import step_of
 from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
-from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, first_line
 from resdpo_trl.text.config import (
     SamplesConfig,
     SFTStageConfig,
@@ -174,14 +176,15 @@ class TextRun(Job):
         args = dataclasses.replace(args, eval_on_start=checkpoint is None)
         as_rows = partial(sft_rows, completion_only_loss=args.completion_only_loss is not False)
         held_out = as_rows(pairs["validation"])
-        trainer = TextSFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=as_rows(pairs["train"]),
-            eval_dataset=held_out,
-            processing_class=self.tokenizer,
-            peft_config=get_peft_config(self.model),
-        )
+        with adapter_refusals():
+            trainer = TextSFTTrainer(
+                model=model,
+                args=args,
+                train_dataset=as_rows(pairs["train"]),
+                eval_dataset=held_out,
+                processing_class=self.tokenizer,
+                peft_config=get_peft_config(self.model),
+            )
         del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if not isinstance(self.training, TextDPOConfig):
@@ -207,11 +210,9 @@ class TextRun(Job):
 
     def _prepare(self, model: Any) -> None:
         """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""
-        if getattr(base_model(model), "is_quantized", False) and not hasattr(model, "peft_config"):
-            if not self.model.use_peft:
-                raise UserError(
-                    "the model's weights are quantized, which freezes them: add --use_peft to train adapters"
-                )
+        adapter = self.model.use_peft or hasattr(model, "peft_config")
+        if getattr(base_model(model), "is_quantized", False) and not adapter:
+            raise UserError("the model's weights are quantized, which freezes them: add --use_peft to train adapters")
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
         stops = stop_tokens(self.tokenizer)
@@ -258,15 +259,16 @@ class TextRun(Job):
         ref_model = None
         if (sharded or not args.precompute_ref_log_probs) and not self.model.use_peft:
             ref_model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
-        return TextDPOTrainer(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            train_dataset=pairs["train"],
-            eval_dataset=pairs["validation"],
-            processing_class=self.tokenizer,
-            peft_config=get_peft_config(self.model) if adapter_on_full else None,
-        )
+        with adapter_refusals():
+            return TextDPOTrainer(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                train_dataset=pairs["train"],
+                eval_dataset=pairs["validation"],
+                processing_class=self.tokenizer,
+                peft_config=get_peft_config(self.model) if adapter_on_full else None,
+            )
 
     def make_policy(self, pairs: dict[str, Dataset]) -> None:
         """DPO from the reference, into policy/; then the test, once."""
@@ -331,16 +333,17 @@ class TextRun(Job):
         if peft_config is not None:
             peft_config.task_type = "SEQ_CLS"  # so that PEFT trains the new head whole
         rows = {split: reward_rows(pairs[split]) for split in SPLITS}
-        trainer = TextRewardTrainer(
-            model=untrained_reward_model(
-                str(self.run.reference), self.model, args.trust_remote_code, "reference", args.seed
-            ),
-            args=args,
-            train_dataset=rows["train"],
-            eval_dataset=rows["validation"],
-            processing_class=self.tokenizer,
-            peft_config=peft_config,
-        )
+        with adapter_refusals():
+            trainer = TextRewardTrainer(
+                model=untrained_reward_model(
+                    str(self.run.reference), self.model, args.trust_remote_code, "reference", args.seed
+                ),
+                args=args,
+                train_dataset=rows["train"],
+                eval_dataset=rows["validation"],
+                processing_class=self.tokenizer,
+                peft_config=peft_config,
+            )
         use_run_callbacks(trainer, self.run, "reward", "Reward model")
         started = time.perf_counter()
         checkpoint = self.checkpoint("reward")
@@ -436,6 +439,20 @@ class TextRun(Job):
         """The end of the run, with the model card."""
         base = str(self.base or self.sft.sft_checkpoint)
         self.end(describe_results, partial(write_text_card, self.run, self.run.trained, base))
+
+
+@contextmanager
+def adapter_refusals() -> Iterator[None]:
+    """PEFT's refusals of the layers that an adapter is asked to train, as UserErrors."""
+    try:
+        yield
+    except ValueError as error:
+        if not re.search("target.(modules|parameters)", str(error), re.IGNORECASE):
+            raise
+        raise UserError(
+            f"--use_peft: {first_line(error)}; name layers of the model with --lora_target_modules (all-linear takes "
+            "every linear one)"
+        ) from None
 
 
 def _rows_trained(trainer: Any, checkpoint: str | None) -> float:

@@ -649,8 +649,54 @@ def test_numbers_are_not_texts(tmp_path):
 
 def test_no_usable_pair(tmp_path):
     name = write_jsonl(tmp_path / "p.jsonl", [{"chosen": "x", "rejected": "y"}] * 3)
-    with pytest.raises(UserError, match=r"no usable pair in 3 rows \(3 no_marker\)"):
+    with pytest.raises(UserError, match="no usable pair in 3 rows: there is no column prompt"):
         load(name)
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+PAIR = {"prompt": "a question", "chosen": "good", "rejected": "bad"}
+TURNS_OF_PAIR = {side: [{"role": "user" if side == "prompt" else "assistant", "content": PAIR[side]}] for side in PAIR}
+ALPACA = {"instruction": "a question", "input": "", "chosen": "good", "rejected": "bad"}
+WINDOWS = {side: f"{H}q{A} {side}".replace("\n", "\r\n") for side in ("chosen", "rejected")}
+SHAREGPT = {side: [{"from": "gpt", "value": side}] for side in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("p.jsonl", jsonl(ALPACA, ALPACA), r"no column prompt \(found: chosen, input, instruction, rej"),
+        ("p.jsonl", jsonl(WINDOWS), r"lines of the dialogues end in \\r\\n; convert"),
+        ("p.jsonl", jsonl(PAIR | {"rejected": "good "}), "both responses are the same; two different"),
+        ("p.jsonl", jsonl(PAIR | {"chosen": " "}), "a prompt or a response has no text; fill"),
+        ("p.jsonl", jsonl(PAIR | {"prompt": None}, PAIR | {"prompt": ""}), "a prompt or a response has no text; fill"),
+        ("p.jsonl", jsonl(TURNS_OF_PAIR | {"chosen": [{"role": "assistant", "content": ""}]}), "has no text; fill"),
+        ("p.jsonl", jsonl({"prompt": "q", "chosen": "a", "worse": "b"}), r"no column rejected \(found: chosen, pr"),
+        ("p.jsonl", jsonl(PAIR | {"chosen": 1}), "must be text or lists of messages, all the same .*int64"),
+        ("p.jsonl", jsonl(PAIR | {"rejected": TURNS_OF_PAIR["rejected"]}), "must be text or lists of messages"),
+        ("p.jsonl", jsonl(SHAREGPT), "must be text or lists of messages.*from.*value"),
+        ("p.jsonl", jsonl(PAIR) + b'{"prompt": \n', "line 2: not JSON"),
+        ("p.jsonl", jsonl(PAIR, [1]), "line 2: not a JSON object"),
+        ("p.jsonl", jsonl(PAIR, None), "line 2: null is no row"),
+        ("p.jsonl", jsonl(PAIR) + b'{"prompt": "\xff"}\n', "line 2: not UTF-8"),
+        ("p.jsonl", b"", "p.jsonl.* (no rows|empty)"),
+        ("p.jsonl", jsonl(PAIR, PAIR | {"chosen": TURNS_OF_PAIR["chosen"]}), "chosen|type|column"),
+        ("p.jsonl.gz", gzip.compress(jsonl(*[PAIR] * 99))[:40], "gzip stream is damaged; compress it anew"),
+        ("p.jsonl.gz", jsonl(PAIR), "gzip stream is damaged; compress it anew"),
+        ("p.parquet", b"PAR1 no parquet", "can't be read .*[Pp]arquet.*write it anew"),
+        ("p.txt", jsonl(PAIR), r"p.txt is not \.jsonl, \.jsonl\.gz or \.parquet"),
+        ("p.jsonl", jsonl(*[PAIR | {"prompt": "a"}] * 2), "too few for a training, a validation and a test split"),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_was_found(tmp_path, chat_tokenizer, file, content, sentence):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_preferences(DataConfig(dataset_name=str(tmp_path / file)), chat_tokenizer)
+    said = str(refused.value).replace(str(tmp_path), "")
+    assert re.search(sentence, said), said
+    assert file in said and "\n" not in said
 
 
 def test_too_few_conversations_to_split(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import trl
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
@@ -25,6 +26,7 @@ from resdpo_trl.text.config import (
     TextRewardConfig,
     TextSFTConfig,
 )
+from resdpo_trl.text.model import loading_options
 
 CONFIGS = {
     TextDPOConfig: (DPOConfig, set(REFUSED)),
@@ -86,7 +88,7 @@ SHOWN_BY = {
     "max_steps": "test_steps_go_before_epochs",
     "metric_for_best_model": "test_a_figure_that_no_evaluation_has_is_refused",
     "model_name_or_path": "test_models_that_are_not_there",
-    "model_revision": "test_a_hub_id_without_network",
+    "model_revision": "test_what_models_are_loaded_with",
     "num_train_epochs": "test_rates_and_epochs_are_above_zero",
     "output_dir": "test_a_run_needs_a_folder",
     "per_device_eval_batch_size": "test_evaluation_is_over_pairs_not_over_batches",
@@ -102,7 +104,7 @@ SHOWN_BY = {
     "seed": "test_same_seed_same_files",
     "data_seed": "test_batches_of_like_length_are_seeded_by_epoch",
     "train_sampling_strategy": "test_twenty_steps_follow_trls_trainer",
-    "trust_remote_code": "XX",
+    "trust_remote_code": "test_code_of_a_model_runs_only_where_it_was_asked_for",
     "use_peft": "test_lora_trains_against_its_base",
 }
 # read by code of transformers and TRL that runs here unchanged: the loop of training, its optimizer, its callbacks,
@@ -184,3 +186,10 @@ def test_with_an_adapter_and_4_bits_their_options_are_taken():
     found = TextModelConfig(use_peft=True, load_in_4bit=True, **{name: ASKED[name] for name in (*OF_PEFT, *OF_4BIT)})
     for name in (*OF_PEFT, *OF_4BIT):
         assert getattr(found, name) == ASKED[name]
+
+
+def test_what_models_are_loaded_with():
+    asked = TextModelConfig(model_revision="v1", attn_implementation="eager", dtype="bfloat16")
+    options = loading_options(asked, trust_remote_code=True)
+    assert (options["revision"], options["attn_implementation"], options["dtype"]) == ("v1", "eager", torch.bfloat16)
+    assert options["trust_remote_code"]

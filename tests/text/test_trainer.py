@@ -148,13 +148,6 @@ def test_evaluation_is_over_pairs_not_over_batches(tmp_path, tokenizer):
     assert len(figures["loss"]) == 9  # 4 + 4 + 1
 
 
-def test_the_reference_must_come_before_training(tmp_path, tokenizer):
-    job = trainer(tmp_path, tokenizer, max_steps=1)
-    job.train()
-    with pytest.raises(RuntimeError, match="before training"):
-        job.add_reference(tokenized(3))
-
-
 def test_figures_of_new_rows_after_training_need_the_reference(tmp_path, tokenizer):
     """Never the trained policy as its own reference, at a loss of ln 2: the reference that is kept, or none."""
     new = tokenized(9, seed=2)
