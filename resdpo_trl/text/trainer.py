@@ -120,6 +120,7 @@ class _TextTrainer(EveryRowOnce, Resumable):
         return LengthSampler(batch, dataset["length"][:], seed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        _check_tokenized(dataset)
         return dataset  # tokenized and capped already
 
 
@@ -292,7 +293,10 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             add_response_head(base)
         if args.prefix_sharing:
             held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-            longest = max(max(rows["length"][:]) for rows in (train_dataset, *held_out.values()) if rows is not None)
+            splits = [rows for rows in (train_dataset, *held_out.values()) if rows is not None]
+            for rows in splits:
+                _check_tokenized(rows)
+            longest = max(max(rows["length"][:]) for rows in splits)
             for base in bases:
                 check_prefix_sharing(base, longest)
         self._means = RunningMeans()  # of the steps since the last log
@@ -453,6 +457,14 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         if not any(name.startswith("eval_") for name in logs):
             logs.update(self._means.take(self.accelerator.reduce))
         super().log(logs, start_time)
+
+
+def _check_tokenized(rows: Dataset) -> None:
+    if "length" not in rows.column_names:
+        raise UserError(
+            f"the rows have no column length (found: {', '.join(rows.column_names)}): make them with "
+            "resdpo_trl.text.tokens.tokenize, and sft_rows or reward_rows after it"
+        )
 
 
 def _real(mask: Tensor) -> Tensor:
