@@ -65,9 +65,10 @@ tokenizer = AutoTokenizer.from_pretrained("{ID}")
 inputs = tokenizer("\\n\\nHuman: How do I keep basil alive in winter?\\n\\nAssistant:", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 ADAPTER_LOADING = f"""from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 model = AutoPeftModelForCausalLM.from_pretrained("{ID}")  # and the model that it adapts
+model.generation_config = GenerationConfig.from_pretrained("{ID}")  # where its answers end
 tokenizer = AutoTokenizer.from_pretrained("{ID}")"""
 TEXT_LIMITS = """For the study of preference optimization. Not for talking to people, for advice, or for judging anyone.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from trl import get_peft_config
 
 from resdpo_trl.arguments import RunConfig
@@ -207,6 +207,17 @@ class TextRun(Job):
             }
         )
         free(trainer)
+
+    def publish(self, folder: Path, save: Callable[[str], Any], processor: Any) -> None:
+        """`Job.publish`; an adapter's folder says too where its answers end, for the base's own file may not."""
+
+        def save_with_ends(path: str) -> None:
+            save(path)
+            if self.run.main_process and (Path(path) / "adapter_config.json").is_file():
+                ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+                GenerationConfig(eos_token_id=stop_tokens(self.tokenizer), **ids).save_pretrained(path)
+
+        super().publish(folder, save_with_ends, processor)
 
     def _prepare(self, model: Any) -> None:
         """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""

@@ -272,6 +272,8 @@ def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, llama_folder
     test = json.loads((tmp_path / "d" / "summary.json").read_text())["dpo"]["test"]
     assert test["rewards/margins"] != 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "d" / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "d" / "policy")  # and where the adapter's answers end
+    assert GenerationConfig.from_pretrained(tmp_path / "d" / "policy").eos_token_id == [tokenizer.eos_token_id]
 
 
 def test_eight_bit_adam_trains(recipe, tmp_path, pairs_file, llama_folder):
