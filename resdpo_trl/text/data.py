@@ -58,7 +58,6 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # which TRL passes to the 
 REASONS = ("identical", "empty", "no_marker")
 COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # HH's names of the roles
-OPTIONS_TRIED = 8  # rows whose template options are tried out, to know whether the template reads them
 NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for each costs a pass of the template
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {  # the first word of a data set's own name of a split
@@ -460,20 +459,26 @@ def _kind(rows: Dataset, name: str) -> str:
 
 
 def _used_columns(rows: Dataset, template: Any, config: DataConfig) -> set[str]:
-    """The columns that a pair is made of; a chat template's options only where it has any use for them."""
+    """The columns that a pair is made of; a chat template's options only where there is one, and it reads them."""
     used = {*COLUMNS, "group"} if config.dataset_name == QUICKSTART else {*COLUMNS}  # a user's `group` is another
-    for name in set(TEMPLATE_COLUMNS) & set(rows.column_names) if template is not None else ():
-        asked = [{"role": "user", "content": "a question"}]
-        options = (_template_options({name: value}) for value in rows.with_format("python")[name][:OPTIONS_TRIED])
-        plain = template.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        with suppress(Exception):  # a template is a program: what it raises ends the row that it raises for
-            if all(
-                template.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **each) == plain
-                for each in options
-            ):
-                continue
-        used.add(name)
+    if template is not None:
+        used.add("chat_template_kwargs")
+        column = rows["tools"] if "tools" in rows.column_names else []
+        tools = next((value for value in column if value and value not in ("[]", "null")), None)
+        if tools is not None and _reads_tools(template, tools):
+            used.add("tools")
     return used & set(rows.column_names)
+
+
+def _reads_tools(template: Any, tools: Any) -> bool:
+    asked = [{"role": "user", "content": "a question"}]
+    with suppress(Exception):  # a template is a program: what it raises ends the row that it raises for
+        plain, given = (
+            template.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **options)
+            for options in ({}, _template_options({"tools": tools}))
+        )
+        return bool(plain != given)
+    return True
 
 
 def _template_options(row: dict[str, Any]) -> dict[str, Any]:

@@ -259,7 +259,7 @@ def test_sft_keeps_what_was_asked_for_and_answers_within_the_models_positions(re
 
 @pytest.mark.parametrize("quantized", [[], ["--load_in_4bit"], ["--load_in_8bit"]], ids=["lora", "4bit", "8bit"])
 def test_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, llama_folder, quantized):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     arguments = [
         "--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "2", "--max_new_tokens", "4",

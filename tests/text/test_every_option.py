@@ -56,7 +56,7 @@ ASKED = {
 SHOWN_BY = {
     "activation_checkpointing": "test_gradient_checkpointing_changes_nothing",
     "attn_implementation": "test_scores_and_gradients_equal_separate_forwards",
-    "beta": "test_losses",
+    "beta": "test_dpo_loss_is_the_papers_listing",
     "bf16": "test_bfloat16_is_chosen_where_the_hardware_has_it",
     "center_rewards_coefficient": "test_the_trainers_loss_is_bradley_terry_as_losses_has_it",
     "completion_only_loss": "test_sft_learns_the_response_or_everything",
