@@ -34,6 +34,7 @@ REFUSED_EVERYWHERE: dict[str, tuple[Any, str]] = {
     "length_column_name": ("length", "the column is the trainer's own"),
     "use_cache": (False, "training has no use for a cache"),
     "enable_jit_checkpoint": (False, "SIGTERM and Ctrl-C end a run after a checkpoint already"),
+    "local_rank": (-1, "launch with accelerate or torchrun, which say it by the environment"),
     "do_train": (False, "the recipe says what is done"),
     "do_predict": (False, "the recipe says what is done; pass --num_samples for answers"),
 }
