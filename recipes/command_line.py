@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -14,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,10 +24,58 @@ GO_ON = "what was written stays: a run goes on with the same command and --resum
 PRESETS = Path(__file__).resolve().parent / "configs"
 # fields of a preset that are about its own data set
 OF_ITS_DATA = ("dataset_data_dir", "dataset_revision", "max_train_samples", "max_eval_samples", "max_test_samples")
+RATES = ("learning_rate", "sft_learning_rate")
+LORA_RATE = 10  # times the learning rate of full fine-tuning (https://thinkingmachines.ai/blog/lora/)
 LARGEST_PRESET = 64 * 2**10  # bytes
 DEEPEST_PRESET = 20  # PyYAML's time grows with the square of the depth, or worse
 # what PyYAML's constructors raise for "!!timestamp x", "!!bool x", "!!int ''" and 2001-99-99
 TAG_ERRORS = (AttributeError, KeyError, IndexError, ValueError)
+
+# what other tools call a field, or versions of transformers and TRL before these: the field here, and what differs
+ELSEWHERE = {
+    "adam8bit": ("optim", "adamw_bnb_8bit"),
+    "batch_size": ("per_device_train_batch_size", ""),
+    "cutoff_len": ("max_length", ""),
+    "data_path": ("dataset_name", ""),
+    "dataset": ("dataset_name", ""),
+    "dataset_path": ("dataset_name", ""),
+    "epochs": ("num_train_epochs", ""),
+    "eval_dataset": ("eval_dataset_name", ""),
+    "eval_file": ("eval_dataset_name", ""),
+    "evaluation_strategy": ("eval_strategy", ""),
+    "finetuning_type": ("use_peft", ""),
+    "grad_accum": ("gradient_accumulation_steps", ""),
+    "lora_rank": ("lora_r", ""),
+    "lr": ("learning_rate", ""),
+    "max_completion_length": ("max_response_length", ""),
+    "max_prompt_length": ("max_length", "which counts the prompt with one response"),
+    "max_seq_length": ("max_length", ""),
+    "model": ("model_name_or_path", ""),
+    "model_name": ("model_name_or_path", ""),
+    "no_cuda": ("use_cpu", ""),
+    "pref_beta": ("beta", ""),
+    "pref_loss": ("loss_type", ""),
+    "test_file": ("eval_dataset_name", ""),
+    "torch_dtype": ("dtype", ""),
+    "train_file": ("dataset_name", ""),
+    "val_size": ("validation_fraction", ""),
+    "validation_split": ("validation_fraction", ""),
+    "warmup_ratio": ("warmup_steps", "of which a number below 1 is a share of the steps"),
+}
+
+# what --help shows of the options that a recipe has, the most important first; --help_all shows every one
+SHOWN = (
+    "run", "runs", "models", "model", "reference", "dataset_name", "eval_dataset_name", "columns", "prompts", "prompt",
+    "model_name_or_path", "arch", "pretrained_weights", "output_dir", "output", "betas", "learning_rates", "seeds",
+    "beta", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length", "image_size",
+    "sft_epochs", "sft_learning_rate", "sft_checkpoint", "reference_epochs", "reference_learning_rate",
+    "reference_model", "reward_model", "loss_type", "reference_update", "rejected_sampling", "compare_modes",
+    "compare_cross_entropy", "prefer", "use_peft", "dialogue_format", "max_train_samples",
+    "max_test_samples", "select", "gradient_checkpointing", "num_samples", "max_new_tokens", "do_sample",
+    "temperature", "judge", "judge_url", "best_of_n", "test_time_views", "jobs", "seed", "report_to",
+    "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub", "hub_model_id",
+    "verbose", "help_all",
+)  # fmt: skip
 
 # loggers of libraries whose warnings are advice that a run needs not follow
 ADVICE = (
@@ -54,6 +104,7 @@ from trl import TrlParser  # noqa: E402
 
 from resdpo_trl.errors import NothingToDo, UserError, printable  # noqa: E402
 from resdpo_trl.files import disk_trouble  # noqa: E402
+from resdpo_trl.run import untrained  # noqa: E402
 from resdpo_trl.signals import Interrupted, stop_at_once  # noqa: E402
 from resdpo_trl.sources import first_line  # noqa: E402
 
@@ -61,8 +112,21 @@ if not VERBOSE:
     disable_progress_bar()  # of "Loading weights" and "Writing model shards"
 
 
-class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every flag with its default, under the recipe's docstring as it stands."""
+class RecipeHelp(argparse.RawDescriptionHelpFormatter):
+    """Every option once, with the value that it has where it is not given, under the recipe's docstring as it is."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        metavar = "" if action.nargs == 0 else self._format_args(action, "X")
+        return f"{action.option_strings[0]} {metavar}".rstrip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        value = action.default
+        if value in (None, [], argparse.SUPPRESS) or action.dest in ("help", "help_all"):
+            return action.help or ""
+        shown = " ".join(map(str, value)) if isinstance(value, list) else getattr(value, "value", value)
+        return f"{action.help or ''} [{str(shown).replace('%', '%%')}]"
 
 
 class RecipeParser(TrlParser):
@@ -81,6 +145,38 @@ class RecipeParser(TrlParser):
         self.add_argument(
             "--verbose", action="store_true", help="show the libraries' progress bars, advice and warnings too"
         )
+        if dataclass_types:
+            self.add_argument("--help_all", action="store_true", help="show every option")
+
+    def _show_help(self, words: list[str], everything: bool) -> None:
+        """Print the options with the values that a run of these words would use."""
+        values: dict[str, Any] = {}
+        with contextlib.suppress(UserError):  # what the recipe cannot do without is not given
+            values |= vars(self.parse_known_args(words)[0])
+        for kind in self.dataclass_types:  # some values follow from others, or from the hardware
+            of_it = {each.name: values[each.name] for each in fields(kind) if each.init and each.name in values}
+            with contextlib.suppress(UserError):
+                values |= vars(kind(**of_it))
+        for action in self._actions:
+            action.default = values.get(action.dest, action.default)
+        rank = {name: place for place, name in enumerate(SHOWN)}
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        if everything:
+            groups = [(group.title, group.description, group._group_actions) for group in self._action_groups]
+        else:
+            of_a_sweep = ("beta", "learning_rate", "seed") if "betas" in values else ()  # each point's own
+            shown = [action for action in self._actions if action.dest in rank and action.dest not in of_a_sweep]
+            groups = [("options [what a run uses where they are not given]", None, shown)]
+        for title, text, actions in groups:
+            # HfArgumentParser adds --no_x for a switch x that is on
+            once = [action for action in actions if not (action.option_strings or [""])[0].startswith("--no_")]
+            formatter.start_section(title)
+            formatter.add_text(text)
+            formatter.add_arguments(sorted(once, key=lambda action: rank.get(action.dest, len(rank))))
+            formatter.end_section()
+        print(formatter.format_help(), end="")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -102,10 +198,8 @@ class RecipeParser(TrlParser):
                 has that name there is the other stage's.
         """
         flags = list(sys.argv[1:] if given is None else given)
-        if "-h" in flags or "--help" in flags:
-            self.print_help()
-            raise SystemExit(0)
-        flags, preset = _take_config(flags)
+        helps = [word for word in flags if word in ("-h", "--help", "--help_all")]
+        flags, preset = _take_config([word for word in flags if word not in helps])
         named = {flag.partition("=")[0].replace("-", "_") for flag in flags}
         if preset is None and default_preset is not None and "__model_name_or_path" not in named:
             preset = PRESETS / default_preset
@@ -114,16 +208,32 @@ class RecipeParser(TrlParser):
         if ours and "__dataset_name" in named:
             without += OF_ITS_DATA
         defaults = self._flags_of(preset, without, renamed) if preset is not None else []
+        if helps:
+            self._show_help(defaults + flags, everything="--help_all" in helps)
+            raise SystemExit(0)
         self._check(defaults, f"{preset}: ")
         self._check(flags, "")
+        defaults += self._lora_rates(defaults, flags)
         try:
             parsed = self.parse_args_into_dataclasses(defaults + flags, look_for_args_file=False)
         except (ValueError, TypeError, ImportError, OSError) as error:
             # a dataclass refused a value, a combination or a file: transformers and TRL say why in their first line
             raise UserError(first_line(error)) from None
+        self.given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
         count = len(self.dataclass_types)
         self.added: argparse.Namespace = parsed[count]  # --verbose and what a recipe added
         return list(parsed[:count]), preset
+
+    def _lora_rates(self, defaults: list[str], flags: list[str]) -> list[str]:
+        """LoRA's learning rates as words, where a flag asks for it, none gives a rate, and the preset is not LoRA's."""
+        preset, asked = (self.parse_known_args(list(words))[0] for words in (defaults, flags))
+        if not getattr(asked, "use_peft", False) or preset.use_peft:
+            return []
+        given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
+        rates = {
+            name: LORA_RATE * getattr(preset, name) for name in RATES if hasattr(preset, name) and name not in given
+        }
+        return [word for name, rate in rates.items() for word in (f"--{name}", f"{rate:g}")]
 
     def _check(self, flags: list[str], place: str) -> None:
         try:
@@ -138,7 +248,11 @@ class RecipeParser(TrlParser):
                 option.lstrip("-") for option in self._option_string_actions if "_" in option or "-" not in option[2:]
             ]
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else "; --help lists them"
+            here, what = ELSEWHERE.get(name, ("", ""))
+            if here in known and not difflib.get_close_matches(name, known, 1, 0.9):
+                hint = f"; here it is --{here} {what}".rstrip()
+            else:
+                hint = f"; did you mean {near[0]}?" if near else "; --help_all lists them"
             raise UserError(f"{place}unknown field {name}{hint}" if place else f"unknown flag --{name}{hint}")
 
     def _flags_of(self, preset: Path, without: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
@@ -170,7 +284,7 @@ class RecipeParser(TrlParser):
         for name, value in content.items():
             if name in without or name in replaced:
                 continue
-            if name in ("help", "verbose"):  # flags, but no fields
+            if name in ("help", "help_all", "verbose"):  # flags, but no fields
                 raise UserError(f"--config {preset}: unknown field {name}")
             if value is None:
                 raise UserError(f"--config {preset}: field {name} has no value; leave the field out")
@@ -230,6 +344,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except NothingToDo as reason:
         _say(str(reason))
     except UserError as error:
+        discard_untrained()
         _say(f"error: {error}")
         sys.exit(2)
     except Interrupted as stopped:
@@ -239,6 +354,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         _say(GO_ON)
         sys.exit(130)
     except Exception as error:
+        discard_untrained()
         reason = disk_trouble(error)
         if reason is None:
             from resdpo_trl.run import redacted
@@ -249,6 +365,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         _say(f"error: {getattr(error, 'filename', None) or 'a file'} can't be written or read ({reason}); {GO_ON}")
         sys.exit(2)
     sys.exit(0)
+
+
+def discard_untrained() -> None:
+    """Delete the run that ends before its first step, so that the next try finds an empty folder."""
+    for folder in list(untrained):
+        untrained.discard(folder)
+        folder.discard()
 
 
 def _end_with_the_launcher() -> None:

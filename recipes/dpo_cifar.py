@@ -32,7 +32,7 @@ def main() -> None:
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.image.pipeline import ImageRun
 
-    job = ImageRun(data, model, augment, options, dpo, stage, preset)
+    job = ImageRun(data, model, augment, options, dpo, stage, preset, parser.given)
     job.say_what_runs()
     images = job.prepare_images()
     job.make_reference(images)

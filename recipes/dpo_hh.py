@@ -10,8 +10,9 @@ accelerate launch recipes/dpo_hh.py --dataset_name pairs.jsonl
 accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/smollm2.yaml
 accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/gpt2.yaml
 
-# LoRA on any causal language model
-accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --use_peft
+# LoRA on any causal language model; --merge_adapter keeps a full model in place of the adapter
+accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --use_peft \\
+  --merge_adapter
 """
 
 from command_line import RecipeParser, run
@@ -31,11 +32,12 @@ def main() -> None:
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun
 
-    job = TextRun(data, model, samples, options, dpo, sft, preset)
+    job = TextRun(data, model, samples, options, dpo, sft, preset, parser.given)
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)
     job.make_policy(pairs)
+    job.merge_adapter()
     job.write_samples(pairs)
     job.finish()
 

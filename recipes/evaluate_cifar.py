@@ -2,7 +2,7 @@
 
 # the quickstart's policy against its reference, on the test images
 accelerate launch recipes/evaluate_cifar.py --model runs/digits/policy --reference runs/digits/reference \\
-  --validation_fraction 0.1 --output runs/digits/evaluation.json
+  --output runs/digits/evaluation.json
 
 # any classifier that train_cifar.py or dpo_cifar.py saved, on CIFAR-10's test images
 accelerate launch recipes/evaluate_cifar.py --model FOLDER_OR_ID --dataset_name uoft-cs/cifar10

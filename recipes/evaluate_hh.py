@@ -1,8 +1,11 @@
 """DPO loss, accuracies, rewards, length baselines and sampled answers of any checkpoint, each with its interval.
 
-# the quickstart's policy against its reference, on its held-out pairs
+# the quickstart's policy against its reference, on its held-out pairs; β and the cap are the training's
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
-  --max_length 160 --max_eval_samples 64 --max_test_samples 256 --output runs/quickstart/evaluation.json
+  --max_test_samples 256 --output runs/quickstart/evaluation.json
+
+# on all pairs of a file but those that the training has seen
+accelerate launch recipes/evaluate_hh.py --model runs/a/policy --reference runs/a/reference --dataset_name pairs.jsonl
 
 # two checkpoints of one reference, with paired tests of their difference
 accelerate launch recipes/evaluate_hh.py --model runs/a/policy --other_model runs/b/policy \\
@@ -10,7 +13,7 @@ accelerate launch recipes/evaluate_hh.py --model runs/a/policy --other_model run
 
 # beside them the figures of a trained reward model on the same pairs, and how far the two rewards agree
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
-  --reward_model runs/reward/reward_model --max_length 160 --max_eval_samples 64 --max_test_samples 256
+  --reward_model runs/reward/reward_model --max_test_samples 256
 """
 
 from command_line import RecipeParser, on_one_process, run

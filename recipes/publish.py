@@ -3,6 +3,9 @@
 # any run, of text or images; the token is HF_TOKEN or what `hf auth login` kept
 python recipes/publish.py runs/quickstart --hub_model_id you/quickstart
 
+# a LoRA adapter as a full model that anybody can load
+python recipes/publish.py runs/lora --hub_model_id you/lora --merge_adapter
+
 # where only you can see it
 python recipes/publish.py runs/digits --hub_model_id you/digits --hub_private_repo
 """
@@ -17,13 +20,19 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="the --output_dir of a finished run")
     parser.add_argument("--hub_model_id", required=True, help="name or owner/name of the repository")
     parser.add_argument("--hub_private_repo", action="store_true", default=None, help="create it as a private one")
+    parser.add_argument(
+        "--merge_adapter", action="store_true", help="first make a LoRA adapter a full model, in the run's folder"
+    )
     parser.add_argument("--hub_revision", help="branch to push to; main by default")
     parser.add_argument("--hub_token", help="better HF_TOKEN: other users of the machine can read a command line")
     options = parser.parse_args()
 
     from resdpo_trl.hub import publish
 
-    url = publish(options.run, options.hub_model_id, options.hub_private_repo, options.hub_token, options.hub_revision)
+    url = publish(
+        options.run, options.hub_model_id, options.hub_private_repo, options.hub_token, options.hub_revision,
+        options.merge_adapter,
+    )  # fmt: skip
     print(f"pushed to {url}")
 
 

@@ -6,15 +6,21 @@ python recipes/report.py runs/quickstart
 # a sweep, from its table and its points
 python recipes/report.py runs/sweep_hh
 
+# a run that is training: the page is written again every ten seconds, and loads itself again
+python recipes/report.py runs/quickstart --watch
+
 # several runs side by side
 python recipes/report.py runs/beta01 runs/beta03 runs/beta05 --output runs/betas.html
 """
 
+import math
+import time
 from pathlib import Path
 
 from command_line import RecipeParser, on_one_process, run
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.files import is_locked
 from resdpo_trl.report import write_report
 from resdpo_trl.sweep import write_sweep_report
 
@@ -24,14 +30,31 @@ def main() -> None:
     parser = RecipeParser((), description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output_dir of a run, or of one sweep")
     parser.add_argument("--output", help="the page; report.html in the run's folder by default")
+    parser.add_argument(
+        "--watch", metavar="SECONDS", type=float, nargs="?", const=10.0,
+        help="write the page again after so many seconds (10) while the run trains; the page loads itself again",
+    )  # fmt: skip
     options = parser.parse_args()
+    if options.watch is not None and not 0 < options.watch < math.inf:
+        raise UserError(f"--watch {options.watch}: must be above 0 seconds, and finite")
     sweeps = [folder for folder in options.runs if (Path(folder) / "sweep.json").exists()]
     if sweeps and len(options.runs) > 1:
         raise UserError(f"{sweeps[0]} is a sweep, which has a page of its own: name it alone")
+    try:
+        while options.watch is not None and any(map(_trains, options.runs)):
+            if all((Path(folder) / "run.json").exists() for folder in options.runs):  # its data are there
+                print(f"open {write_report(options.runs, options.output, refresh=options.watch)}")
+            time.sleep(options.watch)
+    except KeyboardInterrupt:
+        pass  # the last page loads itself no more
     if sweeps:
         print(write_sweep_report(Path(sweeps[0]), options.output))
     else:
         print(write_report(options.runs, options.output))
+
+
+def _trains(folder: str) -> bool:
+    return Path(folder).is_dir() and is_locked(Path(folder))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ accelerate launch recipes/reward_hh.py --config recipes/configs/hh/gpt2.yaml --n
 
 # then: its accuracy beside the implicit reward's, on the same held-out pairs
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
-  --reward_model runs/reward/reward_model --max_length 160 --max_eval_samples 64 --max_test_samples 256
+  --reward_model runs/reward/reward_model --max_test_samples 256
 """
 
 from command_line import RecipeParser, run
@@ -36,7 +36,7 @@ def main() -> None:
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun
 
-    job = TextRun(data, model, SamplesConfig(num_samples=0), options, reward, sft, preset)
+    job = TextRun(data, model, SamplesConfig(num_samples=0), options, reward, sft, preset, parser.given)
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)

@@ -34,10 +34,11 @@ def main() -> None:
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun
 
-    job = TextRun(data, model, samples, options, sft, preset=preset)
+    job = TextRun(data, model, samples, options, sft, preset=preset, given=parser.given)
     job.say_what_runs()
     pairs = job.prepare_pairs()
     job.make_reference(pairs)
+    job.merge_adapter()
     job.write_samples(pairs)
     job.finish()
 

@@ -93,7 +93,7 @@ def main() -> None:
         resume = "last" if folder.exists() else None
         own_dpo = dataclasses.replace(dpo, output_dir=str(folder), resume_from_checkpoint=resume)
         own_sft = dataclasses.replace(sft, sft_epochs=point.sft_epochs)
-        job = TextRun(data, model, samples, options, own_dpo, own_sft, preset)
+        job = TextRun(data, model, samples, options, own_dpo, own_sft, preset, parser.given)
         job.say_what_runs()
         pairs = job.prepare_pairs()
         job.make_reference(pairs)

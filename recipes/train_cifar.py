@@ -46,7 +46,7 @@ def main() -> None:
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.image.pipeline import ImageRun
 
-    job = ImageRun(data, model, augment, options, training, preset=preset)
+    job = ImageRun(data, model, augment, options, training, preset=preset, given=parser.given)
     job.say_what_runs()
     images = job.prepare_images()
     job.train_cross_entropy(images)

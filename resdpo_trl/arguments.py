@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ class OneMachine:
             raise UserError(f"--seed {args.seed}: must lie between 0 and {2**32 - 1}")
         if not args.output_dir:
             raise UserError("--output_dir: name a folder")
+        check_reporters(self.report_to)
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay false: the trainers choose their columns")
         if self.load_best_model_at_end is None:
@@ -154,6 +156,26 @@ class ReferenceUpdate:
         if not 0 < self.polyak_tau <= 1:
             raise UserError(f"--polyak_tau {self.polyak_tau}: must lie in (0, 1]")
         super().__post_init__()  # type: ignore[misc]
+
+
+def check_reporters(report_to: str | list[str] | None) -> None:
+    """Raise a UserError for a name in --report_to that transformers does not know or whose package is missing."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    if not set(names) - {"none", "all"}:
+        return
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    packages = {"azure_ml": ["azureml"], "flyte": ["flytekit"], "tensorboard": ["tensorboard", "tensorboardX"]}
+    for name in names:
+        if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
+            raise UserError(f"--report_to {name}: not among {', '.join(INTEGRATION_TO_CALLBACK)}, all, none")
+        known = packages.get(name, [name])
+        if name in INTEGRATION_TO_CALLBACK and not any(map(importlib.util.find_spec, known)):
+            brought = "'resdpo-trl[watch]'" if name in ("tensorboard", "trackio") else known[0]
+            raise UserError(
+                f"--report_to {name}: the package {known[0]} is not installed: pip install {brought}; "
+                "recipes/report.py RUN --watch needs none"
+            )
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -16,34 +16,36 @@ from typing import Any
 
 from resdpo_trl.errors import printable
 from resdpo_trl.hub import ID
-from resdpo_trl.report import CURVES, TEST_NAMES
+from resdpo_trl.report import TEST_NAMES, digits_of, lead
 from resdpo_trl.run import RunFolder
-from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, source_name
 
 CARD = """# {title}
 
 {how} with resdpo-trl. {base}
 
+{lead}
+
 | | |
 | --- | --- |
 {facts}
 
+## Usage
+
+```python
+{loading}
+```
+{prompt_format}
 ## Intended use and limits
 
 {limits}
 
 ## {heading}
 
-| figure | mean | 95% interval (bootstrap) |
+| figure | mean | 95% interval |
 | --- | --- | --- |
 {figures}
-{plots}
-## Loading
-
-```python
-{loading}
-```
-{samples}
+{plots}{samples}
 ## Training
 
 {command}
@@ -58,32 +60,39 @@ Versions: {versions}.
 
 {licence}
 """
-TEXT_LOADING = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+CHAT_LOADING = f"""from transformers import pipeline
 
-model = AutoModelForCausalLM.from_pretrained("{ID}")
-tokenizer = AutoTokenizer.from_pretrained("{ID}")
-inputs = tokenizer("\\n\\nHuman: How do I keep basil alive in winter?\\n\\nAssistant:", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
+chat = pipeline("text-generation", model="{ID}")
+messages = [{{"role": "user", "content": "How do I keep basil alive in winter?"}}]
+print(chat(messages, max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
+PLAIN_LOADING = f"""from transformers import pipeline
+
+complete = pipeline("text-generation", model="{ID}")
+prompt = "\\n\\nHuman: How do I keep basil alive in winter?\\n\\nAssistant:"
+print(complete(prompt, max_new_tokens=64, return_full_text=False)[0]["generated_text"])"""
 ADAPTER_LOADING = f"""from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 model = AutoPeftModelForCausalLM.from_pretrained("{ID}")  # and the model that it adapts
 model.generation_config = GenerationConfig.from_pretrained("{ID}")  # where its answers end
 tokenizer = AutoTokenizer.from_pretrained("{ID}")"""
-TEXT_LIMITS = """For the study of preference optimization. Not for talking to people, for advice, or for judging anyone.
+PLAIN_FORMAT = """
+Prompts are plain text: a dialogue's turns begin with "\\n\\nHuman: " and "\\n\\nAssistant: ", and the prompt ends with
+"\\n\\nAssistant:".
+"""
+TEXT_LIMITS = """For the study of preference optimization. The figures say how often the model ranks a held-out pair
+as the data's authors did. They do not say whether its answers are true, safe or kind."""
+UNPLEASANT = """
 
-**This model says unpleasant things.** Preference data such as Anthropic's HH holds dialogues that people wrote to
-provoke (red-teaming): insults, prejudice, crime, self-harm. Models of GPT-2's size repeat such things, answer falsely
-and make things up, before DPO and after it. The figures below say how often its implicit reward ranks a held-out pair
-as the data's authors did, and nothing of whether its answers are true, safe or kind."""
+**This model says unpleasant things.** Its data hold dialogues that people wrote to provoke (red-teaming): insults,
+prejudice, crime, self-harm. Small models repeat such things, before DPO and after it."""
 REWARD_LOADING = f"""from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained("{ID}")
 tokenizer = AutoTokenizer.from_pretrained("{ID}")
 reward = model(**tokenizer("a prompt with its response", return_tensors="pt")).logits.item()"""
 REWARD_LIMITS = """For the study of preference optimization. A reward has a meaning only against another one for the
-same prompt, on text like that of the pairs, and optimizing against it finds its mistakes. Preference data such as
-Anthropic's HH holds offensive dialogues that people wrote to provoke."""
+same prompt, on text like that of the pairs, and optimizing against it finds its mistakes."""
 REJECTED = """
 
 **It was trained to prefer the rejected answers** (`--prefer rejected`): it is meant to be the worse one."""
@@ -99,8 +108,7 @@ done against adversarial images."""
 DRAFT = """# {title}
 
 A checkpoint of a training that has not ended, made with resdpo-trl. The figures, the data and the limits of the model
-come with its end. It is meant for the study of preference optimization; language models of this size repeat the
-unpleasant things of their training dialogues.
+come with its end. It is meant for the study of preference optimization.
 """
 SETTINGS = (
     "sft_epochs", "sft_learning_rate", "reference_epochs", "reference_learning_rate", "learning_rate",
@@ -116,7 +124,13 @@ LICENCES = {
     SMOLLM2_ID: "apache-2.0", "Anthropic/hh-rlhf": "mit", "chitchat": "mit", "digits": "cc-by-4.0",
 }  # fmt: skip
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 600
+# plots/NAME.png of the run, and what it shows
+PLOTS = (
+    ("loss", "Loss"), ("rewards_margins", "Margin of rewards"), ("accuracy", "Accuracy"),
+    ("test_margins", "Margins on the test data"),
+)  # fmt: skip
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"[\w.-]+")  # of an old model, as gpt2
 
 
 def write_text_card(run: RunFolder, folder: Path, base_model: str) -> None:
@@ -124,8 +138,8 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str) -> None:
     data, dpo, reward = run.summary["data"], run.summary.get("dpo"), run.summary.get("reward")
     cap = {name: sum(split[name] for split in data["cap"].values()) for name in data["cap"]["train"]}
     facts = {
-        "data": f"{_source(data)}: {data['train']} training, {data['validation']} validation and {data['test']} test "
-        "pairs",
+        "data": f"{_linked(_source(data), 'datasets/')}: {data['train']} training, {data['validation']} validation and "
+        f"{data['test']} test pairs",
         "dropped": ", ".join(f"{number} {reason}" for reason, number in data["dropped"].items() if number) or "none",
         f"cut by the cap of {data['max_length']} tokens": f"{cap['prompts_shortened']} prompts lost their oldest turns "
         f"or tokens, {cap['chosen_cut'] + cap['rejected_cut']} responses their end; {cap['pairs_lost']} pairs lost",
@@ -153,6 +167,11 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str) -> None:
         base += f" Its weights came from the package {SMOLLM2_PACKAGE}: 4-bit ones, dequantized to float32."
     if adapter is not None and Path(adapter).exists():
         base += " The adapter needs it: publish that model too, and name it in `adapter_config.json`."
+    loading, prompt_format = PLAIN_LOADING, PLAIN_FORMAT
+    if (folder / "chat_template.jinja").is_file():
+        loading, prompt_format = CHAT_LOADING, _chat_format(folder)
+    if adapter is not None:
+        loading = ADAPTER_LOADING
     prefers_rejected = run.config.get("data", {}).get("prefer") == "rejected"
     _save_card(
         run,
@@ -178,8 +197,11 @@ def write_text_card(run: RunFolder, folder: Path, base_model: str) -> None:
         base=base,
         facts=facts,
         heading=heading,
-        loading=REWARD_LOADING if reward else TEXT_LOADING if adapter is None else ADAPTER_LOADING,
-        limits=(REWARD_LIMITS if reward else TEXT_LIMITS) + (REJECTED if prefers_rejected else ""),
+        loading=REWARD_LOADING if reward else loading,
+        prompt_format="" if reward else prompt_format,
+        limits=(REWARD_LIMITS if reward else TEXT_LIMITS)
+        + (UNPLEASANT if _provokes(run) else "")
+        + (REJECTED if prefers_rejected else ""),
     )
 
 
@@ -188,8 +210,8 @@ def write_image_card(run: RunFolder, folder: Path) -> None:
     data, dpo = run.summary["data"], run.summary.get("dpo")
     test = (dpo or run.summary["cross_entropy"])["test"]
     facts = {
-        "data": f"{_source(data)}: {data['train']} training, {data['validation']} validation and {data['test']} test "
-        f"images, {data['classes']} classes; none dropped or cut",
+        "data": f"{_linked(_source(data), 'datasets/')}: {data['train']} training, {data['validation']} validation and "
+        f"{data['test']} test images, {data['classes']} classes; none dropped or cut",
     }
     if dpo:
         facts["loss"] = f"{' + '.join(dpo['loss_type'])}, β {dpo['beta']}, {dpo['steps']} steps"
@@ -220,6 +242,7 @@ def write_image_card(run: RunFolder, folder: Path) -> None:
         facts=facts,
         heading=f"On {test['n']} held-out images",
         loading=IMAGE_LOADING,
+        prompt_format="",
         limits=IMAGE_LIMITS,
     )
 
@@ -242,7 +265,7 @@ def _save_card(
     tags: list[str],
     base_model: str | None,
     split: str,
-    facts: dict[str, str],
+    facts: dict[str, str],  # in Markdown
     licence: tuple[str | None, str],
     samples: str,
     **texts: str,
@@ -272,7 +295,7 @@ def _save_card(
                 dataset_revision=run.config.get("data", {}).get("dataset_revision"),
                 dataset_split=split,
                 metric_type="accuracy" if name.endswith(("accuracy", "accuracies")) else name,
-                metric_name=f"{meaning.get(name, name)} ({name})",
+                metric_name=meaning.get(name, name),
                 metric_value=value,
                 metric_args={"n": test["n"], "interval_95": list(intervals[name])} if name in intervals else None,
             )
@@ -280,23 +303,25 @@ def _save_card(
         ],
     )
     rows = (
-        f"| {meaning.get(name, name)} | {value:.4f} | {_interval(intervals.get(name))} |"
+        f"| {meaning.get(name, name)} | {value:.{digits_of(*intervals.get(name, (None, None)))}f} | "
+        f"{_interval(intervals.get(name))} |"
         for name, value in figures.items()
     )
-    training = dict(run.config["training"])
+    training = dict(run.config["training"]) | data.get("adapted", {})
     if "dpo" in run.summary:  # and the stage before it
         training |= run.config.get("sft_stage", {}) | run.config.get("reference_stage", {})
     script, *flags = run.command
     command = " ".join(["accelerate launch", f"recipes/{Path(script).name}", *map(_without_folders, flags)])
     content = CARD.format(
         title=_plain(name),
-        facts="\n".join(f"| {_plain(name)} | {_plain(fact)} |" for name, fact in facts.items()),
+        facts="\n".join(f"| {_plain(name)} | {fact} |" for name, fact in facts.items()),
         command=_fenced(command),
         settings="\n".join(
             f"| {name} | {_plain(training[name])} |" for name in SETTINGS if training.get(name) not in (None, "", [])
         ),
         versions=_plain(", ".join(f"{name} {version}" for name, version in run.versions.items())),
         figures="\n".join(rows),
+        lead=lead(run.summary),
         plots=_plots(run, folder),
         samples=samples,
         licence=licence_text,
@@ -306,12 +331,11 @@ def _save_card(
 
 
 def _plots(run: RunFolder, folder: Path) -> str:
-    """The report's curves, copied beside the card."""
+    """Three of the report's plots, copied beside the card."""
     shown = []
-    captions = [(re.sub(r"\W+", "_", name), caption) for name, caption in CURVES]
-    for name, caption in [*captions, ("test_margins", "margins on the test data")]:
+    for name, caption in PLOTS:
         source = run.path / "plots" / f"{name}.png"
-        if source.is_file():
+        if source.is_file() and len(shown) < 3:
             (folder / "plots").mkdir(exist_ok=True)
             shutil.copyfile(source, folder / "plots" / source.name)
             shown.append(f"![{caption}](plots/{source.name})")
@@ -345,7 +369,31 @@ def _adapter_of(folder: Path) -> str | None:
 def _started_from(base_model: str) -> str:
     if Path(base_model).exists():
         return f"It started from a model in a local folder, {_plain(Path(base_model).resolve().name)}."
-    return f"It started from {_plain(base_model)}."
+    return f"It started from {_linked(base_model)}."
+
+
+def _linked(name: str, kind: str = "") -> str:
+    """A Hub id as a link to its page; any other name as plain text."""
+    known = HUB_ID.fullmatch(name) or (kind == "" and HUB_NAME.fullmatch(name))
+    return f"[{_plain(name)}](https://huggingface.co/{kind}{name})" if known else _plain(name)
+
+
+def _provokes(run: RunFolder) -> bool:
+    """Whether the data hold dialogues that people wrote to provoke: HH's harmless and red-team parts."""
+    source, part = str(run.summary["data"]["source"]), run.config.get("data", {}).get("dataset_data_dir")
+    if "hh-rlhf" in source.lower() and part is None:
+        return True  # all of HH
+    return any(word in f"{source} {part}".lower() for word in ("harmless", "red-team", "red_team"))
+
+
+def _chat_format(folder: Path) -> str:
+    """How the tokenizer's template writes a question, as a block."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "How do I keep basil alive in winter?"}]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return f"\nThe tokenizer's chat template writes the prompt:\n\n{_fenced(text)}\n"
 
 
 def _licence(source: str, base_model: str | None) -> tuple[str | None, str]:
@@ -361,8 +409,7 @@ def _licence(source: str, base_model: str | None) -> tuple[str | None, str]:
 
 
 def _source(data: dict[str, Any]) -> str:
-    """The data's name; of a local path the last part alone."""
-    return Path(data["source"]).resolve().name if Path(data["source"]).exists() else data["source"]
+    return source_name(data["source"])
 
 
 def _without_folders(word: str) -> str:
@@ -372,7 +419,10 @@ def _without_folders(word: str) -> str:
 
 
 def _interval(bounds: list[float] | None) -> str:
-    return "not computed" if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+    if bounds is None:
+        return "not computed"
+    digits = digits_of(*bounds)
+    return f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}"
 
 
 def _cut(text: str) -> str:

@@ -6,6 +6,7 @@ later, and harms nothing: whatever happens here, the run goes on and is complete
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -110,7 +111,10 @@ class Hub:
         repo_id = self._create()
         if "README.md" in files:
             files["README.md"] = files["README.md"].read_text(encoding="utf-8").replace(ID, repo_id).encode()
-        self._commit(files, f"{folder.name} of {self.run.resolve().name}")
+        # an earlier push of an adapter: transformers would load it on top of the full model
+        held = _retried(lambda: self.api.list_repo_files(repo_id, revision=self.revision))
+        stale = [name for name in held if name.startswith("adapter_") and name not in files]
+        self._commit(files, f"{folder.name} of {self.run.resolve().name}", stale)
         return f"{self.api.endpoint}/{repo_id}"
 
     def later(self) -> str:
@@ -212,20 +216,36 @@ class Hub:
         )
 
 
+def check_public_base(base: str) -> None:
+    """Raise a UserError where an adapter's base is a local path, which nobody else can load."""
+    if os.path.isdir(base) or os.path.isabs(base) or base.count("/") > 1:
+        raise UserError(
+            f"the adapter's base {base} is a local folder, which nobody else can load: push the full model with "
+            "--merge_adapter, or push the base to the Hub and name its id (--model_name_or_path of a training, "
+            "base_model_name_or_path in the adapter_config.json of a finished one)"
+        )
+
+
 def publish(
-    run: Path, model_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None
+    run: Path,
+    model_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    merge_adapter: bool = False,
 ) -> str:
     """Push a finished run's model: policy/, reward_model/, or reference/ of a run that made nothing more.
 
     Args:
         run: the run's folder.
         model_id, private, token, revision: as `Hub`'s.
+        merge_adapter: first make the run's adapter a full model, in the run's folder.
 
     Returns:
         The model's address.
 
     Raises:
-        UserError: no finished run there, or the Hub refuses it.
+        UserError: no finished run there, an adapter over a local base, or the Hub refuses it.
     """
     from resdpo_trl.report import load_run
 
@@ -235,8 +255,16 @@ def publish(
     folder = RunFolder(run).trained
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{run}: no finished model (no weights in {folder.name}/): name another run")
+    hub = Hub(run, model_id, private, token, revision)
+    adapter = folder / "adapter_config.json"
+    if merge_adapter and adapter.is_file():
+        from resdpo_trl.text.pipeline import merge_run
+
+        merge_run(run)
+    elif adapter.is_file():
+        check_public_base(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
     try:
-        return Hub(run, model_id, private, token, revision).upload(folder)
+        return hub.upload(folder)
     except NotPushed as error:
         raise UserError(f"--hub_model_id {model_id}: not pushed: {error}") from None
 

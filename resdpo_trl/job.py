@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,27 @@ from resdpo_trl.errors import NothingToDo, UserError, printable
 from resdpo_trl.files import ASIDE, replace_folder, step_of, torn
 from resdpo_trl.hub import Hub
 from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
-from resdpo_trl.report import write_report
-from resdpo_trl.run import RunFolder, trim_heap, use_the_cores
+from resdpo_trl.provenance import write_facts
+from resdpo_trl.report import load_run, write_report
+from resdpo_trl.run import RunFolder, trim_heap, untrained, use_the_cores
+from resdpo_trl.sources import LEAST_STEPS
+from resdpo_trl.verdict import verdict
 
 
 class Job:
     """One run in one folder. `training` holds transformers' `TrainingArguments` of the stage that ends it."""
 
-    def __init__(self, training: Any, options: RunConfig, config: dict[str, Any], preset: Path | None):
+    def __init__(
+        self,
+        training: Any,
+        options: RunConfig,
+        config: dict[str, Any],
+        preset: Path | None,
+        given: Collection[str] | None = None,
+    ):
+        """`given` names the fields that flags give; what they do not give is adapted to small data (None: nothing)."""
         check_sharding(getattr(training, "reference_update", "frozen"))
-        self.training, self.options = training, options
+        self.training, self.options, self.given = training, options, given
         self.resume = training.resume_from_checkpoint is not None
         self.started = time.perf_counter()
         use_the_cores()
@@ -39,6 +50,8 @@ class Job:
         token, training.hub_token = training.hub_token, None
         self.hub = self._hub(token) if training.push_to_hub else None
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
+        if self.run.main_process and not self.resume:
+            untrained.add(self.run)
         self._check_asked()
         self._config = {"preset": str(preset) if preset else None, **config}
         self.run.check_inputs(self._config)
@@ -48,6 +61,25 @@ class Job:
         self.say = _say if self.run.main_process else silent
         if self.resume and not self.run.earlier:
             self.say(f"{self.run.path} holds no run: nothing to resume, so this is its beginning")
+
+    def adapt(self, rows: int) -> dict[str, int]:
+        """Smaller batches and a denser log where `rows` training rows are few: field -> its new value.
+
+        An epoch gets at least `LEAST_STEPS` steps, and a training five lines of metrics.
+        """
+        args, adapted = self.training, dict[str, int]()
+        if self.given is None:
+            return adapted
+        rows_a_step = args.gradient_accumulation_steps * args.world_size  # with one row on each device
+        most = rows // (LEAST_STEPS * rows_a_step)
+        if most < args.per_device_train_batch_size and "per_device_train_batch_size" not in self.given:
+            adapted["per_device_train_batch_size"] = 2 ** (max(1, most).bit_length() - 1)
+            args.per_device_train_batch_size = adapted["per_device_train_batch_size"]
+        steps = math.ceil(rows / (args.per_device_train_batch_size * rows_a_step) * args.num_train_epochs)
+        steps = args.max_steps if args.max_steps > 0 else steps
+        if steps < 5 * args.logging_steps and args.logging_steps > 1 and "logging_steps" not in self.given:
+            args.logging_steps = adapted["logging_steps"] = max(1, steps // 5)
+        return adapted
 
     def begin(self, data_fingerprint: dict[str, str], counts: dict[str, Any]) -> None:
         """Write the first files, once the data are there: until then a run that is overwritten is whole.
@@ -139,8 +171,9 @@ class Job:
         PartialState().wait_for_everyone()
         return str(found) if found else None
 
-    def publish(self, folder: Path, save: Callable[[str], Any], processor: Any) -> None:
-        """Save a model and its tokenizer or image processor whole or not at all: aside, then renamed."""
+    def publish(self, folder: Path, save: Callable[[str], Any], processor: Any, facts: dict[str, Any]) -> None:
+        """Save a model, its tokenizer or image processor and the facts of its training whole or not at all: aside, then
+        renamed."""
         aside = folder.with_name(folder.name + ASIDE)
         if self.run.main_process and aside.exists():
             shutil.rmtree(aside)
@@ -151,13 +184,14 @@ class Job:
             PartialState().wait_for_everyone()
             if self.run.main_process:
                 processor.save_pretrained(str(aside))
+                write_facts(aside, facts)
                 (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
                 if (aside / "ref").is_dir():
                     shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps beside the policy's
                 replace_folder(aside, folder)
         PartialState().wait_for_everyone()
 
-    def end(self, table: Callable[[dict[str, Any], Path], str], write_card: Callable[[], None]) -> None:
+    def end(self, table: Callable[[dict[str, Any]], str], write_card: Callable[[], None]) -> None:
         """run.json's end, the report, the model card with its plots, the table, and the Hub if asked."""
         name = "seconds_since_resume" if self.run.earlier else "total_seconds"  # nobody knows when a kill came
         throughput = self.run.summary.get("throughput", {}) | {name: time.perf_counter() - self.started}
@@ -166,8 +200,12 @@ class Job:
         if self.run.main_process:
             write_report([self.run.path])
             write_card()
+            found = load_run(self.run.path)
+            self.say("\n".join(["", *verdict(found.summary, found.metrics)]))
         self.run.record(complete=True)  # from here on there is nothing to resume
-        self.say(table(self.run.summary, self.run.path))
+        untrained.discard(self.run)
+        self.say(table(self.run.summary))
+        self.say(f"open {self.run.path / 'report.html'}")
         if self.hub is not None and self.run.main_process:
             self.hub.push_model(self.run.trained)
 

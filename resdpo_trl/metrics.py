@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 from resdpo_trl.losses import LogProbs, PreferenceLoss
+
+SHARES = ("accuracy", "accuracies", "agreement", "cut")  # what the name of a share ends with
 
 
 def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray]:
@@ -89,10 +92,12 @@ def wrong_classes(labels: torch.Tensor, classes: int) -> torch.Tensor:
 
 
 def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Means over pairs, with `n` and `interval_95`: the percentile bootstrap over pairs (Efron 1979).
+    """Means over pairs, with `n` and `interval_95`: Wilson's (`wilson_interval`) of a share, the percentile bootstrap
+    over pairs (Efron 1979) of any other mean.
 
     Args:
-        figures: name -> (N,) per-pair values, all of the same pairs.
+        figures: name -> (N,) per-pair values, all of the same pairs. What is named in `SHARES` and holds nothing but 0
+            and 1 is a share.
         resamples: bootstrap resamples; all figures share each resample's pairs.
 
     Returns:
@@ -105,12 +110,30 @@ def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: 
     means = np.empty((resamples, len(names)))
     for index in range(resamples):
         means[index] = values[:, generator.integers(0, n, n)].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    bounds = np.percentile(means, [2.5, 97.5], axis=0).T.tolist()  # (M, 2)
+    for index, name in enumerate(names):
+        if name.endswith(SHARES) and np.isin(values[index], (0, 1)).all():
+            bounds[index] = list(wilson_interval(float(values[index].mean()), n))
     return {
         **{name: float(value) for name, value in zip(names, values.mean(axis=1), strict=True)},
         "n": n,
-        "interval_95": {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)},
+        "interval_95": dict(zip(names, bounds, strict=True)),
     }
+
+
+def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """The score interval of a share (Wilson 1927, "Probable inference, the law of succession, and statistical
+    inference", https://doi.org/10.1080/01621459.1927.10502953):
+
+        (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
+
+    Unlike a bootstrap it does not shrink to a point at 0 or 1: 30 of 30 is 0.89 to 1. A tie that counts as half a win
+    varies less than p(1−p), so that with ties the interval is too wide rather than too narrow.
+    """
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def extremes(margins: np.ndarray, count: int = 8) -> list[int]:

@@ -6,6 +6,8 @@ import io
 import json
 import math
 import re
+import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,8 @@ from resdpo_trl import __version__
 from resdpo_trl.errors import UserError, printable
 from resdpo_trl.files import write_whole
 from resdpo_trl.run import read_object, read_rows
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, source_name
+from resdpo_trl.verdict import of_comparison, of_sweep, verdict
 
 STAGES = ("dpo", "reward", "cross_entropy")  # what a run's summary may hold with test figures, in order
 INK = "#010203"  # what plots are drawn with; in the page it becomes the text's colour, light or dark
@@ -25,19 +29,20 @@ LARGEST_NUMBER = 1e100  # a plot's; beyond it differences overflow
 # what a damaged file of a run leads to where it is read
 DAMAGE = (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
 
+# (metric, what stands on the axis)
 CURVES = (
     ("loss", "loss"),
-    ("rewards/margins", "margin: chosen minus rejected reward"),
+    ("rewards/margins", "margin of rewards"),
     ("rewards/accuracies", "share of pairs ranked right"),
-    ("rewards/chosen", "reward of the chosen side"),
-    ("rewards/rejected", "reward of the rejected side"),
-    ("accuracy", "accuracy of the classifier"),
-    ("kl", "KL(policy‖reference), nats per image"),
+    ("rewards/chosen", "reward, chosen"),
+    ("rewards/rejected", "reward, rejected"),
+    ("accuracy", "accuracy"),
+    ("kl", "KL from reference, nats"),
 )
 TEST_NAMES = {
     "loss": "loss",
     "rewards/accuracies": "pairs ranked right",
-    "rewards/margins": "margin",
+    "rewards/margins": "margin of rewards",
     "rewards/chosen": "reward, chosen",
     "rewards/rejected": "reward, rejected",
     "logps/accuracies": "pairs ranked right by the policy's log-likelihood",
@@ -45,6 +50,12 @@ TEST_NAMES = {
     "accuracy": "accuracy",
     "kl": "KL(policy‖reference), nats per image",
 }
+# of a sweep's points: what a command line sets for each of them, or for one run alone
+OF_A_POINT = (
+    "beta", "learning_rate", "seed", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub",
+    "hub_model_id",
+)  # fmt: skip
+REPEATS = 3  # times that an answer must say the same before it counts as repeating itself
 
 
 @dataclass
@@ -121,13 +132,19 @@ def load_run(folder: str | Path) -> Run:
     return loaded
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path | None = None, sweep: Sweep | None = None) -> Path:
+def write_report(
+    folders: Sequence[str | Path],
+    output: str | Path | None = None,
+    sweep: Sweep | None = None,
+    refresh: float | None = None,
+) -> Path:
     """Write the page of these runs, and PNG copies of its plots in plots/ beside it.
 
     Args:
         folders: one or several runs.
         output: the page; report.html in the folder of a single run by default.
         sweep: the table and the frontier of the sweep whose points these runs are.
+        refresh: seconds after which a browser loads the page again.
     """
     runs = [load_run(folder) for folder in folders]
     if sweep is not None:
@@ -140,15 +157,17 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     plots = Plots(target.parent / "plots")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        page = render(runs, plots, sweep, target.parent.resolve().name)
+        page = render(runs, plots, sweep, target.parent.resolve().name, refresh)
         write_whole(target, page)
     except OSError as error:
         raise UserError(f"{target}: can't be written ({error.strerror}); name another --output") from None
     return target
 
 
-def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str = "") -> str:
-    """The page as text; `name` is the sweep's."""
+def render(
+    runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str = "", refresh: float | None = None
+) -> str:
+    """The page as text; `name` is the sweep's, `refresh` as `write_report` has it."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -157,18 +176,17 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: printable(value, kept="\n\t") if type(value) is str else value,  # Markup is ours
     )
+    environment.globals["refresh"] = refresh
     single = runs[0] if len(runs) == 1 and sweep is None else None
+    page: dict[str, Any] = {"version": __version__, "lead": "", "strip": [], "verdict": [], "first": None, "steps": []}
     if single and "comparison" in single.summary:
         from resdpo_trl.text import comparison_page
 
-        return environment.get_template("comparison.html").render(
-            title=single.name,
-            subtitle=comparison_page.subtitle(single),
-            headline=[],
-            notes=single.notes,
-            sections=[section for section in comparison_page.sections(single, plots) if section],
-            version=__version__,
-        )
+        lead, *said = of_comparison(single.summary)
+        sections = [section for section in comparison_page.sections(single, plots) if section]
+        page |= {"title": comparison_page.title(single), "subtitle": comparison_page.subtitle(single)}
+        page |= {"lead": lead, "verdict": said, "notes": single.notes, "sections": sections}
+        return environment.get_template("comparison.html").render(page)
     there = {str(row.get("stage")) for run in runs for row in run.metrics}
     stage = next((name for name in STAGES if name in there), "sft")
     notes = [note for run in runs for note in run.notes]
@@ -185,49 +203,184 @@ def render(runs: list[Run], plots: Plots, sweep: Sweep | None = None, name: str 
             return None
 
     if sweep is not None:
-        sections = [part(_points, sweep), part(_frontier, sweep, plots)]
+        page |= {"title": part(_sweep_title, runs, sweep) or f"Sweep {printable(name)}: {len(sweep.rows)} points"}
+        lead, *said = part(of_sweep, sweep.rows) or [""]
+        page |= {"lead": lead, "verdict": said, "steps": part(_sweep_steps, runs, sweep) or []}
+        sections = [part(_against_beta, runs, sweep, plots), part(_points, sweep), part(_frontier, sweep, plots)]
         sections.append(part(_curves, runs, stage, plots, _best_name(sweep)))
+        notes += _failures(sweep)
     else:
+        page |= {"title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}"}
         sections = [part(_results, runs), part(_comparison, runs), part(_curves, runs, stage, plots)]
         sections.append(part(_accuracy_and_kl, runs, plots))
     if single:
-        sections += [part(_margins, single, plots), part(_extremes, single), part(_pictures, single)]
-        sections += [part(_confusion, single), part(_samples, single)]
+        page |= {"title": part(_title, single) or single.name, "lead": part(lead, single.summary) or ""}
+        page |= {"strip": part(_strip, single) or [], "steps": part(_next_steps, single) or []}
+        page |= {"first": part(_first_answers, single), "verdict": part(_verdict, single) or []}
+        sections = [sections[2], part(_margins, single, plots), sections[0], sections[1], sections[3]]
+        sections += [part(_extremes, single), part(_pictures, single), part(_confusion, single)]
+        sections += [part(_cuts, single), part(_samples, single)]
     sections.append(part(what_ran, runs, sweep is not None))
-    headline = part(_headline, single) if single else None
-    if sweep is None:
-        notes += [note for run in runs for note in part(overfitting, run, stage) or []]
-    else:
-        notes += [*(part(_turned, runs, stage) or []), *_failures(sweep)]
     return environment.get_template("report.html").render(
-        title=single.name
-        if single
-        else f"Sweep {printable(name)}: {len(sweep.rows)} points"
-        if sweep is not None
-        else f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
-        subtitle=part(_subtitle, runs) or "",
-        headline=headline or [],
-        notes=notes,
-        sections=[section for section in sections if section],
-        version=__version__,
+        page
+        | {
+            "subtitle": part(_subtitle, runs) or "",
+            "notes": notes,
+            "sections": [section for section in sections if section],
+        }
     )
 
 
-def overfitting(run: Run, stage: str) -> list[str]:
-    """Whether the margin went on rising on the validation data after its loss had turned."""
-    epochs, losses = run.curve(stage, "validation", "loss")
-    _, margins = run.curve(stage, "validation", "rewards/margins")
-    if len(losses) < 2 or len(margins) != len(losses):
-        return []
-    best = min(range(len(losses)), key=losses.__getitem__)
-    said = f"{run.name}: validation loss was least at epoch {epochs[best]:g} of {epochs[-1]:g} ({losses[best]:.4f})"
-    if best + 1 < len(losses) and margins[-1] > margins[best]:
-        what = "reward model" if stage == "reward" else "policy"
-        return [
-            f"{said} and rose to {losses[-1]:.4f}, while the margin went on rising from {margins[best]:.3f} to "
-            f"{margins[-1]:.3f}: past that epoch the {what} grows surer, not better."
+# --- what a single run's page opens with -----------------------------------------------------------------------------
+
+
+def _title(run: Run) -> str | None:
+    """What the run made, of which model and data."""
+    config = run.run.get("config", {})
+    made = {"dpo": "DPO", "reward": "A reward model", "cross_entropy": "Cross-entropy", "sft": "SFT"}
+    what = next((text for stage, text in made.items() if stage in run.summary), None)
+    model = config.get("model", {}).get("model_name_or_path") or config.get("model", {}).get("arch")
+    model = model or config.get("sft_stage", {}).get("sft_checkpoint") or ("smollm2" if "model" in config else None)
+    if not what or not model or "data" not in run.summary:
+        return None
+    model = SMOLLM2_ID if model == SMOLLM2 else model
+    return f"{what} of {Path(str(model)).name} on {source_name(str(run.summary['data']['source']))}"
+
+
+def _before_and_after(summary: dict[str, Any]) -> list[tuple[str, float, list[float], int]]:
+    """(name, share, its 95% interval, n) of the reference and of the model that was trained."""
+    test, found = _test(summary), []
+    if "accuracy" in test:
+        sides = [
+            ("reference", summary.get("reference", {}).get("test", {}), "accuracy"),
+            ("policy", test, "accuracy"),
         ]
-    return [f"{said}."]
+    elif "reward" in summary:
+        sides = [("reward model", test, "rewards/accuracies")]
+    else:
+        sides = [("reference", test, "logps/ref_accuracies"), ("policy", test, "rewards/accuracies")]
+    for name, figures, metric in sides:
+        if _is_number(figures.get(metric)) and metric in figures.get("interval_95", {}):
+            found.append((name, float(figures[metric]), figures["interval_95"][metric], figures["n"]))
+    return found
+
+
+def lead(summary: dict[str, Any]) -> str:
+    """One sentence: before and after, on unseen rows; empty where there are no test figures."""
+    found = {name: (share, n) for name, share, _, n in _before_and_after(summary)}
+    if not found:
+        return ""
+    (name, (share, n)), before = list(found.items())[-1], found.get("reference")
+    after = _percent(share, n)
+    if "accuracy" in _test(summary):
+        said = f"The {name} classifies {after} of {n} unseen images right"
+        return said + (f"; the reference {_percent(*before)}." if before else ".")
+    what = "The policy's implicit reward" if name == "policy" else f"The {name}"
+    said = f"{what} ranks {after} of {n} unseen pairs right"
+    return said + (f"; the reference's log-likelihood {_percent(*before)}." if before else ".")
+
+
+def _verdict(run: Run) -> list[str]:
+    """The verdict without its first sentence where the lead and the bars say the same."""
+    found = verdict(run.summary, run.metrics)
+    return found[1:] if _before_and_after(run.summary) else found
+
+
+def _strip(run: Run) -> list[dict[str, Any]]:
+    """The intervals as bars from 0 to 100%."""
+    return [
+        {
+            "name": name,
+            "value": _percent(share, n),
+            "note": f"95% interval {_percent(low, n)} to {_percent(high, n)}",
+            "at": f"{100 * share:.2f}",
+            "low": f"{100 * low:.2f}",
+            "width": f"{100 * (high - low):.2f}",
+        }
+        for name, share, (low, high), n in _before_and_after(run.summary)
+    ]
+
+
+def _first_answers(run: Run) -> dict[str, Any] | None:
+    """Reference, policy and the people's answer to the first prompt."""
+    row = next(iter(run.samples), None)
+    if not row or not row.get("answers"):
+        return None
+    said = {name: kinds.get("greedy", "") for name, kinds in row["answers"].items() if name != "base"}
+    answers = [*said.items(), ("people's answer", row.get("chosen", ""))]
+    return {
+        "prompt": shown_text(row.get("prompt", "")),
+        "answers": [{"name": _marked(name, text), "text": shown_text(text)} for name, text in answers],
+    }
+
+
+def _next_steps(run: Run) -> list[tuple[str, str]]:
+    """(what, command) of what may follow."""
+    if run.run.get("ended") is None or not run.run.get("command"):
+        return []
+    script, *flags = run.run["command"]
+    recipes, folder = Path(script).parent, shlex.quote(str(run.path))
+
+    def command(recipe: str, arguments: str) -> str:
+        return f"python {recipes / recipe} {arguments}"
+
+    steps = []
+    if "dpo" in run.summary and run.samples:
+        steps.append(("Talk to the reference and the policy", command("chat.py", folder)))
+    if "dpo" in run.summary and "classes" not in run.summary.get("data", {}):
+        beta = run.summary["dpo"]["beta"]
+        kept, dropping = [], False
+        for word in flags:
+            if word.startswith("--"):
+                dropping = word.partition("=")[0].lstrip("-").replace("-", "_") in OF_A_POINT
+            if not dropping:
+                kept.append(shlex.quote(word))
+        betas = " ".join(f"{factor * beta:.2g}" for factor in (1 / 3, 1, 3))
+        steps.append(("Try other strengths of β", command("sweep_hh.py", " ".join([f"--betas {betas}", *kept]))))
+    steps.append(("Publish it", command("publish.py", f"{folder} --hub_model_id NAME")))
+    return steps
+
+
+def flaw(text: str) -> str | None:
+    """What is wrong with an answer that a reader would skip: it `ends at once` or `repeats itself`.
+
+    It repeats itself where two words or more, or one word of several, stand `REPEATS` times or more in succession for
+    six words at least, or where one sentence does anywhere.
+    """
+    words = text.split()
+    if not words:
+        return "ends at once"
+    for length in range(1, len(words) // REPEATS + 1):
+        run = 0
+        for at in range(length, len(words)):
+            run = run + 1 if words[at] == words[at - length] else 0
+            if run >= max((REPEATS - 1) * length, 6 - length):
+                return "repeats itself"
+    sentences = Counter(part.strip() for part in re.split(r"[.!?\n]", text) if len(part.split()) > 1)
+    return "repeats itself" if max(sentences.values(), default=0) >= REPEATS else None
+
+
+def _marked(name: str, text: str) -> str:
+    found = flaw(str(text))
+    return f"{name} — {found}" if found else name
+
+
+def _percent(share: float, n: int) -> str:
+    """A share with the digits that n deserves: a whole percentage below a thousand, tenths from there on."""
+    return f"{100 * share:.{1 if n >= 1000 else 0}f}%"
+
+
+def digits_of(low: Any, high: Any) -> int:
+    """Decimals that a figure with this 95% interval deserves.
+
+    Half the interval keeps one significant digit, two where it begins with 1, 2 or 3 (the rule of the Particle Data
+    Group, https://pdg.lbl.gov/2020/reviews/rpp2020-rev-rpp-intro.pdf, section 5.3, simplified).
+    """
+    if not _is_number(low) or not _is_number(high) or high <= low:
+        return 3
+    half = (high - low) / 2
+    exponent = math.floor(math.log10(half))
+    return min(6, max(0, -exponent + (half / 10**exponent < 3.55)))
 
 
 class Plots:
@@ -251,18 +404,18 @@ class Plots:
 
         style: Any = {
             "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-            "font.size": 11, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
-            "legend.frameon": False, "legend.fontsize": 10, "font.family": "sans-serif", "text.parse_math": False,
+            "font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
+            "legend.frameon": False, "legend.fontsize": 9, "font.family": "sans-serif", "text.parse_math": False,
             "svg.hashsalt": name,
         }  # fmt: skip
         with rc_context(style):
-            figure = Figure(figsize=(6.0, 3.5), layout="constrained")
+            figure = Figure(figsize=(4.4, 3.0), layout="constrained")
             axes = figure.add_subplot()
             paint(axes)
             labels = axes.get_legend_handles_labels()[1]
-            columns = 1 if max(map(len, labels), default=0) > 34 else 2
+            columns = 1 if max(map(len, labels), default=0) > 24 else 2
             if legend_below and labels:  # as tall as it needs to be: many runs must not shrink the plot
-                figure.set_figheight(3.5 + 0.24 * math.ceil(len(labels) / columns))
+                figure.set_figheight(3.0 + 0.22 * math.ceil(len(labels) / columns))
                 figure.legend(loc="outside lower center", ncols=columns)
             axes.set_ylabel(ylabel)
             axes.set_xlabel(xlabel)
@@ -272,7 +425,7 @@ class Plots:
             svg = io.StringIO()
             figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
             self.folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(self.folder / f"{name}.png", dpi=150, facecolor="white")
+            figure.savefig(self.folder / f"{name}.png", dpi=200, facecolor="white")
         text = svg.getvalue()
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
         text = text.replace(INK, "currentColor")
@@ -282,41 +435,28 @@ class Plots:
         return {"svg": markupsafe.Markup(text), "caption": caption}  # noqa: S704
 
 
-def _headline(run: Run) -> list[dict[str, str]]:
-    test = _test(run)
-    items = []
-    for name, text in (("accuracy", "test accuracy"), ("rewards/accuracies", "pairs ranked right"), ("loss", "loss")):
-        if _is_number(test.get(name)):
-            low, high = test.get("interval_95", {}).get(name, (None, None))
-            items.append({"name": text, "value": f"{test[name]:.3f}", "note": _interval(low, high)})
-    if _is_number(test.get("rewards/margins")):
-        low, high = test.get("interval_95", {}).get("rewards/margins", (None, None))
-        items.append({"name": "margin", "value": f"{test['rewards/margins']:.3f}", "note": _interval(low, high)})
-    return items[:4]
-
-
 def _results(runs: list[Run]) -> dict[str, Any] | None:
-    tests = [_test(run) for run in runs]
+    tests = [_test(run.summary) for run in runs]
     if not any(tests):
         return None
     rows = []
     for name, text in TEST_NAMES.items():
         cells = []
         for test in tests:
-            if test and _is_number(test.get(name)):
-                low, high = test.get("interval_95", {}).get(name, (None, None))
-                cells += [f"{test[name]:.4f}", _interval(low, high)] if len(runs) == 1 else [f"{test[name]:.4f}"]
-            else:
-                cells += ["–"] * (2 if len(runs) == 1 else 1)
-        if set(cells) != {"–"}:
+            bounds = test.get("interval_95", {}).get(name, (None, None))
+            digits = digits_of(*bounds)
+            cells.append(shown_number(test.get(name), digits))
+            if len(runs) == 1:
+                cells.append(_interval(*bounds, digits))
+        if set(cells) - {"–", ""}:
             rows.append([text, *cells])
     head = ["", "mean", "95% interval"] if len(runs) == 1 else ["", *(run.name for run in runs)]
     counts = ", ".join(f"{test['n']}" for test in tests if test and "n" in test)
     return section_of(
         "results",
         "On the test data",
-        text=f"Means over {counts} held-out pairs or images that training and the choice of the epoch did not see; "
-        "intervals are 95% bootstrap intervals."
+        text=f"Means over {counts} held-out pairs or images that training and the choice of the epoch did not see. "
+        "Intervals are Wilson's for shares and bootstrap intervals for other means."
         + (" A coin's loss is ln 2 = 0.6931." if all(_is_sigmoid(run) for run in runs) else ""),
         tables=[{"head": head, "rows": rows, "numbers": True}],
     )
@@ -334,12 +474,13 @@ def _comparison(runs: list[Run]) -> dict[str, Any] | None:
         models += [(name if name == "cross-entropy" else f"DPO, {name}", found) for name, found in compared.items()]
         for name, found in models:
             test = found.get("test", {})
-            low, high = test.get("interval_95", {}).get("accuracy", (None, None))
+            bounds = test.get("interval_95", {}).get("accuracy", (None, None))
+            digits = digits_of(*bounds)
             rows.append(
                 [
                     name if len(runs) == 1 else f"{run.name}: {name}",
-                    shown_number(test.get("accuracy")),
-                    _interval(low, high),
+                    shown_number(test.get("accuracy"), digits),
+                    _interval(*bounds, digits),
                     shown_number(test.get("kl"), 3),
                     shown_number(found.get("seconds"), 1),
                     shown_number(found.get("images_per_second"), 0),
@@ -352,20 +493,21 @@ def _comparison(runs: list[Run]) -> dict[str, Any] | None:
 
 
 def _curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -> dict[str, Any] | None:
-    """Every metric against the epoch; of several runs the one named `best` is drawn thicker."""
-    drawn = []
+    """Every metric against the epoch, SFT's loss first; of several runs the one named `best` is drawn thicker."""
     single = len(runs) == 1 and best is None
-    for name, caption in CURVES:
+    before = [] if stage == "sft" or not single else [("sft", "loss", "SFT loss, nats per token")]
+    drawn = []
+    for of, name, words in [*before, *((stage, name, words) for name, words in CURVES)]:
         series = []  # (label, split, epochs, values)
         for run in runs:
             for split in ("train", "validation"):
-                epochs, values = run.curve(stage, split, name)
+                epochs, values = run.curve(of, split, name)
                 if len(values) > (0 if split == "validation" else 1):
                     series.append((run.name, split, *_thinned(epochs, values)))
         if not series:
             continue
 
-        def paint(axes: Any, series: Any = series, name: str = name) -> None:
+        def paint(axes: Any, series: Any = series, name: str = name, of: str = of) -> None:
             styles = _styles([run.name for run in runs])
             for label, split, epochs, values in series:
                 held_out = split == "validation"
@@ -377,13 +519,13 @@ def _curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) 
                     marker="o" if held_out else None, markersize=4.5,
                     alpha=1.0 if held_out else 0.85 if single else 0.5,
                 )  # fmt: skip
-            if single and (kept := _chosen_epoch(runs[0], stage)) is not None:
+            if single and (kept := _chosen_epoch(runs[0], of)) is not None:
                 axes.axvline(kept, color="#888888", linestyle="--", linewidth=1, label="epoch kept")
-            if name == "loss" and stage in ("dpo", "reward") and all(_is_sigmoid(run) for run in runs):
+            if name == "loss" and of in ("dpo", "reward") and all(_is_sigmoid(run) for run in runs):
                 axes.axhline(math.log(2), color="#888888", linestyle=":", linewidth=1)
 
-        slug = re.sub(r"\W+", "_", name)
-        drawn.append(plots.draw(slug, caption, paint, name, "epoch", legend_below=not single))
+        slug = re.sub(r"\W+", "_", name) if of == stage else f"{of}_{name}"
+        drawn.append(plots.draw(slug, words, paint, words, "epoch", legend_below=not single))
     if not drawn:
         return None
     text = "Thin lines are training, averaged over the steps between two log lines; dots are validation."
@@ -436,20 +578,76 @@ def _number_epochs(axes: Any, x: list[float], y: list[float], colour: str, last:
     axes.annotate(last, (x[-1], y[-1]), (5, 4), textcoords="offset points", fontsize=9, color=colour, zorder=9)
 
 
-def _turned(runs: list[Run], stage: str) -> list[str]:
-    """One note of all the points whose validation loss turned while the margin went on rising."""
-    found = []
-    for run in runs:
-        epochs, losses = run.curve(stage, "validation", "loss")
-        if any("went on rising" in note for note in overfitting(run, stage)):
-            best = min(range(len(losses)), key=losses.__getitem__)
-            found.append(f"{run.name} (least at epoch {epochs[best]:g} of {epochs[-1]:g})")
-    if not found:
+# --- a sweep ---------------------------------------------------------------------------------------------------------
+
+
+def _best(runs: list[Run], sweep: Sweep) -> tuple[Run, dict[str, Any]] | None:
+    """The winner's run and row."""
+    row = next((row for row in sweep.rows if row["best"]), None)
+    run = next((run for run in runs if row and run.path.name == row["point"]), None)
+    return (run, row) if run and row else None
+
+
+def _sweep_title(runs: list[Run], sweep: Sweep) -> str | None:
+    said = _title(runs[0])
+    return f"Sweep of {len(sweep.rows)} points: {said}" if said else None
+
+
+def _reference_share(runs: list[Run]) -> float | None:
+    """The share of the test pairs that the reference's log-likelihood ranks right, where all points have the same."""
+    found = {_test(run.summary).get("logps/ref_accuracies") for run in runs}
+    return found.pop() if len(found) == 1 else None
+
+
+def _sweep_steps(runs: list[Run], sweep: Sweep) -> list[tuple[str, str]]:
+    found = _best(runs, sweep)
+    if not found or not found[0].run.get("command"):
         return []
+    run = found[0]
+    folder = shlex.quote(str(run.path))
+    script, *flags = run.run["command"]
     return [
-        f"In {len(found)} of {len(runs)} points validation loss turned while the margin went on rising: past that "
-        f"epoch the policy grows surer, not better. {'; '.join(found)}."
+        ("Talk to the best point", f"python {Path(script).parent / 'chat.py'} {folder}"),
+        ("Its page", str(run.path / "report.html")),
+        ("Its command", " ".join(["accelerate launch", *map(shlex.quote, [script, *flags])])),
     ]
+
+
+def _against_beta(runs: list[Run], sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
+    """The share of test pairs ranked right against β, with its 95% intervals."""
+    done = [row for row in sweep.rows if row["status"] == "done" and _is_number(row["beta"])]
+    if len({row["beta"] for row in done}) < 2:
+        return None
+    others: dict[str, list[dict[str, Any]]] = {}
+    for row in done:
+        others.setdefault(sweep.name_of(row | {"beta": None}).removeprefix("β None").strip(", "), []).append(row)
+    share = _reference_share(runs)
+
+    def paint(axes: Any) -> None:
+        styles = _styles(list(others))
+        for place, (label, rows) in enumerate(others.items()):
+            rows.sort(key=lambda row: row["beta"])
+            x = [row["beta"] * (1 + 0.03 * place) for row in rows]
+            y = [row["accuracy"] for row in rows]
+            low, high = ([abs(row[f"accuracy_{side}"] - row["accuracy"]) for row in rows] for side in ("low", "high"))
+            colour, line = styles[label]
+            axes.errorbar(
+                x, y, [low, high], color=colour, linestyle=line, marker="o", markersize=4.5, capsize=3, linewidth=1.4,
+                label=label or None,
+            )  # fmt: skip
+        for row in done:
+            if row["best"]:
+                axes.plot(row["beta"], row["accuracy"], "*", color=INK, markersize=12, label="best", zorder=9)
+        if share is not None:
+            axes.axhline(share, color="#888888", linestyle=":", linewidth=1.4, label="reference")
+        axes.set_xscale("log")
+        betas = sorted({row["beta"] for row in done})
+        axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+        axes.minorticks_off()
+
+    caption = "Share of test pairs ranked right, with 95% intervals"
+    plot = plots.draw("against_beta", caption, paint, "share ranked right", "β", legend_below=True)
+    return section_of("against-beta", "Against β", plots=[plot])
 
 
 def _best_name(sweep: Sweep) -> str | None:
@@ -479,10 +677,10 @@ def _points(sweep: Sweep) -> dict[str, Any]:
         rows.append(
             [
                 name,
-                shown_number(row["loss"]),
-                f"{shown_number(row['accuracy'], 3)} ({shown_number(row['accuracy_low'], 3)} to "
-                f"{shown_number(row['accuracy_high'], 3)})",
-                *(shown_number(row[column], 3) for column in ("margin", "reward_chosen", "reward_rejected")),
+                shown_number(row["loss"], 3),
+                shown_number(row["accuracy"], digits := digits_of(row["accuracy_low"], row["accuracy_high"]))
+                + f" ({_interval(row['accuracy_low'], row['accuracy_high'], digits)})",
+                *(shown_number(row[column], 2) for column in ("margin", "reward_chosen", "reward_rejected")),
                 f"{row['best_epoch']:g}" if _is_number(row["best_epoch"]) else "–",
                 f"{row['kept_epoch']:g}" if _is_number(row["kept_epoch"]) else "–",
             ]
@@ -492,7 +690,7 @@ def _points(sweep: Sweep) -> dict[str, Any]:
     return section_of(
         "points",
         "The points on the test pairs",
-        text=f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs with bootstrap intervals. The best "
+        text=f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs. The best "
         "point was chosen on the validation pairs, and so was the epoch that each point kept; 'least loss at' is the "
         "epoch of least validation loss. Every figure is in table.csv.",
         tables=[{"head": head, "rows": rows, "numbers": True}],
@@ -594,24 +792,23 @@ def _extremes(run: Run) -> dict[str, Any] | None:
 
 def _samples(run: Run) -> dict[str, Any] | None:
     pairs = []
+    flaws: dict[str, Counter[str]] = {}
     for row in run.samples:
-        answers = [
-            {"name": f"{model}, {kind}", "text": shown_text(text)}
-            for model, kinds in row.get("answers", {}).items()
-            for kind, text in kinds.items()
-        ]
+        answers = []
+        for model, kinds in row.get("answers", {}).items():
+            for kind, text in kinds.items():
+                answers.append({"name": _marked(f"{model}, {kind}", text), "text": shown_text(text)})
+                flaws.setdefault(f"{model}, {kind}", Counter())[flaw(str(text)) or ""] += 1
         people = [{"name": f"people, {name}", "text": shown_text(row.get(name, ""))} for name in ("chosen", "rejected")]
-        pairs.append(
-            {
-                "title": short_text(row.get("prompt", "")),
-                "prompt": shown_text(row.get("prompt", "")),
-                "answers": answers + people,
-            }
-        )
+        prompt = row.get("prompt", "")
+        pairs.append({"title": short_text(prompt), "prompt": shown_text(prompt), "answers": answers + people})
     if not pairs:
         return None
+    kinds = ("repeats itself", "ends at once")
+    rows = [[name, *(str(found[kind]) for kind in kinds), str(found.total())] for name, found in flaws.items()]
+    tables = [{"head": ["", *kinds, "answers"], "rows": rows, "numbers": True}]
     text = "Held-out prompts, answered greedily and by one sample each."
-    return section_of("answers", "Answers", text=text, pairs=pairs)
+    return section_of("answers", "Answers", text=text, tables=tables, pairs=pairs)
 
 
 def _pictures(run: Run) -> dict[str, Any] | None:
@@ -645,7 +842,7 @@ def _confusion(run: Run) -> dict[str, Any] | None:
         total = sum(policy[k]) or 1
         moved.append((name, reference[k][k] / total, policy[k][k] / total))
     moved.sort(key=lambda row: abs(row[2] - row[1]), reverse=True)
-    rows = [[name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"] for name, before, after in moved]
+    rows = [[name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"] for name, before, after in moved]
     return section_of(
         "classes",
         "Classes",
@@ -670,12 +867,24 @@ def _confusion(run: Run) -> dict[str, Any] | None:
     )  # fmt: skip
 
 
+def _cuts(run: Run) -> dict[str, Any] | None:
+    """What became of the rows: used, dropped, cut."""
+    data = run.summary.get("data", {})
+    facts = {
+        "used": ", ".join(f"{data[split]} {split}" for split in ("train", "validation", "test") if split in data),
+        "dropped": ", ".join(f"{n} {reason}" for reason, n in data.get("dropped", {}).items() if n) or "none",
+        "cut by the cap": _cap(data),
+    }
+    rows = [[name, fact] for name, fact in facts.items() if fact]
+    return section_of("cuts", "Data", tables=[{"rows": rows}]) if data else None
+
+
 def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
-    """The facts of every run, or of the first where they are a sweep's points, and every command line."""
+    """The facts of every run, or of the first where they are a sweep's points, and every command line; folded."""
     tables, code = [], []
     for run in runs:
-        data = run.summary.get("data", {})
         facts = {
+            "folder": run.path.name,
             "started": run.run.get("started"),
             "ended": run.run.get("ended"),
             "seed": run.run.get("seed"),
@@ -683,21 +892,18 @@ def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
                 str(run.run[name]) for name in ("num_processes", "parallelism") if run.run.get(name) not in (None, "NO")
             ),
             "hardware": _hardware(run.run.get("hardware", {})),
-            "data": ", ".join(f"{data[split]} {split}" for split in ("train", "validation", "test") if split in data),
-            "dropped": ", ".join(f"{n} {reason}" for reason, n in data.get("dropped", {}).items() if n) or None,
-            "cap": _cap(data),
             "throughput": ", ".join(f"{k}: {v:.4g}" for k, v in run.summary.get("throughput", {}).items())
             + ("; what was resumed counts from there" if run.run.get("resumed") else ""),
             "versions": ", ".join(f"{name} {version}" for name, version in run.run.get("versions", {}).items()),
         }
         rows = [[name, str(fact)] for name, fact in facts.items() if fact not in (None, "")]
         if not one_table or run is runs[0]:
-            tables.append({"title": run.name if len(runs) > 1 else "", "head": [], "rows": rows, "numbers": False})
+            tables.append({"title": run.name if len(runs) > 1 else "", "rows": rows})
         if run.run.get("command"):
             code.append(" ".join(run.run["command"]))
         if run.run.get("config") and len(runs) == 1:
             code.append(json.dumps(_said(run.run["config"]), indent=1, ensure_ascii=False))
-    return section_of("run", "What ran", tables=tables, code=code)
+    return section_of("run", "What ran", tables=tables, code=code, folded=True)
 
 
 def _said(config: dict[str, Any]) -> dict[str, Any]:
@@ -710,9 +916,9 @@ def _said(config: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def _test(run: Run) -> dict[str, Any]:
+def _test(summary: dict[str, Any]) -> dict[str, Any]:
     """The test figures of the stage that ended a run; empty where there are none."""
-    found: dict[str, Any] = next((run.summary[stage] for stage in STAGES if stage in run.summary), {})
+    found: dict[str, Any] = next((summary[stage] for stage in STAGES if stage in summary), {})
     return found.get("test") or {}
 
 
@@ -725,13 +931,15 @@ def _subtitle(runs: list[Run]) -> str:
         parts.append(f"DPO, {', '.join(losses)}, β {', '.join(betas)}")
     if any("reward" in run.summary for run in runs):
         parts.append("reward model, Bradley–Terry")
-    sources = sorted({Path(str(run.summary["data"]["source"])).name for run in runs if "data" in run.summary})
+    sources = sorted({source_name(str(run.summary["data"]["source"])) for run in runs if "data" in run.summary})
     return "; ".join([*parts, *sources])
 
 
 def section_of(identity: str, title: str, **parts: Any) -> dict[str, Any]:
     """A section as the template takes it: `parts` are its text, tables, plots, pairs, pictures or code."""
-    empty: dict[str, Any] = {"text": "", "tables": [], "plots": [], "pairs": [], "pictures": [], "code": []}
+    empty: dict[str, Any] = {
+        "text": "", "tables": [], "plots": [], "pairs": [], "pictures": [], "code": [], "folded": False
+    }  # fmt: skip
     plain: dict[str, Any] = {"title": "", "head": [], "numbers": False, "kind": ""}
     parts["tables"] = [plain | table for table in parts.get("tables", [])]
     return {"id": identity, "title": title, **empty, **parts}
@@ -804,8 +1012,8 @@ def shown_number(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if _is_number(value) else "–"
 
 
-def _interval(low: Any, high: Any) -> str:
-    return f"{low:.4f} to {high:.4f}" if _is_number(low) and _is_number(high) else ""
+def _interval(low: Any, high: Any, digits: int) -> str:
+    return f"{low:.{digits}f} to {high:.{digits}f}" if _is_number(low) and _is_number(high) else ""
 
 
 def shown_text(text: Any) -> str:

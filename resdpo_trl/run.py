@@ -69,6 +69,9 @@ LARGEST_OBJECT = 64 * 2**20  # bytes of run.json or summary.json
 SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
 
 
+untrained: set[RunFolder] = set()  # this process's runs that have trained no step yet; `discard` them if it fails
+
+
 class RunFolder:
     """The files of one run, at `path`."""
 
@@ -80,6 +83,8 @@ class RunFolder:
         self.reward_model = self.path / "reward_model"
         self.summary: dict[str, Any] = {}
         self.earlier: dict[str, Any] = {}  # run.json of the run that is resumed
+        self._run: dict[str, Any] = {}  # run.json as it is
+        self._made = self._started = False  # whether this process made the folder, and began to write into it
         self._replaced: list[Path] = []  # files and folders of the run that is overwritten, which `start` deletes
 
     @property
@@ -108,11 +113,12 @@ class RunFolder:
         if resume and (self.path / "summary.json").exists():
             self.summary = self._read("summary.json")
         if resume and (self.path / "run.json").exists():
-            self.earlier = self._read("run.json")
+            self.earlier = self._run = self._read("run.json")
         _barrier()  # every process has looked before the main one writes
         if not self.main_process:
             return
         try:
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             if not lock(self.path):
                 raise UserError(f"--output_dir {self.path}: another process is writing this run; wait until it ends")
@@ -197,6 +203,7 @@ class RunFolder:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         except OSError as error:
             raise self._not_writable(error) from None
+        self._started = True
         self._run = {
             "command": [_hidden(part, previous) for previous, part in zip(["", *sys.argv], sys.argv, strict=False)],
             "started": _now(),
@@ -251,6 +258,14 @@ class RunFolder:
 
     def end(self) -> None:
         self.record(ended=_now())
+
+    def discard(self) -> None:
+        """Delete what this process has written: a run that trained no step has nothing to go on from."""
+        for path in [self.path / name for name in WRITTEN] if self._started else []:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if self._made:
+            with contextlib.suppress(OSError):  # somebody else has put something into it
+                self.path.rmdir()
 
     def log(self, stage: str, split: str, step: int, epoch: float | None, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

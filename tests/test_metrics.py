@@ -1,9 +1,17 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from resdpo_trl.losses import LogProbs, PreferenceLoss
-from resdpo_trl.metrics import concatenate, preference_metrics, rank_correlation, raw_accuracy, with_intervals
+from resdpo_trl.metrics import (
+    concatenate,
+    preference_metrics,
+    rank_correlation,
+    raw_accuracy,
+    wilson_interval,
+    with_intervals,
+)
 
 
 def test_figures_of_pairs_by_hand():
@@ -29,6 +37,21 @@ def test_interval_covers_the_truth_as_often_as_it_says():
         low, high = with_intervals({"accuracy": values}, resamples=400, seed=trial)["interval_95"]["accuracy"]
         covered += low <= 0.6 <= high
     assert 0.90 <= covered / 200 <= 0.985
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (3, 10), (10, 10), (30, 30), (57, 200)])
+def test_the_interval_of_a_share_is_scipys(right, n):
+    expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    values = np.arange(n) < right
+    found = with_intervals({"rewards/accuracies": values.astype(float), "kl": values.astype(float)}, resamples=50)
+    assert found["interval_95"]["rewards/accuracies"] == list(wilson_interval(right / n, n))
+    assert right not in (0, n) or found["interval_95"]["kl"] == [right / n] * 2  # no share: the bootstrap's
+
+
+def test_thirty_of_thirty_is_not_certain():
+    low, high = with_intervals({"accuracy": np.ones(30)})["interval_95"]["accuracy"]
+    assert (round(low, 2), high) == (0.89, 1.0)
 
 
 def test_interval_is_reproducible_and_counts():

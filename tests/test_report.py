@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.report import Sweep, _chosen_epoch, bin_edges, load_run, overfitting, write_report
+from resdpo_trl.report import Sweep, _chosen_epoch, bin_edges, digits_of, flaw, load_run, write_report
 from resdpo_trl.sweep import COLUMNS
 
 HOSTILE = (
@@ -58,9 +58,9 @@ def make_run(folder, name="a run", text="plain text", losses=(0.68, 0.66, 0.67))
 
 def test_one_page_with_everything_in_it(tmp_path):
     page = write_report([make_run(tmp_path)]).read_text()
-    for section in ("results", "curves", "margins", "extremes", "answers", "run"):
+    for section in ("results", "curves", "margins", "extremes", "cuts", "answers", "run"):
         assert f'id="{section}"' in page, section
-    assert "0.6600" in page and "0.6000 to 0.7000" in page
+    assert "ranks 58% of 40 unseen pairs right" in page and "0.66" in page and "0.60 to 0.70" in page
     assert "Content-Security-Policy" in page and "default-src 'none'" in page
     for outside in ("http://", "https://", "<script", "<link", "@import"):
         places = [at for at in range(len(page)) if page.startswith(outside, at)]
@@ -100,12 +100,70 @@ def test_a_hostile_name_stays_text_in_the_plots(tmp_path):
     assert "a&lt;b&gt;&amp;$x^2$" in page
 
 
-def test_overfitting_is_said(tmp_path):
-    turned = load_run(make_run(tmp_path, "turned", losses=(0.68, 0.66, 0.67)))
-    (said,) = overfitting(turned, "dpo")
-    assert "least at epoch 2 of 3 (0.6600)" in said and "margin went on rising from 0.200 to 0.300" in said
-    (said,) = overfitting(load_run(make_run(tmp_path, "fine", losses=(0.68, 0.66, 0.65))), "dpo")
-    assert said == "fine: validation loss was least at epoch 3 of 3 (0.6500)."
+def test_the_page_opens_with_before_and_after_and_what_is_next(tmp_path):
+    path = make_run(tmp_path)
+    summary = json.loads((path / "summary.json").read_text())
+    test = summary["dpo"]["test"]
+    test["logps/ref_accuracies"], test["interval_95"]["logps/ref_accuracies"] = 0.5, [0.35, 0.65]
+    summary["sft"] = {"validation": {"loss_before": 3.0, "loss_after": 2.5, "n": 3}}
+    (path / "summary.json").write_text(json.dumps(summary))
+    run = json.loads((path / "run.json").read_text())
+    model = {"model_name_or_path": "someone/tiny-model"}
+    command = ["recipes/dpo_hh.py", "--beta", "0.1", "--max_length", "64", "--output_dir", "x"]
+    (path / "run.json").write_text(json.dumps(run | {"config": {"model": model}, "command": command}))
+    answers = {"reference": {"greedy": "Fine."}, "policy": {"greedy": "no no no no no no no"}}
+    row = {"prompt": "How?", "chosen": "People say so.", "rejected": "-", "answers": answers}
+    (path / "samples.jsonl").write_text(lines([row, row | {"answers": {"policy": {"greedy": " "}}}]))
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write(lines([{"stage": "sft", "split": "validation", "step": 3, "epoch": 1.0, "loss": 2.5}]))
+    page = write_report([path]).read_text()
+    first = page[: page.index("<section")]
+    for words in (
+        "<title>DPO of tiny-model on plain text</title>",
+        "ranks 58% of 40 unseen pairs right; the reference&#39;s log-likelihood 50%.",
+        'left: 50.00%; width: 10.00%"', "95% interval 35% to 65%",
+        "policy — repeats itself", "people&#39;s answer", "People say so.",
+        "recipes/chat.py", "recipes/sweep_hh.py --betas 0.033 0.1 0.3 --max_length 64<", "recipes/publish.py",
+    ):  # fmt: skip
+        assert words in first, words
+    assert (path / "plots" / "sft_loss.png").exists() and "SFT loss" in page
+    answers = page[page.index('id="answers"') :]
+    assert "repeats itself</th>" in answers and "policy, greedy — ends at once" in answers
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "ends at once"),
+        (" \n", "ends at once"),
+        ("I love it. I love it. I love it.", "repeats itself"),
+        ("no no no no no no", "repeats itself"),
+        ("a b c d a b c d a b c d e", "repeats itself"),
+        ("It is red. Yes. It is red. No. It is red.", "repeats itself"),
+        ("very very good", None),
+        ("No, no, no.", None),
+        ("I like to hike. I like to read. I like to swim.", None),
+        ("one two three one two three four", None),
+    ],
+)
+def test_answers_that_a_reader_would_skip(text, expected):
+    assert flaw(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "digits"),
+    [
+        (0.691, 0.801, 2),  # half is 0.055
+        (0.835, 0.856, 3),  # half is 0.0105: two digits of it
+        (1.0, 1.4, 2),  # 0.2
+        (1.0, 2.2, 1),  # 0.6
+        (-60, -40, 0),  # 10
+        (0.5, 0.5, 3),
+        (None, None, 3),
+    ],
+)
+def test_digits_that_an_interval_deserves(low, high, digits):
+    assert digits_of(low, high) == digits
 
 
 def test_the_epoch_kept_is_marked_and_older_runs_are_read(tmp_path):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import check_held_out, first_line, load_rows
+from resdpo_trl.sources import check_held_out, first_line, held_out_size, load_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,6 +91,10 @@ class Images:
     def __getitem__(self, rows: Any) -> Images:
         return Images(self.pixels[rows], self.labels[rows])
 
+    def digests(self) -> list[str]:
+        """(N,) a digest of each image's pixels, whatever its label."""
+        return [hashlib.blake2b(row.data, digest_size=8).hexdigest() for row in self.pixels.flatten(1).numpy()]
+
     def fingerprint(self) -> str:
         """A digest of the content, the same however it was loaded."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
@@ -110,12 +114,16 @@ class LabelledImages:
         return self.splits[split]
 
 
-def load_images(config: ImageDataConfig) -> LabelledImages:
+def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImages:
     """Load, decode and split labelled images.
 
     The data's own validation and test splits are used where it has them; the rest is held out from its training
     images by a fixed permutation, so that no seed changes what the test is. Where a limit leaves images out, a fixed
     permutation chooses too, and a smaller limit's images are among a larger one's.
+
+    Args:
+        config: what to load.
+        held_out: only a test split is wanted: the data's own, or all of a data set that has one split.
 
     Raises:
         UserError: missing columns, fewer than two classes, a label outside them, an image that does not decode or fit.
@@ -133,6 +141,13 @@ def load_images(config: ImageDataConfig) -> LabelledImages:
         "test": config.max_test_samples,
     }
     shares = {"validation": config.validation_fraction, "test": config.test_fraction}
+    counts: dict[str, Any] = {"source": config.dataset_name, "classes": len(names)}
+    tests = [name for name in sources if len(sources) == 1 or name in kinds["test"]] if held_out else []
+    if tests:
+        test = _some(sources[tests[0]], limits["test"])
+        return LabelledImages(
+            {"test": test}, names, counts | {"image_size": list(test.pixels.shape[2:]), "test": len(test)}
+        )
     own = {split: next((sources[name] for name in known if name in sources), None) for split, known in kinds.items()}
     rest = [name for name in sources if not any(name in known for known in kinds.values())]
     if not rest:
@@ -146,14 +161,21 @@ def load_images(config: ImageDataConfig) -> LabelledImages:
         if held is not None:
             splits[split] = _some(held, limits[split])
             continue
-        wanted = min(limits[split] or len(images), max(1, round(shares[split] * len(images))))
+        wanted = held_out_size(len(images), shares[split], limits[split])
         splits[split] = images[order[taken : taken + wanted]]
         taken += wanted
     splits["train"] = images[order[taken:][: limits["train"]]]
     if min(len(splits[split]) for split in SPLITS) == 0:
         raise UserError(f"--dataset_name {config.dataset_name}: {len(images)} images are too few for three splits")
-    counts = {"source": config.dataset_name, "classes": len(names), "image_size": list(images.pixels.shape[2:])}
+    counts |= {"image_size": list(images.pixels.shape[2:])}
     counts |= {split: len(splits[split]) for split in SPLITS}
+    rows = len(images) + sum(len(held) for held in own.values() if held is not None)
+    counts["cut_by_limits"] = rows - sum(map(len, splits.values()))
+    counts["held_out_raised"] = [
+        split
+        for split, share in shares.items()
+        if own[split] is None and counts[split] > max(1, round(share * len(images)))
+    ]
     return LabelledImages({split: splits[split] for split in SPLITS}, names, counts)
 
 

@@ -18,12 +18,11 @@ from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
-from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError, printable
 from resdpo_trl.image.data import ImageDataConfig, Images, load_images
 from resdpo_trl.image.model import ImageClassifier, check_fits, load_classifier, load_processor
-from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, with_intervals
+from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
 from resdpo_trl.run import use_the_cores, write_figures
 
 CALIBRATION_BINS = 15
@@ -40,10 +39,16 @@ class EvaluateConfig:
         default=None, metadata={"help": "The reference that it was trained from: adds rewards and the exact KL."}
     )
     split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Images to use."})
-    beta: float = field(default=0.1, metadata={"help": "β of the rewards, above 0."})
+    beta: float | None = field(
+        default=None, metadata={"help": "β of the rewards, above 0; by default the model's training's, or 0.1."}
+    )
+    loss_type: list[str] | None = field(
+        default=None, metadata={"help": "The loss; by default the model's training's, or sigmoid."}
+    )
     batch_size: int = field(default=512, metadata={"help": "Images of a batch."})
     bf16: bool | None = field(
-        default=None, metadata={"help": "Score in bfloat16, as the training did; by itself where the hardware has it."}
+        default=None,
+        metadata={"help": "Score in bfloat16; by default as the model's training, or where the hardware has it."},
     )
     test_time_views: Literal[1, 2, 6] = field(
         default=1,
@@ -57,26 +62,40 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.model is None:
             raise UserError("--model: name a folder or Hub id of a classifier")
-        if not 0 < self.beta < math.inf:
+        if self.beta is not None and not 0 < self.beta < math.inf:
             raise UserError(f"--beta {self.beta}: must be above 0 and finite (0.1 to 0.5 are usual)")
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: must be at least 1")
-        if self.bf16 is None:
-            self.bf16 = has_bfloat16()
 
 
 def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
-    """The figures of `config.model` on one split, printed and, if asked, written."""
+    """The figures of `config.model` on one split; written to `config.output` if asked.
+
+    What no flag says is as the model's training had it. Test images that the training has seen are left out.
+    """
     use_the_cores()
     assert config.model is not None
+    known = [read_facts(config.model, None, "--model")]
+    if config.reference:
+        known.append(read_facts(config.reference, None, "--reference"))
+    asked = {
+        "beta": config.beta,
+        "loss_type": config.loss_type,
+        "precision": None if config.bf16 is None else "bfloat16" if config.bf16 else "float32",
+    }
+    settings = as_trained(known[0], asked, {})
+    bf16 = settings["precision"][0] == "bfloat16"
+    loss = loss_of(settings)
     model, processor = load_classifier(config.model, "--model"), load_processor(config.model, "--model")
     reference = load_classifier(config.reference, "--reference") if config.reference else None
-    images = load_images(data)
+    held_out = config.split == "test"
+    images = load_images(data, held_out)
     check_fits(model, images, "--model", config.model)
     if reference is not None:
         check_fits(reference, images, "--reference", str(config.reference))
-    split = images[config.split]
-    how = (split, processor, config.batch_size, bool(config.bf16), config.test_time_views)
+    rows = images[config.split]
+    split = rows[unseen(rows.digests(), seen_by(*known) if held_out else set(), f"--dataset_name {data.dataset_name}")]
+    how = (split, processor, config.batch_size, bf16, config.test_time_views)
     logps = image_logps(model, *how)
     ref_logps = image_logps(reference, *how) if reference else None
     figures = {
@@ -84,13 +103,13 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
         "reference": config.reference,
         "data": images.counts,
         "split": config.split,
-        "beta": config.beta,
-        "precision": "bfloat16" if config.bf16 else "float32",
+        "seen_in_training_left_out": len(rows) - len(split),
+        "settings": {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()},
         "test_time_views": config.test_time_views,
         **classification_figures(logps, split.labels, images.label_names),
     }
     if ref_logps is not None:
-        found = classifier_metrics(logps, ref_logps, split.labels, PreferenceLoss(beta=config.beta))
+        found = classifier_metrics(logps, ref_logps, split.labels, loss)
         figures["dpo"] = with_intervals(found)
     if config.output:
         write_figures(config.output, figures)
@@ -156,10 +175,13 @@ def classification_figures(logps: Tensor, labels: Tensor, names: list[str]) -> d
 def describe(figures: dict[str, Any]) -> str:
     """The figures as tables for the terminal."""
     low, high = figures["interval_95"]["accuracy"]
+    settings = {name: (each["value"], each["from"]) for name, each in figures["settings"].items()}
     lines = [
         "",
         f"  {figures['model']} on {figures['n']} {figures['split']} images"
         + (f", {views} views of each" if (views := figures["test_time_views"]) > 1 else ""),
+        *describe_settings(settings, figures["seen_in_training_left_out"]),
+        "",
         f"  accuracy           {figures['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}",
         f"  loss               {figures['loss']:.4f}",
         f"  calibration error  {figures['calibration_error']:.4f}",

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epo
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
 from resdpo_trl.processes import is_sharded
+from resdpo_trl.provenance import read_facts, seen_by, training_facts
+from resdpo_trl.sources import describe_cuts
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
 
@@ -61,6 +64,7 @@ class ImageRun(Job):
         training: ClassifierDPOConfig | CrossEntropyConfig,
         stage: ReferenceStageConfig | None = None,
         preset: Path | None = None,
+        given: Collection[str] | None = None,
     ):
         """`training` is a `ClassifierDPOConfig` with the reference `stage` before it, or cross-entropy alone."""
         self.data, self.model, self.augment, self.stage = data, model, augment, stage
@@ -84,7 +88,7 @@ class ImageRun(Job):
         }
         if stage is not None:
             config["reference_stage"] = dataclasses.asdict(stage)
-        super().__init__(training, options, config, preset)
+        super().__init__(training, options, config, preset, given)
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
@@ -113,6 +117,7 @@ class ImageRun(Job):
         if given is not None:
             check_fits(given, images, "--reference_model", str(named))
         counts = images.counts
+        counts["adapted"] = self.adapt(counts["train"])
         height, width = counts["image_size"]
         if height != width:
             raise UserError(
@@ -121,7 +126,7 @@ class ImageRun(Job):
             )
         self.say(
             f"images: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "
-            f"{counts['classes']} classes, {width}×{height} pixels"
+            f"{counts['classes']} classes, {width}×{height} pixels{describe_cuts(counts, self.data)}"
         )
         if given is not None:
             assert named is not None
@@ -165,6 +170,12 @@ class ImageRun(Job):
             some = images["train"].pixels[:FITTED_ON].float().div_(255).sub_(mean).div_(std)
         return build_classifier(config, self.training.seed, some, weights)
 
+    def _facts(self, args: Any, images: LabelledImages) -> dict[str, Any]:
+        seen = {*images["train"].digests(), *images["validation"].digests()}
+        if self.run.reference.is_dir():
+            seen |= seen_by(read_facts(str(self.run.reference), None, "reference"))
+        return training_facts(args, seen)
+
     # --- cross-entropy -------------------------------------------------------------------------------------------
 
     def train_cross_entropy(self, images: LabelledImages) -> None:
@@ -181,7 +192,8 @@ class ImageRun(Job):
         if self.stage.reference_model:
             model = load_classifier(self.stage.reference_model, "--reference_model")
             save = model.save_pretrained if self.run.main_process else silent
-            self.publish(self.run.reference, save, self.processor)
+            facts = read_facts(self.stage.reference_model, None, "--reference_model")
+            self.publish(self.run.reference, save, self.processor, facts)
             self.run.summarize(reference={"given": self.stage.reference_model})
             return
         args = reference_stage(self.training, self.stage)
@@ -204,7 +216,7 @@ class ImageRun(Job):
         if self.stage is None:
             self.push_saves(trainer, "image-classification")
         seconds, trained = self._train(trainer, stage)
-        self.publish(folder, trainer.save_model, self.processor)
+        self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         summary: dict[str, Any] = {
             "steps": trainer.state.global_step, **epochs(trainer), **_speed(seconds, trained),
         }  # fmt: skip
@@ -281,7 +293,7 @@ class ImageRun(Job):
         if stage == "dpo":
             self.push_saves(trainer, "image-classification")
         seconds, trained = self._train(trainer, stage)
-        self.publish(folder, trainer.save_model, self.processor)
+        self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
             first = load_classifier(name, "reference").state_dict()
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first)
@@ -374,7 +386,7 @@ def _speed(seconds: float, images: int) -> dict[str, float]:
     return {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
 
 
-def describe_results(summary: dict[str, Any], path: Path) -> str:
+def describe_results(summary: dict[str, Any]) -> str:
     """The table at the end of a run."""
     data = summary["data"]
     rows = [("images", f"{data['train']} train, {data['validation']} validation, {data['test']} test")]
@@ -397,7 +409,6 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
             *describe_epochs(summary["dpo"]),
         ]
     rows.append(describe_seconds(summary["throughput"]))
-    rows.append(("files", str(path)))
     return as_table(rows) + ("\n" + describe_comparison(summary) if "dpo" in summary else "")
 
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError, printable
 from resdpo_trl.metrics import with_intervals
+from resdpo_trl.provenance import as_trained, loss_of, read_facts
 from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
 from resdpo_trl.text.config import CompareConfig, TextModelConfig, named_models
@@ -43,9 +44,10 @@ from resdpo_trl.text.judges import (
     both_orders,
     win_rate,
 )
-from resdpo_trl.text.model import check_fits, load_model, load_tokenizer
+from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, local_model
 from resdpo_trl.text.prompts import Prompt, answer_ids, load_prompts, prompt_ids
 from resdpo_trl.text.reward import RewardModel
+from resdpo_trl.verdict import of_comparison
 
 
 @dataclasses.dataclass
@@ -82,6 +84,14 @@ class Comparison:
             self.tokenizers[self.reference] = load_tokenizer(
                 self.reference, model, config.trust_remote_code, "--reference"
             )
+        self.beta = config.beta or 0.1
+        if config.beta is None:
+            flags = [(path, f"--models {name}") for name, path in self.models.items()]
+            known = [read_facts(local_model(path, flag), model.model_revision, flag) for path, flag in flags]
+            betas = sorted({loss_of(as_trained(facts, {}, {})).beta for facts in known if "beta" in facts})
+            if len(betas) > 1 and config.reference is not None:
+                raise UserError(f"--models: trained with β {', '.join(map(str, betas))}: pass one --beta for all")
+            self.beta = next(iter(betas), self.beta)
         resume = config.resume_from_checkpoint is not None
         self.run = RunFolder(config.output_dir, main_process=self.state.is_main_process)
         self.run.open(overwrite=options.overwrite_output_dir, resume=resume)
@@ -304,9 +314,7 @@ class Comparison:
                 logps[name][first] = np.array([chosen for chosen, _ in part])
                 logps[name][second] = np.array([rejected for _, rejected in part])
         self.rewards = {
-            policy: {
-                name: (self.config.beta * (logps[policy][name] - logps[reference][name])).tolist() for name in names
-            }
+            policy: {name: (self.beta * (logps[policy][name] - logps[reference][name])).tolist() for name in names}
             for policy in policies
         }
 
@@ -412,7 +420,7 @@ class Comparison:
                 comparison={
                     "models": dict(self.models),
                     "reference": self.reference,
-                    "beta": self.config.beta,
+                    "beta": self.beta,
                     "reward_model": self.config.reward_model,
                     "baseline": self.config.baseline or next(iter(self.models)),
                     "answers": {name: self._answer_figures(found) for name, found in self.answers.items()},
@@ -524,8 +532,8 @@ class Comparison:
 
 
 def describe(summary: dict[str, Any], path: Path) -> str:
-    """The win rates and rewards as tables for the terminal."""
-    comparison, lines = summary["comparison"], [""]
+    """The verdict, and the win rates and rewards as tables, for the terminal."""
+    comparison, lines = summary["comparison"], ["", *of_comparison(summary), ""]
     answers = comparison["answers"]
     width = max(map(len, answers))
     lines.append(
@@ -557,7 +565,7 @@ def describe(summary: dict[str, Any], path: Path) -> str:
     for name, found in summary.get("judges", {}).items():
         for reason, count in found["no_verdict_because"].items():
             lines.append(f"  no verdict by {name}, {count} times: {reason}")
-    return "\n".join([*lines, "", f"  files: {path}", ""])
+    return "\n".join([*lines, "", f"open {path / 'report.html'}"])
 
 
 def _files(path: str) -> list[tuple[str, int, int]]:

@@ -7,7 +7,18 @@ import html
 import re
 from typing import Any, Literal
 
-from resdpo_trl.report import PALETTE, Plots, Run, section_of, short_text, shown_number, shown_text, what_ran
+from resdpo_trl.report import (
+    PALETTE,
+    Plots,
+    Run,
+    digits_of,
+    flaw,
+    section_of,
+    short_text,
+    shown_number,
+    shown_text,
+    what_ran,
+)
 
 PAGE_BYTES = 3_500_000  # of answers; a page stays below 5 MB
 ALIKE = 0.2  # below this share of common words, marks would cover everything and say nothing
@@ -18,6 +29,11 @@ Piece = tuple[Literal["same", "added", "removed"], str]
 def sections(run: Run, plots: Plots) -> list[dict[str, Any] | None]:
     """The sections of a comparison's page; None for what it does not have."""
     return [_win_rates(run, plots), _rewards(run), _figures(run), _answers(run), what_ran([run])]
+
+
+def title(run: Run) -> str:
+    names = list(run.summary["comparison"]["answers"])
+    return f"Answers of {', '.join(names)} to {run.summary.get('data', {}).get('used')} prompts"
 
 
 def subtitle(run: Run) -> str:
@@ -77,8 +93,7 @@ def _win_rates(run: Run, plots: Plots) -> dict[str, Any] | None:
         rows = [
             [
                 f"{row['model']} against {row['against']}",
-                shown_number(row["win_rate"], 3),
-                _range(row["interval_95"], 3),
+                *_cells(row["win_rate"], row["interval_95"]),
                 row["wins"],
                 row["ties"],
                 row["losses"],
@@ -120,10 +135,9 @@ def _rewards(run: Run) -> dict[str, Any] | None:
         cells = []
         for policy in policies:
             reward = found["rewards"][policy][name]
-            cells += [shown_number(reward["mean"], 3), _range(reward["interval_95"], 3)]
+            cells += _cells(reward["mean"], reward["interval_95"])
         if found["reward_model"]:
-            cells += [shown_number(figures.get("reward_model"), 3)]
-            cells += [_range(figures["interval_95"].get("reward_model"), 3)]
+            cells += _cells(figures.get("reward_model"), figures["interval_95"].get("reward_model"))
         rows.append([name, *cells])
     head = ["answers of"]
     for policy in policies:
@@ -143,21 +157,24 @@ def _rewards(run: Run) -> dict[str, Any] | None:
 
 
 def _figures(run: Run) -> dict[str, Any]:
+    flaws = {name: [flaw(*row.get("answers", {}).get(name, {"": ""}).values()) for row in run.samples]
+             for name in run.summary["comparison"]["answers"]}  # fmt: skip
     rows = [
         [
             name,
-            shown_number(found["length_tokens"], 1),
-            _range(found["interval_95"]["length_tokens"], 1),
+            *_cells(found["length_tokens"], found["interval_95"]["length_tokens"]),
             shown_number(found["cut"], 2),
+            flaws[name].count("repeats itself"),
+            flaws[name].count("ends at once"),
             shown_number(found["distinct_1"], 3),
             shown_number(found["distinct_2"], 3),
         ]
         for name, found in run.summary["comparison"]["answers"].items()
     ]
-    head = ["", "tokens", "95% interval", "cut short", "distinct-1", "distinct-2"]
+    head = ["", "tokens", "95% interval", "cut short", "repeat", "empty", "distinct-1", "distinct-2"]
     text = (
-        "Tokens of an answer, the share of answers that the limit of tokens cut, and the different tokens and pairs of "
-        "tokens over all of them (distinct-1, distinct-2)."
+        "Tokens of an answer, the share of answers that the limit of tokens cut, how many repeat themselves or end at "
+        "once, and the different tokens and pairs of tokens over all of them (distinct-1, distinct-2)."
     )
     return section_of(
         "figures", "The answers in figures", text=text, tables=[{"head": head, "rows": rows, "numbers": True}]
@@ -173,7 +190,7 @@ def _answers(run: Run) -> dict[str, Any] | None:
         answers = []
         for name, text in texts.items():
             pieces: list[Piece] = [("same", text)]
-            said = _scores(row, name)
+            said = [*filter(None, [flaw(text)]), *_scores(row, name)]
             if name != baseline and baseline in texts:
                 pieces, share = compared_words(texts[baseline], text)
                 said.append(
@@ -239,8 +256,12 @@ def _outcomes(row: dict[str, Any]) -> list[str]:
     return [f"{judge}: {'; '.join(found)}" for judge, found in said.items()]
 
 
-def _range(interval: list[float] | None, digits: int) -> str:
-    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if interval else "–"
+def _cells(value: Any, interval: list[float] | None) -> list[str]:
+    """A mean and its 95% interval, with the digits that the interval deserves."""
+    if not interval:
+        return [shown_number(value, 3), "–"]
+    digits = digits_of(*interval)
+    return [shown_number(value, digits), f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"]
 
 
 def _clip(name: str) -> str:

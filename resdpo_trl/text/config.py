@@ -139,6 +139,14 @@ class SamplesConfig:
 class TextModelConfig(ModelConfig):
     _argument_group_name = "model"
 
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Any causal language model: a Hub id, a folder, a .gguf file, or smollm2 (the default), which "
+            "needs no network."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         unset = {each.name: each.default for each in fields(ModelConfig)}
@@ -159,7 +167,9 @@ class SFTStageConfig:
         default=None, metadata={"help": "A folder or Hub id of a finished reference: skips SFT."}
     )
     sft_epochs: float = field(default=1.0, metadata={"help": "Epochs of SFT; 0 takes the model as it is."})
-    sft_learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of SFT."})
+    sft_learning_rate: float = field(
+        default=2e-5, metadata={"help": "Peak learning rate of SFT; ten times that with --use_peft."}
+    )
     sft_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of an SFT step on each device; --per_device_train_batch_size by default."}
     )
@@ -193,6 +203,10 @@ class ShortDialogues(OneMachine):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Not supported: batches are padded to their longest row."}
     )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Add a trained LoRA adapter to its base model, and keep that full model instead of it."},
+    )
 
     def __post_init__(self) -> None:
         if self.max_length is None or self.max_length < SHORTEST:
@@ -216,7 +230,9 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
     )  # fmt: skip
 
     output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of DPO."})
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Peak learning rate of DPO; ten times that with --use_peft."}
+    )
     prefix_sharing: bool = field(
         default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}
     )
@@ -262,7 +278,7 @@ class TextSFTConfig(ShortDialogues, SFTConfig):  # type: ignore[misc]  # as abov
     figures = ("loss",)
 
     output_dir: str | None = field(default="runs/sft_hh", metadata={"help": "The run's folder."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; ten times that with --use_peft."})
     completion_only_loss: bool | None = field(
         default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
     )
@@ -280,7 +296,7 @@ class TextRewardConfig(ShortDialogues, RewardConfig):  # type: ignore[misc]  # a
     figures = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
     output_dir: str | None = field(default="runs/reward_hh", metadata={"help": "The run's folder."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the reward model."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate; ten times that with --use_peft."})
 
     def __post_init__(self) -> None:
         refuse(self, REFUSED_REWARD)
@@ -333,7 +349,9 @@ class CompareConfig:
             "β·log(π/π_ref) under each policy."
         },
     )
-    beta: float = field(default=0.1, metadata={"help": "β of these rewards, above 0; the one of the training."})
+    beta: float | None = field(
+        default=None, metadata={"help": "β of these rewards, above 0; by default that of the models' training, or 0.1."}
+    )
     baseline: str | None = field(
         default=None,
         metadata={
@@ -410,7 +428,7 @@ class CompareConfig:
             raise UserError("--best_of_n_model needs --best_of_n, the number of samples")
         if (self.judge_url is None) != (self.judge_model is None):
             raise UserError("--judge_url and --judge_model belong together: pass both")
-        if not self.beta > 0:
+        if self.beta is not None and not self.beta > 0:
             raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
         for flag in ("max_new_tokens", "batch_size", "judge_workers", "max_prompts"):
             if getattr(self, flag) is not None and getattr(self, flag) < 1:

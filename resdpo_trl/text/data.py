@@ -32,6 +32,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -41,17 +42,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import check_held_out, first_line, load_rows
+from resdpo_trl.sources import READABLE, check_held_out, first_line, held_out_size, load_rows, named_files
+from resdpo_trl.text.layouts import MARKER, Messages, columns_by_role, mapped, recognize
 from resdpo_trl.text.tokens import cache_key, tokenizer_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, Any]]
-
 QUICKSTART = "chitchat"
-MARKER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 COLUMNS = ("prompt", "chosen", "rejected")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # which TRL passes to the chat template
@@ -65,10 +64,6 @@ SPLIT_NAMES = {  # the first word of a data set's own name of a split
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-MENU = (
-    "needs columns chosen and rejected (HH dialogues or conversations), or prompt, chosen and rejected; "
-    "rename them with datasets' rename_column"
-)
 
 
 @dataclass
@@ -80,9 +75,34 @@ class DataConfig:
     dataset_name: str = field(
         default=QUICKSTART,
         metadata={
-            "help": "Preference pairs: a Hub id (Anthropic/hh-rlhf), a folder, a .jsonl, .jsonl.gz or .parquet file, "
-            "or 'chitchat', the quickstart's, which need no network."
+            "nargs": "+",
+            "help": f"Preference pairs: a Hub id (Anthropic/hh-rlhf), a folder, {READABLE} (or several), or "
+            "'chitchat', the quickstart's, which need no network.",
         },
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "+",
+            "help": "Other pairs for the test figures, as --dataset_name names them; no test pairs are then held out "
+            "from the training pairs.",
+        },
+    )
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Which column is what, where the names are others: prompt=question chosen=better rejected=worse "
+            "system=system."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration (subset) of a Hub data set, as of datasets.load_dataset."}
+    )
+    dataset_train_split: str | None = field(
+        default=None, metadata={"help": "Name of the split to train on, where it is not called train."}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Name of the split for the test figures, where it is not called test."}
     )
     dataset_data_dir: str | None = field(
         default=None, metadata={"help": "Folder inside the data set: harmless-base, helpful-base, … of HH."}
@@ -117,6 +137,13 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("dataset_name", "eval_dataset_name"):  # several files are one name, as a shell writes them
+            value = getattr(self, name)
+            if not isinstance(value, str) and value is not None:
+                setattr(self, name, value[0] if len(value) == 1 else shlex.join(value))
+        if self.eval_dataset_name and self.dataset_test_split:
+            raise UserError("--eval_dataset_name and --dataset_test_split both name the test pairs: drop either")
+        mapped(self.columns)
         check_held_out(self)
 
 
@@ -149,36 +176,57 @@ class Preferences:
             )
 
 
-def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Preferences:
+def load_preferences(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None, held_out: bool = False
+) -> Preferences:
     """Load, parse and split preference pairs.
 
     Args:
         config: what to load.
         tokenizer: its chat template renders the pairs where the format is `chat`; None means `plain`. Where
             --dialogue_format plain asks for it, its template is removed, so that what is saved with it says so.
+        held_out: only a test split is wanted: the data's own, or all of a data set that has one split.
 
     Raises:
         UserError: a missing file, a malformed row, missing columns, splits of unknown names, no usable pair, a chat
             template that is missing or refuses a row.
     """
+    from datasets import concatenate_datasets
+
     template = _template(config, tokenizer)
-    sources = _by_split(_load(config), config.dataset_name)
+    raw = _load(config)
+    asked = config.dataset_test_split
+    tests = [
+        name
+        for name in raw
+        if name == asked or (asked is None and (len(raw) == 1 or name in SPLIT_NAMES["test"]))
+    ] if held_out and config.eval_dataset_name is None else []  # fmt: skip
+    sources = {"test": raw[tests[0]]} if tests else _by_split(raw, config)
     parsed: dict[str, Dataset] = {}
     counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
     ignored: set[str] = set()
     statuses: Counter[str] = Counter()
+    layouts: dict[str, None] = {}
+    kind = "prompt"
     for name, rows in sources.items():
-        kind = _kind(rows, config.dataset_name)
-        used = _used_columns(rows, template, config)
-        ignored.update(set(rows.column_names) - used)
         try:
-            table, found = _parse(rows.select_columns(sorted(used)), kind, template, config, name)
+            if config.dataset_name != QUICKSTART or (name == "test" and config.eval_dataset_name):
+                place, columns = f"--dataset_name {config.dataset_name}", mapped(config.columns)
+                whole, options = rows, _template_columns(rows, template)
+                rows, kind, layout = recognize(whole, columns, template is not None, place)
+                layouts[layout] = None
+                used = {*columns_by_role(whole.column_names, columns).values(), *options}
+                ignored.update(set(whole.column_names) - used)
+                if options:
+                    rows = concatenate_datasets([rows, whole.select_columns(options)], axis=1)
+            table, found = _parse(rows, kind, template, config, name)
         except UnicodeDecodeError:  # of a damaged parquet file; a line of JSON was looked at
             raise UserError(f"--dataset_name {config.dataset_name}: a text is not UTF-8; write it anew") from None
         parsed[name] = table
         statuses.update(found)
         counts["rows"] += len(rows)
         counts["kept"] += len(table)
+    counts["layouts"] = list(layouts)
     counts["dropped"] = {reason: statuses[reason] for reason in REASONS}
     counts["parted_early"] = statuses["parted_early"]
     counts["roles_repaired"] = statuses["roles_repaired"]
@@ -187,11 +235,22 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
     if counts["kept"] == 0:
         raise UserError(
             f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows: "
-            + _why_none(sources["train"], counts["dropped"])
+            + _why_none(rows, kind, counts["dropped"])
         )
-    splits, counts["left_out"] = _split(parsed, config)
+    if tests:
+        place = _spread(np.asarray(parsed["test"]["group"][:]))[: config.max_test_samples]
+        splits, counts["left_out"] = {"test": parsed["test"].select(np.sort(place))}, 0
+    else:
+        splits, counts["left_out"] = _split(parsed, config)
     counts.update({name: len(rows) for name, rows in splits.items()})
-    for name in SPLITS:
+    counts["cut_by_limits"] = counts["kept"] - sum(map(len, splits.values())) - counts["left_out"]
+    shares = {"validation": config.validation_fraction, "test": config.test_fraction}
+    counts["held_out_raised"] = [
+        split
+        for split, share in shares.items()
+        if split not in parsed and len(splits.get(split, ())) > max(1, round(share * len(parsed.get("train", ()))))
+    ]
+    for name in splits:
         if counts[name] == 0:
             raise UserError(
                 f"--dataset_name {config.dataset_name}: no usable pair in its split {name}; mend that split, or drop "
@@ -200,19 +259,17 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
     return Preferences(splits, counts, ends_turns=template is not None)
 
 
-def _why_none(rows: Dataset, dropped: dict[str, int]) -> str:
+def _why_none(rows: Dataset, kind: str, dropped: dict[str, int]) -> str:
     """What is wrong with rows of which none can be used, and the fix."""
     found = [reason for reason, number in dropped.items() if number]
-    if "no_marker" in found:
-        if any("\r\n" in str(text) for text in rows[:1]["chosen"]):
-            return "the lines of the dialogues end in \\r\\n; convert them to \\n, as HH has them"
-        return (
-            f"there is no column prompt (found: {', '.join(sorted(rows.column_names))}), and chosen and rejected are "
-            "no dialogues that share a \\n\\nAssistant: either; give the question in a column named prompt"
-        )
+    if "no_marker" in found and any("\r\n" in str(text) for text in rows[:1]["chosen"]):
+        return "the lines of the dialogues end in \\r\\n; convert them to \\n, as HH has them"
+    if kind == "implicit" and "identical" not in found:
+        return "the sides begin with no common prompt: name its column with --columns prompt=COLUMN"
     said = {
         "identical": "both responses are the same; two different ones are needed",
         "empty": "a prompt or a response has no text; fill them in",
+        "no_marker": "chosen and rejected are dialogues that share no \\n\\nAssistant:; give each pair one prompt",
     }
     return " or ".join(said[reason] for reason in found) or "the file has no rows"
 
@@ -403,71 +460,69 @@ def _utterance(message: list[dict[str, str]]) -> str:
 
 def _load(config: DataConfig) -> dict[str, Dataset]:
     """The raw rows, by the data's own split names."""
-    local = config.dataset_name == QUICKSTART or Path(config.dataset_name).exists()
+    folder = Path(config.dataset_name).is_dir()
+    local = config.dataset_name == QUICKSTART or folder or bool(named_files(config.dataset_name))
     if config.dataset_revision is not None and local:
         raise UserError(
             f"--dataset_revision {config.dataset_revision}: {config.dataset_name} is not on the Hub; drop it"
         )
-    if config.dataset_data_dir is not None and local and not Path(config.dataset_name).is_dir():
-        raise UserError(f"--dataset_data_dir {config.dataset_data_dir}: {config.dataset_name} is no folder; drop it")
+    for flag in ("dataset_data_dir", "dataset_config"):
+        if getattr(config, flag) is not None and local and not folder:
+            raise UserError(f"--{flag} {getattr(config, flag)}: {config.dataset_name} is no folder; drop it")
     if config.dataset_name == QUICKSTART:
         return chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
-    return load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
-
-
-def _by_split(sources: dict[str, Dataset], name: str) -> dict[str, Dataset]:
-    """The raw rows by `SPLITS`, of a data set whose split names say clearly which is which."""
-    found: dict[str, Dataset] = {}
-    for own, rows in sources.items():
-        word = re.split(r"[^a-z]", own.lower())[0]
-        split = next((split for split, words in SPLIT_NAMES.items() if word in words), None)
-        if split is None or split in found:
-            reason = "is neither train nor validation nor test" if split is None else f"is not the only one for {split}"
-            raise UserError(
-                f"--dataset_name {name}: its split {own} {reason} (found: {', '.join(sources)}); keep one of each, and "
-                "save them under these names with datasets' save_to_disk"
-            )
-        found[split] = rows
-    if "train" not in found:
-        raise UserError(f"--dataset_name {name}: no training split (found: {', '.join(sources)})")
-    return found
-
-
-def _kind(rows: Dataset, name: str) -> str:
-    """`dialogue` (HH's form), `prompt` (plain prompts) or `conversation` (lists of messages)."""
-    from datasets import Value
-
-    columns = set(rows.column_names)
-    if not {"chosen", "rejected"} <= columns:
-        missing = sorted({"chosen", "rejected"} - columns)
-        raise UserError(
-            f"--dataset_name {name}: no column {' or '.join(missing)} (found: {', '.join(sorted(columns)) or 'none'}); "
-            + MENU
-        )
-    types = {column: rows.features[column] for column in ("prompt", "chosen", "rejected") if column in columns}
-    text = {column for column, type_ in types.items() if isinstance(type_, Value) and "string" in type_.dtype}
-    if text == set(types):
-        return "prompt" if "prompt" in types else "dialogue"
-    messages = [getattr(type_, "feature", None) for type_ in types.values()]
-    if all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages):
-        return "conversation"
-    described = ", ".join(f"{column}: {type_}" for column, type_ in types.items())
-    raise UserError(
-        f"--dataset_name {name}: prompt, chosen and rejected must be text or lists of messages, all the same "
-        f"({described[:200]})"
+    return load_rows(
+        config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART, config.dataset_config
     )
 
 
-def _used_columns(rows: Dataset, template: Any, config: DataConfig) -> set[str]:
-    """The columns that a pair is made of; a chat template's options only where there is one, and it reads them."""
-    used = {*COLUMNS, "group"} if config.dataset_name == QUICKSTART else {*COLUMNS}  # a user's `group` is another
-    if template is not None:
-        used.add("chat_template_kwargs")
-        column = rows["tools"] if "tools" in rows.column_names else []
-        tools = next((value for value in column if value and value not in ("[]", "null")), None)
-        if tools is not None and _reads_tools(template, tools):
-            used.add("tools")
-    return used & set(rows.column_names)
+def _by_split(sources: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
+    """The raw rows by `SPLITS`: of the splits that flags name, else of a data set whose names say which is which."""
+    place, listed = f"--dataset_name {config.dataset_name}", ", ".join(sources)
+    named = {"train": config.dataset_train_split, "test": config.dataset_test_split}
+    found: dict[str, Dataset] = {}
+    for split, own in named.items():
+        if own is not None and own not in sources:
+            raise UserError(f"--dataset_{split}_split {own}: {place} has no such split (found: {listed})")
+        if own is not None:
+            found[split] = sources[own]
+    for own, rows in sources.items():
+        word = re.split(r"[^a-z]", own.lower())[0]
+        split_of = next((split for split, words in SPLIT_NAMES.items() if word in words), None)
+        if own in named.values() or named.get(str(split_of)) is not None:
+            continue
+        if split_of is None or split_of in found:
+            reason = (
+                "is neither train nor validation nor test"
+                if split_of is None
+                else f"is not the only one for {split_of}"
+            )
+            raise UserError(
+                f"{place}: its split {own} {reason} (found: {listed}); name those to use with --dataset_train_split "
+                "and --dataset_test_split"
+            )
+        found[split_of] = rows
+    if "train" not in found:
+        raise UserError(f"{place}: no training split (found: {listed}); name it with --dataset_train_split")
+    if config.eval_dataset_name:
+        own_splits = load_rows(config.eval_dataset_name, None, None, QUICKSTART, flag="--eval_dataset_name")
+        if len(own_splits) > 1 and "test" not in own_splits:
+            raise UserError(
+                f"--eval_dataset_name {config.eval_dataset_name}: several splits and none named test (found: "
+                f"{', '.join(own_splits)}); name a file of test pairs"
+            )
+        found["test"] = own_splits["test"] if "test" in own_splits else next(iter(own_splits.values()))
+    return found
+
+
+def _template_columns(rows: Dataset, template: Any) -> list[str]:
+    """The columns that a chat template gets besides the messages, where there is one, and it reads them."""
+    if template is None:
+        return []
+    column = rows["tools"] if "tools" in rows.column_names else []
+    tools = next((value for value in column if value and value not in ("[]", "null")), None)
+    read = {"chat_template_kwargs", *(["tools"] if tools is not None and _reads_tools(template, tools) else [])}
+    return sorted(read & set(rows.column_names))
 
 
 def _reads_tools(template: Any, tools: Any) -> bool:
@@ -513,6 +568,7 @@ def _parse(
         "shown": Value("string"),
         "group": Value("string"),
         "whole": Value("string"),
+        "pair": Value("string"),
         "status": Value("string"),
     }
     options = {"kind": kind, "swap": config.prefer == "rejected", "place": f"{config.dataset_name}, split {split}"}
@@ -544,7 +600,7 @@ def _parse_batch(
     out: dict[str, list[Any]] = {
         name: []
         for name in (
-            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "status",
+            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "pair", "status",
         )
     }  # fmt: skip
     size = len(batch["chosen"])
@@ -584,6 +640,7 @@ def _parse_batch(
         out["shown"].append(pair.shown)
         out["group"].append(_digest(group) if group else pair.group)
         out["whole"].append(pair.whole)
+        out["pair"].append(pair.pair)
         out["status"].append(pair.status)
     return out
 
@@ -602,6 +659,7 @@ class _Pair:
     shown: str = ""
     group: str = ""
     whole: str = ""
+    pair: str = ""
     status: str = "kept"
 
 
@@ -609,11 +667,17 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
     """A row of text as a pair, or why it can't be used."""
     if not chosen or not rejected:
         return "empty"
+    if kind == "implicit" and chosen == rejected:
+        return "identical"
     if kind == "dialogue":
         parts = parse_dialogue(chosen, rejected)
         if parts is None:
             return "identical" if chosen.strip() == rejected.strip() else "no_marker"
         prompt, chosen, rejected = parts
+    if kind == "implicit":  # as TRL parts them: where they begin to differ, a space before it left to the responses
+        shared = _shared(chosen, rejected)
+        shared -= chosen[:shared].endswith(" ")
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     prompt, chosen, rejected = prompt or "", chosen.rstrip(), rejected.rstrip()
     if chosen.strip() == rejected.strip():
         return "identical" if chosen.strip() else "empty"
@@ -623,6 +687,7 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
     early = kind == "dialogue" and (MARKER in chosen or MARKER in rejected)
     return _Pair(
         prompt, chosen, rejected, starts, shown=prompt, group=_digest(_opening(prompt, starts)), whole=_digest(prompt),
+        pair=_digest(json.dumps([prompt, *sorted([chosen.strip(), rejected.strip()])])),
         status="parted_early" if early else "kept",
     )  # fmt: skip
 
@@ -668,8 +733,10 @@ def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Me
     messages, good, bad = _parted(prompt, chosen, rejected)
     if not messages or not good or not bad:
         return "empty"
-    opening, whole = (_digest(json.dumps(part, default=str)) for part in (messages[:1], messages))
-    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole)
+    said = next((at for at, message in enumerate(messages) if message["role"] != "system"), 0)
+    told = [json.dumps(part, default=str) for part in (messages[: said + 1], messages, good, bad)]
+    opening, whole, pair = map(_digest, (told[0], told[1], "\n".join([told[1], *sorted(told[2:])])))
+    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole, pair=pair)
 
 
 def _render(pair: _Pair, template: Any, options: dict[str, Any]) -> _Pair:
@@ -724,8 +791,9 @@ def turn_starts(prompt: str) -> list[int]:
 
 
 def _opening(prompt: str, turn_starts: list[int]) -> str:
-    """The conversation's first turn; the whole prompt where it has but one."""
-    return prompt[: turn_starts[0]] if turn_starts else prompt
+    """The conversation's first turn, with the system message before it; the whole prompt where it has but one."""
+    first = 0 if prompt.lstrip().startswith(("Human:", "Assistant:")) else 1
+    return prompt[: turn_starts[first]] if len(turn_starts) > first else prompt
 
 
 def _parted(prompt: Messages | None, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -830,7 +898,7 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
             chosen = _spread(np.asarray(own_rows["group"][:]))[: limits[split]]
             splits[split] = own_rows.select(np.sort(chosen))
             continue
-        wanted = min(limits[split] or len(rows), max(1, round(shares[split] * len(rows))))
+        wanted = held_out_size(len(rows), shares[split], limits[split])
         later = starts[starts >= taken + wanted]
         if len(later) == 0:
             raise UserError(

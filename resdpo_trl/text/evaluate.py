@@ -14,7 +14,6 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import (
@@ -25,12 +24,13 @@ from resdpo_trl.metrics import (
     raw_accuracy,
     with_intervals,
 )
+from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
 from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import CompareConfig, TextModelConfig
 from resdpo_trl.text.data import DataConfig, Preferences, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
-from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer
+from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer, local_model
 from resdpo_trl.text.reward import RewardModel, reward_figures
 from resdpo_trl.text.scoring import add_response_head, check_prefix_sharing, pair_logps
 from resdpo_trl.text.tokens import SHORTEST, tokenize
@@ -55,12 +55,20 @@ class EvaluateConfig:
         },
     )
     split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Pairs to use."})
-    beta: float = field(default=0.1, metadata={"help": "β of the rewards, above 0; the one of the training."})
-    max_length: int = field(default=256, metadata={"help": "The cap on tokens; the one of the training."})
+    beta: float | None = field(
+        default=None, metadata={"help": "β of the rewards, above 0; by default the model's training's, or 0.1."}
+    )
+    loss_type: list[str] | None = field(
+        default=None, metadata={"help": "The loss; by default the model's training's, or sigmoid."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "The cap on tokens; by default the model's training's, or 256."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Pairs of a batch, and prompts answered at once."})
     prefix_sharing: bool = field(default=True, metadata={"help": "Run a pair's prompt once for both responses."})
     bf16: bool | None = field(
-        default=None, metadata={"help": "Score in bfloat16, as the training did; by itself where the hardware has it."}
+        default=None,
+        metadata={"help": "Score in bfloat16; by default as the model's training, or where the hardware has it."},
     )
     num_samples: int = field(default=64, metadata={"help": "Prompts that the policy answers; 0 for none."})
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
@@ -72,40 +80,62 @@ class EvaluateConfig:
         for name in ("model", "reference"):
             if getattr(self, name) is None:
                 raise UserError(f"--{name}: name a folder or Hub id")
-        if not self.beta > 0:
+        if self.beta is not None and not self.beta > 0:
             raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
-        if self.max_length < SHORTEST:
+        if self.max_length is not None and self.max_length < SHORTEST:
             raise UserError(f"--max_length {self.max_length}: must be at least {SHORTEST} tokens")
         if self.batch_size < 1 or self.max_new_tokens < 1 or self.num_samples < 0:
             raise UserError("--batch_size and --max_new_tokens must be at least 1, --num_samples at least 0")
-        if self.bf16 is None:
-            self.bf16 = has_bfloat16()
 
 
 def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -> dict[str, Any]:
-    """The figures of `config.model` on one split; written to `config.output` if asked."""
+    """The figures of `config.model` on one split; written to `config.output` if asked.
+
+    What no flag says is as the model's training had it. Test pairs that the training has seen are left out.
+    """
     use_the_cores()
     named = {"--model": config.model, "--reference": config.reference, "--other_model": config.other_model}
     names = {flag: name for flag, name in named.items() if name is not None}
+    known = {
+        flag: read_facts(local_model(name, flag), model.model_revision, flag)
+        for flag, name in (names | ({"--reward_model": config.reward_model} if config.reward_model else {})).items()
+    }
+    asked = {
+        "beta": config.beta,
+        "loss_type": config.loss_type,
+        "max_length": config.max_length,
+        "max_response_length": data.max_response_length,
+        "precision": None if config.bf16 is None else "bfloat16" if config.bf16 else "float32",
+    }
+    settings = as_trained(known["--model"], asked, {"max_length": 256, "max_response_length": None})
+    used: dict[str, Any] = {name: value for name, (value, _) in settings.items()}
+    config = dataclasses.replace(config, max_length=used["max_length"], bf16=used["precision"] == "bfloat16")
+    data = dataclasses.replace(data, max_response_length=used["max_response_length"])
+    loss = loss_of(settings)
     tokenizers = {flag: load_tokenizer(name, model, config.trust_remote_code, flag) for flag, name in names.items()}
     tokenizer = tokenizers["--model"]
     for flag, found in tokenizers.items():
         check_same_tokenizer(tokenizer, "--model", found, flag)
-    texts = load_preferences(data, tokenizer)
+    held_out = config.split == "test"
+    texts = load_preferences(data, tokenizer, held_out)
+    rows = texts[config.split]
+    kept = unseen(
+        rows["pair"][:], seen_by(*known.values()) if held_out else set(), f"--dataset_name {data.dataset_name}"
+    )
     pairs = tokenize(
-        texts[config.split], tokenizer, config.max_length, data.max_response_length, texts.ends_turns, "Tokenizing"
+        rows.select(kept), tokenizer, used["max_length"], data.max_response_length, texts.ends_turns, "Tokenizing"
     )
     # before the long work, should it be none
     reward = None
     if config.reward_model is not None:
         reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
-        its_texts = load_preferences(data, reward.tokenizer)
+        its_texts = load_preferences(data, reward.tokenizer, held_out)
         texts.check_same_pairs(its_texts, config.split, reward.name)
-    loss = PreferenceLoss(beta=config.beta)
+        its_texts.splits[config.split] = its_texts[config.split].select(kept)
     logps, answers = {}, []
     for flag, name in names.items():  # one model in memory at a time
         loaded = load_model(name, model, config.trust_remote_code, flag)
-        check_fits(loaded, tokenizer, config.max_length, config.max_new_tokens if config.num_samples else 0)
+        check_fits(loaded, tokenizer, used["max_length"], config.max_new_tokens if config.num_samples else 0)
         if not getattr(loaded, "is_quantized", False):
             loaded.to(PartialState().device)
         logps[flag] = score_pairs(loaded, pairs, tokenizer, config, f"Scoring, {flag.lstrip('-')}")
@@ -126,9 +156,9 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
         "reference": config.reference,
         "data": texts.counts,
         "split": config.split,
-        "beta": config.beta,
-        "max_length": config.max_length,
-        "precision": "bfloat16" if config.bf16 else "float32",
+        "seen_in_training_left_out": len(rows) - len(kept),
+        "settings": {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()},
+        "dialogue_format": texts.counts["dialogue_format"],
         "pairs": with_intervals(per_pair),
         "length_controlled_accuracy": length_controlled(per_pair["rewards/accuracies"], scores),
     }
@@ -349,7 +379,9 @@ def describe(figures: dict[str, Any]) -> str:
         ]
         if "answers" in found:
             rows.append(("reward of an answer", found["answers"]["reward"], found["answers"]["interval_95"]["reward"]))
-    lines = ["", f"  {figures['model']} on {pairs['n']} {figures['split']} pairs", ""]
+    settings = {name: (each["value"], each["from"]) for name, each in figures["settings"].items()}
+    lines = ["", f"  {figures['model']} on {pairs['n']} {figures['split']} pairs"]
+    lines += [*describe_settings(settings, figures["seen_in_training_left_out"]), ""]
     lines += [f"  {text:<34}{value:>9.4f}   {low:.4f} to {high:.4f}" for text, value, (low, high) in rows]
     if "answers" in figures:
         distinct = (f"{figures['answers'][f'distinct_{n}'] or 0:.3f}" for n in (1, 2, 3))

@@ -36,6 +36,7 @@ class Frontier:
         """`config` names the reward model, the cap, the number of prompts and what is drawn; not yet the policies."""
         assert config.reward_model is not None
         self.config, self.data, self.model = config, data, model
+        self.max_length = config.max_length or 256  # as `evaluate` has it where neither a flag nor the model says
         self.reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
         self._reward_weights = weights_digest(self.reward.model)
 
@@ -79,13 +80,13 @@ class Frontier:
         self.tokenizer = load_tokenizer(name, self.model, config.trust_remote_code, "reference")
         texts = load_preferences(self.data, self.tokenizer)
         shown = texts["test"].select(range(min(config.num_samples, len(texts["test"]))))
-        limits = (config.max_length, self.data.max_response_length, texts.ends_turns)
+        limits = (self.max_length, self.data.max_response_length, texts.ends_turns)
         prompts = tokenize(shown, self.tokenizer, *limits, "Prompts")["prompt_ids"][:]
         own = load_preferences(self.data, self.reward.tokenizer)
         texts.check_same_pairs(own, "test", self.reward.name)
         self.texts, self.ends_turns = own["test"].select(range(len(shown))), own.ends_turns
         ref_model = load_model(name, self.model, config.trust_remote_code, "reference")
-        check_fits(ref_model, self.tokenizer, config.max_length, config.max_new_tokens)
+        check_fits(ref_model, self.tokenizer, self.max_length, config.max_new_tokens)
         self.prompts = answerable(ref_model, prompts, config.max_new_tokens)
         self.ref_model = ref_model.to(self.reward.model.device)
         self._ref_weights = weights_digest(self.ref_model)
@@ -99,7 +100,7 @@ class Frontier:
         if policy is not None:
             loaded = load_model(policy, self.model, config.trust_remote_code, "checkpoint")
             model = loaded.to(self.reward.model.device)
-        drawn = (config.max_new_tokens, config.max_length, config.seed, config.bf16)
+        drawn = (config.max_new_tokens, self.max_length, config.seed, config.bf16)
         parts = (weights_digest(model), self._ref_weights, self._reward_weights, self.prompts, drawn)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         measured = ("kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high", "n", "status", "key")
@@ -112,7 +113,7 @@ class Frontier:
         log_ratios = answer_logps(model, self.prompts, answers, self.tokenizer, config)
         log_ratios = log_ratios - answer_logps(self.ref_model, self.prompts, answers, self.tokenizer, config)
         rewards = self.reward.answer_rewards(
-            self.texts, *texts_of(answers, self.tokenizer), config.max_length, self.data.max_response_length,
+            self.texts, *texts_of(answers, self.tokenizer), self.max_length, self.data.max_response_length,
             self.ends_turns, config.batch_size,
         )  # fmt: skip
         found = with_intervals({"kl": log_ratios.double().numpy(), "reward": rewards.double().numpy()})

@@ -13,7 +13,6 @@ import hashlib
 import http.client
 import importlib
 import json
-import math
 import os
 import re
 import sys
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.metrics import wilson_interval
 from resdpo_trl.sources import first_line
 
 KEY_VARIABLE = "JUDGE_API_KEY"
@@ -314,21 +314,6 @@ def win_rate(outcomes: Sequence[float | None]) -> dict[str, Any]:
         "win_rate": rate,
         "interval_95": list(wilson_interval(rate, len(judged))) if rate is not None else None,
     }
-
-
-def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927, "Probable inference, the law of succession, and statistical
-    inference", https://doi.org/10.1080/01621459.1927.10502953):
-
-        (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
-
-    Unlike a bootstrap it does not shrink to a point where every prompt has the same winner. A tie that counts as half a
-    win varies less than p(1−p), so that with ties the interval is too wide rather than too narrow.
-    """
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def _retry_after(value: str | None) -> float:

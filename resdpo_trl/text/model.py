@@ -10,6 +10,7 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import sys
@@ -31,6 +32,7 @@ from transformers import (
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.provenance import read_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, check_model_folder, first_line
 from resdpo_trl.text.attention import CPU_ATTENTION
 from resdpo_trl.text.config import TextModelConfig
@@ -53,6 +55,35 @@ def local_model(name: str, flag: str) -> str:
             raise UserError(f"{flag} {name}: no such file")
         return str(_converted(Path(name), flag))
     return name
+
+
+def full_model(name: str, flag: str) -> str:
+    """What an adapter names as its base: the Hub id, or the absolute path, of the full model that `name` loads.
+
+    Args:
+        name: as in `load_model`; of an adapter's folder the base that it names counts, of a run's copy what was copied.
+    """
+    name = local_model(name, flag)
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file():
+        name = str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    elif os.path.isdir(name):
+        name = str(read_facts(name, None, flag).get("copy_of", name))
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def merged_model(folder: str, model: TextModelConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The full model of an adapter's folder: its base plus the adapter's update, W + s·B·A for LoRA
+    (https://arxiv.org/abs/2106.09685, section 4.1), added and kept in float32.
+
+    A base that training held in 4 or 8 bits is loaded so and dequantized: the adapter was trained on these values.
+    """
+    from peft import PeftModel
+
+    base: Any = load_model(full_model(folder, "the adapter"), model, trust_remote_code, "the adapter's base")
+    if getattr(base, "is_quantized", False):
+        base = base.dequantize()
+    return PeftModel.from_pretrained(base.float(), folder).merge_and_unload(safe_merge=True)
 
 
 def _packaged_weights(flag: str) -> Path:
@@ -153,8 +184,10 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
             from peft import AutoPeftModelForCausalLM
 
             loaded = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+            loaded.peft_config["default"].base_model_name_or_path = full_model(name, flag)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(name, **options)
+            loaded.name_or_path = full_model(name, flag)  # PEFT writes it into a new adapter's configuration
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise not_a_model(name, flag, error) from None
     for module in loaded.modules():

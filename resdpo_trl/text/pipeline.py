@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,14 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.card import write_text_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import step_of
+from resdpo_trl.files import ASIDE, replace_folder, step_of
+from resdpo_trl.hub import check_public_base
 from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
-from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, first_line
+from resdpo_trl.provenance import read_facts, seen_by, training_facts, write_facts
+from resdpo_trl.run import RunFolder
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, describe_cuts, first_line, source_name
 from resdpo_trl.text.config import (
     SamplesConfig,
     SFTStageConfig,
@@ -36,7 +39,16 @@ from resdpo_trl.text.config import (
 )
 from resdpo_trl.text.data import QUICKSTART, SPLITS, DataConfig, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
-from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer
+from resdpo_trl.text.model import (
+    base_model,
+    check_fits,
+    check_same_tokenizer,
+    full_model,
+    load_model,
+    load_tokenizer,
+    local_model,
+    merged_model,
+)
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows, save_reward_model, untrained_reward_model
 from resdpo_trl.text.tokens import cap_counts, sft_rows, tokenize
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
@@ -56,6 +68,7 @@ class TextRun(Job):
         training: TextDPOConfig | TextRewardConfig | TextSFTConfig,
         sft: SFTStageConfig | None = None,
         preset: Path | None = None,
+        given: Collection[str] | None = None,
     ):
         """`training` is a `TextDPOConfig` or `TextRewardConfig` with the `sft` stage before it, or `TextSFTConfig`."""
         self.data, self.model, self.samples = data, model, samples
@@ -73,7 +86,11 @@ class TextRun(Job):
         }
         if sft is not None:
             config["sft_stage"] = dataclasses.asdict(sft)
-        super().__init__(training, options, config, preset)
+        super().__init__(training, options, config, preset, given)
+
+    @property
+    def _skips_sft(self) -> bool:
+        return self.sft.sft_checkpoint is not None or self.sft.sft_epochs == 0
 
     def _check_model_flags(self) -> None:
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
@@ -91,13 +108,23 @@ class TextRun(Job):
             raise UserError(
                 "--reference_update moves a full reference model, which --use_peft does not keep: drop either"
             )
+        trains_adapter = self.model.use_peft or any(
+            (Path(name) / "adapter_config.json").is_file() for name, _ in self._sources()[:1]
+        )
+        if self.training.merge_adapter and not trains_adapter:
+            raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or drop the flag")
+        merges = self.training.merge_adapter or isinstance(self.training, TextRewardConfig)  # which always is
+        if self.training.push_to_hub and trains_adapter and not merges:
+            check_public_base(full_model(*self._sources()[0]))
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
         model = self.base or f"the reference {self.sft.sft_checkpoint}"
         if model == SMOLLM2:
             model = SMOLLM2_ID.partition("/")[2]
-        source = self.data.dataset_name + (f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else "")
+        source = source_name(self.data.dataset_name) + (
+            f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else ""
+        )
         if source == QUICKSTART:
             source = "people's chit-chat (no network needed)"
         last = {TextDPOConfig: "SFT and DPO", TextRewardConfig: "SFT and a reward model", TextSFTConfig: "SFT"}
@@ -105,6 +132,13 @@ class TextRun(Job):
             f"{last[type(self.training)]} of {model} on {source}; for GPT-2 on Anthropic HH: "
             "--config recipes/configs/hh/gpt2.yaml\n" + self.hardware_line()
         )
+        if self.model.use_peft:
+            alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
+            sft = "" if alone else f", SFT {self.sft.sft_learning_rate:g}"
+            self.say(
+                f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft} (about ten "
+                "times the rate of full fine-tuning)"
+            )
 
     # --- pairs ---------------------------------------------------------------------------------------------------
 
@@ -131,11 +165,19 @@ class TextRun(Job):
             }
         counts = texts.counts | {"cap": {split: cap_counts(rows) for split, rows in pairs.items()}}
         counts["max_length"] = self.training.max_length
+        counts["adapted"] = self.adapt(counts["train"])
         self.begin({split: fingerprint(rows) for split, rows in pairs.items()}, counts)
         self.preparation_seconds = time.perf_counter() - started
-        self.say(describe_data(counts))
+        self.say(describe_data(counts) + describe_cuts(counts, self.data))
         self.say(describe_format(counts["dialogue_format"], self.tokenizer, pairs["train"][0]))
         return pairs
+
+    def _facts(self, args: Any) -> dict[str, Any]:
+        seen = {*self.texts["train"]["pair"][:], *self.texts["validation"]["pair"][:]}
+        if self.run.reference.is_dir():
+            seen |= seen_by(read_facts(str(self.run.reference), None, "reference"))
+        cap = {"max_length": args.max_length, "max_response_length": self.data.max_response_length}
+        return training_facts(args, seen, **cap)
 
     def _sources(self) -> list[tuple[str, str]]:
         """(name, flag) of every place a tokenizer comes from; the first one's is used."""
@@ -159,12 +201,15 @@ class TextRun(Job):
         set_seed(self.training.seed)
         if self.past("sft", self.run.reference, self.run.summary.get("sft")):
             return
-        if self.sft.sft_checkpoint or self.sft.sft_epochs == 0:
+        if self._skips_sft:
             name, flag = self._sources()[0]
             model = load_model(name, self.model, self.training.trust_remote_code, flag)
             self._prepare(model)
             save = model.save_pretrained if self.run.main_process else silent
-            self.publish(self.run.reference, save, self.tokenizer)
+            facts = read_facts(local_model(name, flag), None, flag)
+            if not hasattr(model, "peft_config"):
+                facts |= {"copy_of": full_model(name, flag)}
+            self.publish(self.run.reference, save, self.tokenizer, facts)
             self.run.summarize(sft={"skipped": name})
             return
         model = self._base_model()
@@ -183,17 +228,17 @@ class TextRun(Job):
                 train_dataset=as_rows(pairs["train"]),
                 eval_dataset=held_out,
                 processing_class=self.tokenizer,
-                peft_config=get_peft_config(self.model),
+                peft_config=None if hasattr(model, "peft_config") else self._new_adapter(),
             )
         del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
-        if not isinstance(self.training, TextDPOConfig):
+        if not isinstance(self.training, TextDPOConfig) and not self.training.merge_adapter:
             self.push_saves(trainer, "text-generation")
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
         before, after = self.run.logged("sft", "validation", 0), self._sft_loss(trainer)
-        self.publish(self.run.reference, trainer.save_model, self.tokenizer)
+        self.publish(self.run.reference, trainer.save_model, self.tokenizer, self._facts(args))
         self.run.summarize(
             sft={
                 "train": {"loss": trainer.mean_training_loss},
@@ -208,7 +253,7 @@ class TextRun(Job):
         )
         free(trainer)
 
-    def publish(self, folder: Path, save: Callable[[str], Any], processor: Any) -> None:
+    def publish(self, folder: Path, save: Callable[[str], Any], processor: Any, facts: dict[str, Any]) -> None:
         """`Job.publish`; an adapter's folder says too where its answers end, for the base's own file may not."""
 
         def save_with_ends(path: str) -> None:
@@ -217,7 +262,7 @@ class TextRun(Job):
                 ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
                 GenerationConfig(eos_token_id=stop_tokens(self.tokenizer), **ids).save_pretrained(path)
 
-        super().publish(folder, save_with_ends, processor)
+        super().publish(folder, save_with_ends, processor, facts)
 
     def _prepare(self, model: Any) -> None:
         """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""
@@ -226,8 +271,7 @@ class TextRun(Job):
             raise UserError("the model's weights are quantized, which freezes them: add --use_peft to train adapters")
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
-        stops = stop_tokens(self.tokenizer)
-        base_model(model).generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        end_answers(model, self.tokenizer)
 
     def _sft_loss(self, trainer: TextSFTTrainer) -> float:
         """Validation loss of the weights that are kept."""
@@ -278,8 +322,22 @@ class TextRun(Job):
                 train_dataset=pairs["train"],
                 eval_dataset=pairs["validation"],
                 processing_class=self.tokenizer,
-                peft_config=get_peft_config(self.model) if adapter_on_full else None,
+                peft_config=self._new_adapter() if adapter_on_full else None,
             )
+
+    def _new_adapter(self) -> Any:
+        """The configuration of a new adapter, or None; with the base's revision, which PEFT loads again."""
+        config = get_peft_config(self.model)
+        if config is not None and not Path(full_model(*self._sources()[0])).is_dir():
+            config.revision = self.model.model_revision
+        return config
+
+    def merge_adapter(self) -> None:
+        """With --merge_adapter: the trained model's folder becomes a full model."""
+        folder = self.run.policy if isinstance(self.training, TextDPOConfig) else self.run.reference
+        if self.training.merge_adapter and (folder / "adapter_config.json").is_file():
+            save = partial(save_merged, folder, self.model, self.training.trust_remote_code, self.tokenizer)
+            self.publish(folder, save if self.run.main_process else silent, self.tokenizer, self._facts(self.training))
 
     def make_policy(self, pairs: dict[str, Dataset]) -> None:
         """DPO from the reference, into policy/; then the test, once."""
@@ -289,7 +347,8 @@ class TextRun(Job):
         trainer = self._dpo_trainer(pairs)
         args = trainer.args
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
-        self.push_saves(trainer, "text-generation")
+        if not self.training.merge_adapter:  # a checkpoint holds the adapter alone
+            self.push_saves(trainer, "text-generation")
         test = pairs["test"]
         if args.precompute_ref_log_probs:
             test = trainer.add_reference(test)
@@ -299,7 +358,7 @@ class TextRun(Job):
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started - trainer.evaluation_seconds
         loss = trainer.preference_loss
-        self.publish(self.run.policy, trainer.save_model, self.tokenizer)
+        self.publish(self.run.policy, trainer.save_model, self.tokenizer, self._facts(args))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
             first_reference = load_model(
                 str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
@@ -360,7 +419,7 @@ class TextRun(Job):
         checkpoint = self.checkpoint("reward")
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started - trainer.evaluation_seconds
-        self.publish(self.run.reward_model, partial(save_reward_model, trainer), self.tokenizer)
+        self.publish(self.run.reward_model, partial(save_reward_model, trainer), self.tokenizer, self._facts(args))
         per_pair = {split: trainer.pair_figures(rows[split], split) for split in ("validation", "test")}
         figures = {split: with_intervals(found) for split, found in per_pair.items()}
         step, epoch = trainer.state.global_step, trainer.state.epoch
@@ -466,6 +525,39 @@ def adapter_refusals() -> Iterator[None]:
         ) from None
 
 
+def end_answers(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let what is saved of a model end its answers where they end here."""
+    stops = stop_tokens(tokenizer)
+    base_model(model).generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+
+
+def save_merged(
+    adapter: Path, model: TextModelConfig, trust_remote_code: bool, tokenizer: PreTrainedTokenizerBase, folder: str
+) -> None:
+    """Write the full model of an adapter's folder into `folder`."""
+    merged = merged_model(str(adapter), model, trust_remote_code)
+    end_answers(merged, tokenizer)
+    merged.save_pretrained(folder)
+
+
+def merge_run(path: Path) -> None:
+    """The adapter of a finished run becomes a full model, with its card; a run that has a full model stays as it is."""
+    run = RunFolder(path)
+    run.open(resume=True)
+    folder, config = run.trained, run.config
+    if not (folder / "adapter_config.json").is_file():
+        return
+    model, stage = TextModelConfig(**config["model"]), config.get("sft_stage", {})
+    trust_remote_code = config["training"]["trust_remote_code"]
+    tokenizer = load_tokenizer(str(folder), model, trust_remote_code, str(folder))
+    aside = folder.with_name(folder.name + ASIDE)
+    save_merged(folder, model, trust_remote_code, tokenizer, str(aside))
+    tokenizer.save_pretrained(str(aside))
+    write_facts(aside, read_facts(str(folder), None, str(folder)))
+    replace_folder(aside, folder)
+    write_text_card(run, folder, model.model_name_or_path or stage.get("sft_checkpoint") or SMOLLM2)
+
+
 def _rows_trained(trainer: Any, checkpoint: str | None) -> float:
     """Rows that training went through since its checkpoint, each epoch's anew."""
     step = trainer.state.global_step
@@ -487,7 +579,8 @@ def describe_data(counts: dict[str, Any]) -> str:
         if cap["prompts_merged"]
         else ""
     )
-    return (
+    layout = f"layout: {'; '.join(counts['layouts'])}\n" if counts["layouts"] else ""
+    return layout + (
         f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test{left_out}; "
         f"dropped: {dropped}{repaired}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
         f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "
@@ -506,7 +599,7 @@ def describe_format(dialogue_format: str, tokenizer: PreTrainedTokenizerBase, pa
     return "\n".join(lines)
 
 
-def describe_results(summary: dict[str, Any], path: Path) -> str:
+def describe_results(summary: dict[str, Any]) -> str:
     """The table at the end of a run."""
     data, sft, rows = summary["data"], summary.get("sft", {}), []
     rows.append(("pairs", f"{data['train']} train, {data['validation']} validation, {data['test']} test"))
@@ -546,5 +639,4 @@ def describe_results(summary: dict[str, Any], path: Path) -> str:
             ("pairs per second", f"{summary['throughput']['reward_pairs_per_second']:.1f}"),
         ]
     rows.append(describe_seconds(summary["throughput"]))
-    rows.append(("files", str(path)))
     return as_table(rows)

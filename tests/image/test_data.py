@@ -17,10 +17,11 @@ def load(name, **options):
 
 
 def test_a_folder_of_parquet_files(image_folder):
-    images = load(image_folder, validation_fraction=0.1)
+    images = load(image_folder, validation_fraction=0.2)
     assert images.label_names == ["red", "green", "blue", "yellow"]
     assert images.counts == {
-        "source": str(image_folder), "classes": 4, "image_size": [16, 16], "train": 144, "validation": 16, "test": 60
+        "source": str(image_folder), "classes": 4, "image_size": [16, 16], "train": 128, "validation": 32, "test": 60,
+        "cut_by_limits": 0, "held_out_raised": [],
     }  # fmt: skip
     assert torch.equal(images["test"].pixels, draw(60, seed=1).pixels)
     assert torch.equal(images["test"].labels, draw(60, seed=1).labels)
@@ -60,14 +61,14 @@ def test_training_files_of_any_name_are_one_split(tmp_path):
     both = load_dataset(str(tmp_path / "data"))
     both["more"] = both["train"].select(range(20))
     both.save_to_disk(str(tmp_path / "saved"))
-    images = load(tmp_path / "saved", validation_fraction=0.1)
-    assert [len(images[split]) for split in ("train", "validation", "test")] == [45, 5, 12]
+    images = load(tmp_path / "saved", validation_fraction=0.2)
+    assert [len(images[split]) for split in ("train", "validation", "test")] == [40, 10, 12]
 
 
 def test_a_test_split_is_held_out_where_there_is_none(tmp_path):
     file = write_parquet(tmp_path / "one.parquet", draw(100))
-    images = load(file, validation_fraction=0.1, test_fraction=0.3)
-    assert [len(images[split]) for split in ("train", "validation", "test")] == [60, 10, 30]
+    images = load(file, validation_fraction=0.2, test_fraction=0.3)
+    assert [len(images[split]) for split in ("train", "validation", "test")] == [50, 20, 30]
 
 
 def test_a_folder_of_one_folder_a_class(tmp_path):

@@ -85,7 +85,7 @@ def test_the_test_figures_can_be_computed_again_from_the_folders(finished, recip
     output = tmp_path / "figures.json"
     status, said, wrong = recipe(
         "evaluate_cifar.py", "--model", folder / "compared/hard-polyak", "--reference", folder / "reference",
-        "--dataset_name", image_folder, "--beta", "1", "--bf16", "false", "--output", output,
+        "--dataset_name", image_folder, "--output", output,
     )  # fmt: skip
     assert status == 0, wrong
     figures = json.loads(output.read_text())

@@ -90,7 +90,7 @@ def test_resumed_it_ends_as_the_whole_run(recipe, tmp_path, pairs_file, language
     import shutil
 
     arguments = ["--dataset_name", pairs_file, "--sft_checkpoint", language_model, "--num_train_epochs", "2"]
-    arguments += [*SMALL, "--learning_rate", "1e-3", "--select", "last"]
+    arguments += [*SMALL, "--learning_rate", "1e-3", "--select", "last", "--per_device_train_batch_size", "16"]
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     status, _, wrong = recipe("reward_hh.py", *arguments, "--output_dir", whole)
     assert status == 0, wrong

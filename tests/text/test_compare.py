@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
+from resdpo_trl.provenance import FILE
 from resdpo_trl.report import write_report
 from resdpo_trl.text import compare
 from resdpo_trl.text.compare import Comparison
@@ -341,3 +342,16 @@ def test_a_browser_shows_the_page_without_errors(tmp_path, width, scheme):
 def test_senseless_options_name_the_flag(changes, message):
     with pytest.raises(UserError, match=message):
         CompareConfig(**{"models": ["a=x"]} | changes)
+
+
+def test_beta_is_that_of_the_models(folders, tmp_path):
+    for name in ("good", "bad"):
+        shutil.copytree(folders / name, tmp_path / name)
+        (tmp_path / name / FILE).write_text('{"beta": 0.3}')
+    shutil.copytree(folders / "reference", tmp_path / "reference")
+    shutil.copy(folders / "prompts.jsonl", tmp_path)
+    assert compared(tmp_path, tmp_path / "a", steps=1).beta == 0.3
+    assert compared(tmp_path, tmp_path / "b", steps=1, beta=0.2).beta == 0.2
+    (tmp_path / "bad" / FILE).write_text('{"beta": 0.5}')
+    with pytest.raises(UserError, match=r"trained with β 0\.3, 0\.5: pass one --beta for all"):
+        compared(tmp_path, tmp_path / "c", steps=1)

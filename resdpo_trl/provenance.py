@@ -1,0 +1,138 @@
+"""What a model's folder says of its training, in resdpo_trl.json, so that a copied model is judged as it was trained.
+
+The file holds the loss with its β, the cap, the precision, and the digests of the rows that the training has seen:
+those of training and those that chose the epoch. A folder that a run copied its base model into names the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from resdpo_trl.arguments import has_bfloat16, preference_loss
+from resdpo_trl.errors import UserError
+from resdpo_trl.losses import PreferenceLoss
+from resdpo_trl.run import read_object, to_json
+
+FILE = "resdpo_trl.json"
+LOSS = {
+    "beta": 0.1,
+    "loss_type": ["sigmoid"],
+    "loss_weights": None,
+    "label_smoothing": 0.0,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "discopop_tau": 0.05,
+}
+
+
+def training_facts(args: Any, seen: Iterable[str], **more: Any) -> dict[str, Any]:
+    """What is kept of a training.
+
+    Args:
+        args: its configuration; the fields of a preference loss count where it has them.
+        seen: digests of the rows that it was trained on or its epoch was chosen by.
+        more: further facts: the cap.
+    """
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    loss = {name: getattr(args, name) for name in LOSS} if hasattr(args, "beta") else {}
+    return {**loss, **more, "precision": precision, "seen": " ".join(sorted(seen))}
+
+
+def write_facts(folder: str | Path, facts: dict[str, Any]) -> None:
+    if facts:
+        (Path(folder) / FILE).write_text(to_json(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def read_facts(name: str, revision: str | None, flag: str) -> dict[str, Any]:
+    """The facts of a folder or Hub id; none where it has no such file. (That a model is missing, its loading says.)"""
+    from transformers.utils import cached_file
+
+    path: str | Path | None = Path(name) / FILE
+    if not Path(name).is_dir():
+        try:
+            path = cached_file(name, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+        except OSError:
+            path = None
+    if path is None or not Path(path).is_file():
+        return {}
+    try:
+        return read_object(Path(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {name}: its {FILE} can't be read ({error}); delete it to use the defaults") from None
+
+
+def as_trained(facts: dict[str, Any], asked: dict[str, Any], defaults: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """The settings of an evaluation, each with where it comes from: a flag, the model's folder, or the defaults.
+
+    Args:
+        facts: of `read_facts`.
+        asked: name -> what the flag says, None where it is not given. A loss type that is asked for brings no weights
+            and no smoothing of the trained one.
+        defaults: what holds otherwise; the loss's and the hardware's precision are known here.
+    """
+    defaults = {**LOSS, "precision": "bfloat16" if has_bfloat16() else "float32", **defaults}
+    if asked.get("loss_type") is not None:
+        facts = {name: value for name, value in facts.items() if name == "beta" or name not in LOSS}
+    return {
+        name: (asked[name], "flag")
+        if asked.get(name) is not None
+        else (facts[name], "model")
+        if name in facts
+        else (default, "default")
+        for name, default in defaults.items()
+    }
+
+
+def loss_of(settings: dict[str, tuple[Any, str]]) -> PreferenceLoss:
+    """The loss of `as_trained`'s settings; a UserError where it makes no sense."""
+    try:
+        return preference_loss(SimpleNamespace(**{name: settings[name][0] for name in LOSS}))
+    except TypeError as error:
+        raise UserError(f"the model's {FILE} is damaged ({error}); delete it to use the defaults") from None
+
+
+def seen_by(*facts: dict[str, Any]) -> set[str]:
+    """Digests of the rows that the trainings of these models have seen."""
+    return {digest for each in facts for digest in str(each.get("seen", "")).split()}
+
+
+def unseen(digests: list[str], seen: set[str], flag: str) -> np.ndarray:
+    """The places of the rows that no training has seen.
+
+    Raises:
+        UserError: there are none.
+    """
+    kept = np.flatnonzero([digest not in seen for digest in digests])
+    if len(digests) and not len(kept):
+        raise UserError(
+            f"{flag}: the training of the models has seen all {len(digests)} rows: name others, or pass --split train"
+        )
+    return kept
+
+
+def describe_settings(settings: dict[str, tuple[Any, str]], left_out: int) -> list[str]:
+    """The lines that say which settings an evaluation used, and how many rows it left out."""
+    texts = {
+        "beta": "β {:g}",
+        "loss_type": "loss {}",
+        "max_length": "cap {}",
+        "max_response_length": "responses {}",
+        "precision": "{}",
+    }
+    origins = {"model": "as trained", "flag": "by flag", "default": "by default (the model's folder does not say)"}
+    lines = []
+    for origin, words in origins.items():
+        said = [
+            text.format(" + ".join(value) if isinstance(value, list) else value)
+            for name, text in texts.items()
+            if name in settings and settings[name][1] == origin and (value := settings[name][0]) is not None
+        ]
+        lines += [f"  {words}: {', '.join(said)}"] if said else []
+    if left_out:
+        lines.append(f"  left out: {left_out} rows that the training of these models has seen")
+    return lines

@@ -1,0 +1,219 @@
+"""What a run, a sweep or a comparison shows, and what to try next, in plain sentences from its own files.
+
+Each rule is a function of the figures that returns its sentences, or none. The thresholds are below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+BARELY_MOVED = 0.05  # a margin of that size moves σ(margin) from 0.5 to 0.512
+DIVERGED = 3.0  # times the loss before training
+TURNED = 0.02  # of a loss: a smaller change between epochs is noise
+FEW_TO_CHOOSE_BY = 30  # validation rows
+FEW_TO_TEST = 100  # test rows: a share p is known to ±1.96 √(p(1−p)/n), which is 10 points for a half
+
+
+def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """The sentences of a run.
+
+    Args:
+        summary: summary.json.
+        metrics: the rows of metrics.jsonl.
+    """
+    stage = next((name for name in ("dpo", "reward", "cross_entropy") if isinstance(summary.get(name), dict)), None)
+    if stage is None:
+        return of_sft(summary.get("sft") or {})
+    found = summary[stage]
+    test, data = found.get("test") or {}, summary.get("data") or {}
+    losses = _losses(metrics, stage)
+    start = _loss_before(stage, found, data, metrics)
+    diverged = of_divergence(test.get("loss"), start)
+    before = ((summary.get("reference") or {}).get("test") or {}).get("accuracy")
+    return [
+        *of_the_test(test, before),
+        *diverged,
+        *([] if diverged or stage != "dpo" else of_the_margin(test)),
+        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo"),
+        *of_held_out((found.get("validation") or {}).get("n"), len(losses), test.get("n")),
+    ]
+
+
+def of_sft(sft: dict[str, Any]) -> list[str]:
+    losses = sft.get("validation") or {}
+    before, after = losses.get("loss_before"), losses.get("loss_after")
+    if not _known(before, after):
+        return []
+    change = f"the validation loss from {before:.3f} to {after:.3f} on {losses['n']} rows"
+    if after < before:
+        return [f"SFT lowered {change}."]
+    return [f"SFT did not help: it changed {change}. Try a lower learning rate."]
+
+
+def of_the_test(test: dict[str, Any], before: float | None) -> list[str]:
+    """What the held-out rows say of the model, and whether their interval excludes that nothing changed.
+
+    Args:
+        test: the figures with their intervals.
+        before: of images, the accuracy of the reference on the same ones.
+    """
+    n, intervals = test.get("n"), test.get("interval_95") or {}
+    if _known(test.get("accuracy")) and "accuracy" in intervals:  # images
+        low, high = intervals["accuracy"]
+        said = f"{_percent(test['accuracy'])} of {n} unseen images are classified right (95% interval "
+        said += f"{_percent(low)} to {_percent(high)})"
+        if not _known(before):
+            return [f"{said}."]
+        if low <= before <= high:
+            return [f"{said}; the reference's {_percent(before)} lies in this interval: no difference is shown."]
+        return [f"{said}, {'more' if before < low else 'fewer'} than by the reference ({_percent(before)})."]
+    accuracy = test.get("rewards/accuracies")
+    if not _known(accuracy) or "rewards/accuracies" not in intervals:
+        return []
+    low, high = intervals["rewards/accuracies"]
+    said = (
+        f"{_percent(accuracy)} of {n} unseen pairs are ranked right (95% interval {_percent(low)} to {_percent(high)})"
+    )
+    if low > 0.5:
+        return [f"{said}, better than chance."]
+    if high < 0.5:
+        return [f"{said}, worse than chance: look at a few pairs; chosen and rejected may be swapped (--prefer)."]
+    return [f"{said}: not told from chance, which is 50%. Use more test pairs, or train on more."]
+
+
+def of_divergence(loss: float | None, start: float | None) -> list[str]:
+    """A loss that is far above that of the untrained model, or none at all."""
+    if loss is None:  # what is not finite is null in the files
+        return ["The test loss is not finite: training diverged. Lower --learning_rate."]
+    if start is not None and loss > DIVERGED * start:
+        return [
+            f"The test loss is {loss:.3g}, and {start:.3g} before training: training diverged. Lower --learning_rate."
+        ]
+    return []
+
+
+def of_the_margin(test: dict[str, Any]) -> list[str]:
+    """A policy that is still its reference, and rewards that fall together."""
+    margin, chosen, rejected = (test.get(f"rewards/{name}") for name in ("margins", "chosen", "rejected"))
+    if not _known(margin, chosen, rejected):
+        return []
+    if abs(margin) < BARELY_MOVED:
+        return [
+            f"The policy barely moved (margin {margin:.3f}): raise --learning_rate, or train longer "
+            "(--num_train_epochs)."
+        ]
+    if chosen < 0 and rejected < 0 and margin > 0:
+        return ["Both rewards fell: that is normal while the margin grows."]
+    return []
+
+
+def of_epochs(losses: Sequence[tuple[float, float]], kept: float | None, dpo: bool = True) -> list[str]:
+    """A validation loss that has turned, or that still falls.
+
+    Args:
+        losses: (epoch, validation loss) of each evaluation.
+        kept: the epoch whose weights were kept.
+        dpo: whether β holds the model back.
+    """
+    if len(losses) < 2:
+        return []
+    (last, final), (best, least) = losses[-1], min(losses, key=lambda row: row[1])
+    if final > least * (1 + TURNED):
+        keeps = "" if kept is None or kept != best else "; that epoch is kept"
+        return [
+            f"The validation loss has risen since epoch {best:g} ({least:.3f} to {final:.3f}{keeps}): train fewer "
+            f"epochs{', or with a larger --beta' if dpo else ''}."
+        ]
+    if best == last and losses[-2][1] > final * (1 + TURNED):
+        return [f"The validation loss still fell in the last epoch ({losses[-2][1]:.3f} to {final:.3f}): train longer."]
+    return []
+
+
+def of_held_out(validation: int | None, evaluations: int, test: int | None) -> list[str]:
+    """Held-out rows that are too few for what they are used for."""
+    said = []
+    if validation is not None and validation < FEW_TO_CHOOSE_BY and evaluations > 1:
+        said.append(
+            f"{validation} validation rows cannot choose an epoch: use more of them (--validation_fraction), or "
+            "--select last."
+        )
+    if test is not None and test < FEW_TO_TEST:
+        said.append(
+            f"{test} test rows tell a share to ±{98 / math.sqrt(test):.0f} points: repeat the run with other test rows "
+            "(cross-validation) before believing a difference."
+        )
+    return said
+
+
+def of_sweep(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The sentences of a sweep, from the rows of its table.csv."""
+    done = [row for row in rows if row["status"] == "done"]
+    best = next((row for row in done if row["best"]), None)
+    if best is None:
+        return []
+    if all(row["accuracy_low"] <= 0.5 for row in done):
+        return ["No point beats the reference: no interval of the accuracy is above 50%."]
+    said = [
+        f"{best['point']} is the best on the validation pairs; it ranks {_percent(best['accuracy'])} of {best['n']:g} "
+        f"test pairs right (95% interval {_percent(best['accuracy_low'])} to {_percent(best['accuracy_high'])})."
+    ]
+    others = [row for row in done if row is not best and row["accuracy_high"] >= best["accuracy_low"]]
+    others = [row for row in others if row["accuracy_low"] <= best["accuracy_high"]]
+    if others:
+        said.append(f"The intervals of {len(others)} of {len(done) - 1} other points overlap its own.")
+    for name, flag in (("beta", "--betas"), ("learning_rate", "--learning_rates")):
+        tried = sorted({row[name] for row in done})
+        if len(tried) > 1 and best[name] in (tried[0], tried[-1]):
+            end, word = ("least", "smaller") if best[name] == tried[0] else ("largest", "larger")
+            said.append(f"Its {name} {best[name]:g} is the {end} that was tried: try {word} ones too ({flag}).")
+    return said
+
+
+def of_comparison(summary: dict[str, Any]) -> list[str]:
+    """The sentences of a comparison, from its summary.json."""
+    rates = summary.get("win_rates") or []
+    if not rates:
+        return ["Nobody judged the answers: pass --reward_model or --judge_url for win rates."]
+    said = []
+    for row in rates:
+        who = f"{row['model']} against {row['against']}, judged by {row['judge']}"
+        if not row["n"]:
+            said.append(f"{who}: no verdict.")
+            continue
+        low, high = row["interval_95"]
+        rate = f"wins {_percent(row['win_rate'])} of {row['n']} (95% interval {_percent(low)} to {_percent(high)})"
+        shown = "better" if low > 0.5 else "worse" if high < 0.5 else "no difference is shown; ask more prompts"
+        said.append(f"{who}: {rate}: {shown}.")
+    return said
+
+
+def _loss_before(
+    stage: str, found: dict[str, Any], data: dict[str, Any], metrics: Iterable[dict[str, Any]]
+) -> float | None:
+    """The loss of a model that has learned nothing: by its formula, or the first that was logged."""
+    if stage == "reward" or found.get("loss_type") == ["sigmoid"]:
+        return math.log(2)
+    if stage == "cross_entropy" and data.get("classes"):
+        return math.log(data["classes"])
+    logged = (row.get("loss") for row in metrics if row.get("stage") == stage and row.get("split") == "train")
+    return next((loss for loss in logged if _known(loss)), None)
+
+
+def _losses(metrics: Iterable[dict[str, Any]], stage: str) -> list[tuple[float, float]]:
+    return [
+        (row["epoch"], row["loss"])
+        for row in metrics
+        if (row.get("stage"), row.get("split")) == (stage, "validation")
+        and _known(row.get("epoch"), row.get("loss"))
+        and row["epoch"] > 0
+    ]
+
+
+def _known(*values: Any) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
