@@ -182,10 +182,10 @@ def render(
     if single and "comparison" in single.summary:
         from resdpo_trl.text import comparison_page
 
-        lead, *said = of_comparison(single.summary)
+        opening, *said = of_comparison(single.summary)
         sections = [section for section in comparison_page.sections(single, plots) if section]
         page |= {"title": comparison_page.title(single), "subtitle": comparison_page.subtitle(single)}
-        page |= {"lead": lead, "verdict": said, "notes": single.notes, "sections": sections}
+        page |= {"lead": opening, "verdict": said, "notes": single.notes, "sections": sections}
         return environment.get_template("comparison.html").render(page)
     there = {str(row.get("stage")) for run in runs for row in run.metrics}
     stage = next((name for name in STAGES if name in there), "sft")
@@ -204,8 +204,8 @@ def render(
 
     if sweep is not None:
         page |= {"title": part(_sweep_title, runs, sweep) or f"Sweep {printable(name)}: {len(sweep.rows)} points"}
-        lead, *said = part(of_sweep, sweep.rows) or [""]
-        page |= {"lead": lead, "verdict": said, "steps": part(_sweep_steps, runs, sweep) or []}
+        opening, *said = part(of_sweep, sweep.rows) or [""]
+        page |= {"lead": opening, "verdict": said, "steps": part(_sweep_steps, runs, sweep) or []}
         sections = [part(_against_beta, runs, sweep, plots), part(_points, sweep), part(_frontier, sweep, plots)]
         sections.append(part(_curves, runs, stage, plots, _best_name(sweep)))
         notes += _failures(sweep)
@@ -344,10 +344,10 @@ def _next_steps(run: Run) -> list[tuple[str, str]]:
 def flaw(text: str) -> str | None:
     """What is wrong with an answer that a reader would skip: it `ends at once` or `repeats itself`.
 
-    It repeats itself where two words or more, or one word of several, stand `REPEATS` times or more in succession for
-    six words at least, or where one sentence does anywhere.
+    It repeats itself where the same words stand `REPEATS` times in a row, six words in all at least, or where one
+    sentence occurs `REPEATS` times. Only the part that the page shows is read.
     """
-    words = text.split()
+    words = text[:SHOWN_TEXT].split()
     if not words:
         return "ends at once"
     for length in range(1, len(words) // REPEATS + 1):
@@ -356,7 +356,7 @@ def flaw(text: str) -> str | None:
             run = run + 1 if words[at] == words[at - length] else 0
             if run >= max((REPEATS - 1) * length, 6 - length):
                 return "repeats itself"
-    sentences = Counter(part.strip() for part in re.split(r"[.!?\n]", text) if len(part.split()) > 1)
+    sentences = Counter(part.strip() for part in re.split(r"[.!?\n]", text[:SHOWN_TEXT]) if len(part.split()) > 1)
     return "repeats itself" if max(sentences.values(), default=0) >= REPEATS else None
 
 
@@ -842,29 +842,20 @@ def _confusion(run: Run) -> dict[str, Any] | None:
         total = sum(policy[k]) or 1
         moved.append((name, reference[k][k] / total, policy[k][k] / total))
     moved.sort(key=lambda row: abs(row[2] - row[1]), reverse=True)
-    rows = [[name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"] for name, before, after in moved]
-    return section_of(
-        "classes",
-        "Classes",
-        tables=[
-            {
-                "title": "Accuracy by class, the most moved first",
-                "head": ["", "reference", "policy", "change"],
-                "rows": rows[:50],
-                "numbers": True,
-            },
-            {
-                "title": "Predictions of the policy (rows: true class)",
-                "head": ["", *names],
-                "rows": [[name, *row] for name, row in zip(names, policy, strict=True)],
-                "numbers": True,
-                "kind": "confusion",
-            },
-        ]
-        if len(names) <= 30
-        else [{"title": "Accuracy by class, the most moved first", "head": ["", "reference", "policy", "change"],
-               "rows": rows[:50], "numbers": True}],
-    )  # fmt: skip
+    by_class = {
+        "title": "Accuracy by class, the most moved first",
+        "head": ["", "reference", "policy", "change"],
+        "rows": [[name, f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f}"] for name, old, new in moved[:50]],
+        "numbers": True,
+    }
+    matrix = {
+        "title": "Predictions of the policy (rows: true class)",
+        "head": ["", *names],
+        "rows": [[name, *row] for name, row in zip(names, policy, strict=True)],
+        "numbers": True,
+        "kind": "confusion",
+    }
+    return section_of("classes", "Classes", tables=[by_class, matrix] if len(names) <= 30 else [by_class])
 
 
 def _cuts(run: Run) -> dict[str, Any] | None:

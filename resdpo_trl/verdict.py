@@ -43,7 +43,8 @@ def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[
 
 def of_sft(sft: dict[str, Any]) -> list[str]:
     losses = sft.get("validation") or {}
-    before, after = losses.get("loss_before"), losses.get("loss_after")
+    before: Any = losses.get("loss_before")
+    after: Any = losses.get("loss_after")
     if not _known(before, after):
         return []
     change = f"the validation loss from {before:.3f} to {after:.3f} on {losses['n']} rows"
@@ -52,12 +53,12 @@ def of_sft(sft: dict[str, Any]) -> list[str]:
     return [f"SFT did not help: it changed {change}. Try a lower learning rate."]
 
 
-def of_the_test(test: dict[str, Any], before: float | None) -> list[str]:
+def of_the_test(test: dict[str, Any], before: Any) -> list[str]:
     """What the held-out rows say of the model, and whether their interval excludes that nothing changed.
 
     Args:
         test: the figures with their intervals.
-        before: of images, the accuracy of the reference on the same ones.
+        before: of images, the accuracy of the reference on the same ones; None where it is not known.
     """
     n, intervals = test.get("n"), test.get("interval_95") or {}
     if _known(test.get("accuracy")) and "accuracy" in intervals:  # images
@@ -69,7 +70,7 @@ def of_the_test(test: dict[str, Any], before: float | None) -> list[str]:
         if low <= before <= high:
             return [f"{said}; the reference's {_percent(before)} lies in this interval: no difference is shown."]
         return [f"{said}, {'more' if before < low else 'fewer'} than by the reference ({_percent(before)})."]
-    accuracy = test.get("rewards/accuracies")
+    accuracy: Any = test.get("rewards/accuracies")
     if not _known(accuracy) or "rewards/accuracies" not in intervals:
         return []
     low, high = intervals["rewards/accuracies"]
@@ -96,7 +97,8 @@ def of_divergence(loss: float | None, start: float | None) -> list[str]:
 
 def of_the_margin(test: dict[str, Any]) -> list[str]:
     """A policy that is still its reference, and rewards that fall together."""
-    margin, chosen, rejected = (test.get(f"rewards/{name}") for name in ("margins", "chosen", "rejected"))
+    found: list[Any] = [test.get(f"rewards/{name}") for name in ("margins", "chosen", "rejected")]
+    margin, chosen, rejected = found
     if not _known(margin, chosen, rejected):
         return []
     if abs(margin) < BARELY_MOVED:

@@ -24,6 +24,27 @@ def test_the_examples_of_extending_run(tmp_path, monkeypatch):
         LOSSES.pop("squared_hinge", None)
 
 
+def test_the_programs_of_the_python_page_run(tmp_path, monkeypatch, chat_model_folder, capsys):
+    """With a tiny model in the place of smollm2, and two folders of images."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    for name, colour in (("red", (200, 20, 20)), ("blue", (20, 20, 200))):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (32, 32), tuple(part + number for part in colour)).save(f"photos/{name}/{number}.png")
+    page = ROOT / "docs" / "python.md"
+    text = page.read_text(encoding="utf-8").replace('"smollm2"', repr(str(chat_model_folder)))
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    assert len(blocks) == 5
+    names: dict = {"__name__": "python_page"}
+    for block in blocks:
+        lines = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * lines + block[1], str(page), "exec"), names)
+    assert len(names["losses"]) == 2 and names["chosen"].grad.lt(0).all()  # more of the chosen side is less loss
+    assert {found["label"] for found in names["classify"]("photos/red/0.png")} == {"red", "blue"}
+
+
 def check():
     return runpy.run_path(str(ROOT / "docs" / "check.py"))
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
 import shlex
 from collections import Counter
@@ -44,12 +45,13 @@ import numpy as np
 from resdpo_trl.errors import UserError
 from resdpo_trl.sources import READABLE, check_held_out, first_line, held_out_size, load_rows, named_files
 from resdpo_trl.text.layouts import MARKER, Messages, columns_by_role, mapped, recognize
-from resdpo_trl.text.tokens import cache_key, tokenizer_state
+from resdpo_trl.text.tokens import cache_key, tokenize, tokenizer_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 QUICKSTART = "chitchat"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -191,8 +193,6 @@ def load_preferences(
         UserError: a missing file, a malformed row, missing columns, splits of unknown names, no usable pair, a chat
             template that is missing or refuses a row.
     """
-    from datasets import concatenate_datasets
-
     template = _template(config, tokenizer)
     raw = _load(config)
     asked = config.dataset_test_split
@@ -211,14 +211,10 @@ def load_preferences(
     for name, rows in sources.items():
         try:
             if config.dataset_name != QUICKSTART or (name == "test" and config.eval_dataset_name):
-                place, columns = f"--dataset_name {config.dataset_name}", mapped(config.columns)
-                whole, options = rows, _template_columns(rows, template)
-                rows, kind, layout = recognize(whole, columns, template is not None, place)
+                place = f"--dataset_name {config.dataset_name}"
+                rows, kind, layout, unread = _recognized(rows, mapped(config.columns), template, place)
                 layouts[layout] = None
-                used = {*columns_by_role(whole.column_names, columns).values(), *options}
-                ignored.update(set(whole.column_names) - used)
-                if options:
-                    rows = concatenate_datasets([rows, whole.select_columns(options)], axis=1)
+                ignored |= unread
             table, found = _parse(rows, kind, template, config, name)
         except UnicodeDecodeError:  # of a damaged parquet file; a line of JSON was looked at
             raise UserError(f"--dataset_name {config.dataset_name}: a text is not UTF-8; write it anew") from None
@@ -259,9 +255,23 @@ def load_preferences(
     return Preferences(splits, counts, ends_turns=template is not None)
 
 
+def _recognized(
+    rows: Dataset, columns: dict[str, str], template: Any, place: str
+) -> tuple[Dataset, str, str, set[str]]:
+    """`recognize`, with the columns that the chat template gets, and the names of those that nothing reads."""
+    from datasets import concatenate_datasets
+
+    options = _template_columns(rows, template)
+    found, kind, layout = recognize(rows, columns, template is not None, place)
+    if options:
+        found = concatenate_datasets([found, rows.select_columns(options)], axis=1)
+    read = {*columns_by_role(rows.column_names, columns).values(), *options}
+    return found, kind, layout, set(rows.column_names) - read
+
+
 def _why_none(rows: Dataset, kind: str, dropped: dict[str, int]) -> str:
     """What is wrong with rows of which none can be used, and the fix."""
-    found = [reason for reason, number in dropped.items() if number]
+    found = [reason for reason in REASONS if dropped.get(reason)]
     if "no_marker" in found and any("\r\n" in str(text) for text in rows[:1]["chosen"]):
         return "the lines of the dialogues end in \\r\\n; convert them to \\n, as HH has them"
     if kind == "implicit" and "identical" not in found:
@@ -272,6 +282,28 @@ def _why_none(rows: Dataset, kind: str, dropped: dict[str, int]) -> str:
         "no_marker": "chosen and rejected are dialogues that share no \\n\\nAssistant:; give each pair one prompt",
     }
     return " or ".join(said[reason] for reason in found) or "the file has no rows"
+
+
+def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Raw pairs of any layout in `resdpo_trl.text.layouts`, tokenized and capped as the recipes do it.
+
+    They are rendered with the tokenizer's chat template where it has one. Unusable pairs are dropped with a warning.
+
+    Raises:
+        UserError: columns that make no layout, a row that the template refuses, or no usable pair.
+    """
+    template = tokenizer if tokenizer.chat_template is not None else None
+    config = DataConfig(dataset_name="(the data set given)")
+    found, kind, _, ignored = _recognized(rows, {}, template, config.dataset_name)
+    if ignored:
+        logger.warning(f"columns ignored: {', '.join(sorted(ignored))}")
+    pairs, statuses = _parse(found, kind, template, config, "given")
+    dropped = ", ".join(f"{statuses[reason]} {reason}" for reason in REASONS if statuses[reason])
+    if len(pairs) == 0:
+        raise UserError(f"no usable pair in {len(rows)} rows: {_why_none(found, kind, dict(statuses))}")
+    if dropped:
+        logger.warning(f"pairs dropped: {dropped}")
+    return tokenize(pairs, tokenizer, max_length, None, template is not None, "Tokenizing")
 
 
 def _template(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:

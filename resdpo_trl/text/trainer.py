@@ -27,8 +27,9 @@ from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, 
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
 from resdpo_trl.text.batch import PairCollator
-from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
-from resdpo_trl.text.model import base_model
+from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextSFTConfig
+from resdpo_trl.text.data import tokenized_pairs
+from resdpo_trl.text.model import base_model, load_model, load_tokenizer
 from resdpo_trl.text.reference_cache import (
     cache_folder,
     forward_config,
@@ -77,6 +78,16 @@ class _TextTrainer(EveryRowOnce, Resumable):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._tokens: list[Tensor] = []  # (real, padded) tokens of the steps since the last log
+        held_out, config = kwargs.get("eval_dataset"), kwargs.get("args")
+        if isinstance(held_out, dict) and config is not None:
+            best = config.metric_for_best_model
+            if not config.load_best_model_at_end:
+                config.metric_for_best_model = None
+            elif not any(str(best).removeprefix("eval_").startswith(f"{name}_") for name in held_out):
+                raise UserError(
+                    f"metric_for_best_model {best}: there are several evaluation sets ({', '.join(held_out)}); name a "
+                    f"figure of one, e.g. eval_{next(iter(held_out))}_loss, or keep the last epoch (select last)"
+                )
         super().__init__(*args, **kwargs)
 
     def _note_tokens(self, real: Tensor) -> None:
@@ -265,7 +276,8 @@ class PairTrainer(_TextTrainer, Trainer):
 
 
 class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
-    """`trl.DPOTrainer` on pairs that `resdpo_trl.text.tokens.tokenize` made.
+    """`trl.DPOTrainer`, with its arguments in its order, on raw pairs, which `resdpo_trl.text.data.tokenized_pairs`
+    reads, or on pairs that `resdpo_trl.text.tokens.tokenize` made.
 
     What differs from TRL's: the loss is `resdpo_trl.losses`; the prompt of a pair runs once (`prefix_sharing`);
     evaluation is the mean over all pairs, not over batches; metrics are gathered when they are logged, not at every
@@ -275,15 +287,46 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: TextDPOConfig,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | dict[str, Dataset] | None,
-        processing_class: PreTrainedTokenizerBase,
+        model: str | PreTrainedModel,
         ref_model: PreTrainedModel | None = None,
-        peft_config: Any = None,
+        args: TextDPOConfig | None = None,
+        data_collator: None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: None = None,
+        peft_config: Any = None,
     ):
+        """As TRL's. `model` may be a folder, a Hub id or `smollm2`; the tokenizer is by default the model's.
+
+        Raises:
+            UserError: an argument that has no place here, or pairs that can't be used.
+        """
+        for name, value in (
+            ("data_collator", data_collator),
+            ("compute_metrics", compute_metrics),
+            ("quantization_config", quantization_config),
+        ):
+            if value is not None:
+                raise UserError(f"{name} is not supported by TextDPOTrainer: leave it out")
+        args = args or TextDPOConfig()
+        if processing_class is None:
+            name = model if isinstance(model, str) else base_model(model).config._name_or_path
+            processing_class = load_tokenizer(name, TextModelConfig(), args.trust_remote_code, "model")
+        if isinstance(model, str):
+            model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
+
+        def prepared(rows: Any) -> Any:
+            if isinstance(rows, dict):
+                return {name: prepared(each) for name, each in rows.items()}
+            if rows is None or "prompt_ids" in rows.column_names:
+                return rows
+            return tokenized_pairs(rows, processing_class, args.max_length or 0)
+
+        train_dataset, eval_dataset = prepared(train_dataset), prepared(eval_dataset)
         self.preference_loss = preference_loss(args)
         adapter = peft_config is not None or hasattr(model, "peft_config")
         if ref_model is None and not adapter and not args.precompute_ref_log_probs:
@@ -315,8 +358,9 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            peft_config=peft_config,
             callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
         )
 
     def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:

@@ -43,7 +43,7 @@ def test_small_images_get_steps_and_lines(recipe, tmp_path):
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["data"]["adapted"]["per_device_train_batch_size"] == 4
     assert summary["dpo"]["steps"] >= 4 * 4  # four epochs
-    assert "| per\\_device\\_train\\_batch\\_size | 4 |" in (tmp_path / "a" / "policy" / "README.md").read_text()
+    assert "| per_device_train_batch_size | 4 |" in (tmp_path / "a" / "policy" / "README.md").read_text()
     # and the verdict comes before the table
     assert said.index("unseen images are classified right") < said.index("  images  ")
     assert "unseen images are classified right" in (tmp_path / "a" / "report.html").read_text()

@@ -7,7 +7,6 @@ elsewhere is not repeated: loss types (tests/test_losses.py), steps against TRL'
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOTrainer
 
@@ -32,7 +31,10 @@ def build(kind, folder, tokenizer, model=None, peft_config=None, **options):
     model = model or tiny_model("gpt2")
     pairs, held_out = tokenized(12), options.pop("held_out", None) or tokenized(6, seed=1)
     if kind == "dpo":
-        return TextDPOTrainer(model, config(folder, **options), pairs, held_out, tokenizer, peft_config=peft_config)
+        return TextDPOTrainer(
+            model, args=config(folder, **options), train_dataset=pairs, eval_dataset=held_out,
+            processing_class=tokenizer, peft_config=peft_config,
+        )  # fmt: skip
     trainer, args, rows = {
         "sft": (TextSFTTrainer, TextSFTConfig, lambda found: sft_rows(found, True)),
         "reward": (TextRewardTrainer, TextRewardConfig, reward_rows),
@@ -104,6 +106,14 @@ def test_several_evaluation_sets(tmp_path, tokenizer, kind):
     assert {"eval_a_loss", "eval_b_loss"} <= logged
 
 
+def test_the_best_of_several_evaluation_sets_is_named(tmp_path, tokenizer):
+    held_out = {"a": tokenized(5, seed=1), "b": tokenized(6, seed=2)}
+    with pytest.raises(UserError, match="several evaluation sets .a, b.; name a figure of one, e.g. eval_a_loss"):
+        build(
+            "sft", tmp_path, tokenizer, held_out=held_out, select="best", eval_strategy="epoch", save_strategy="epoch"
+        )
+
+
 def test_no_reference_and_no_precomputing(tmp_path, tokenizer):
     """The reference is the policy as it began, as TRL's, and stays."""
     model = tiny_model("gpt2")
@@ -119,11 +129,16 @@ def test_no_reference_and_no_precomputing(tmp_path, tokenizer):
 def test_one_model_can_not_be_policy_and_reference(tmp_path, tokenizer):
     model = tiny_model("gpt2")
     with pytest.raises(ValueError, match="cannot be the same object"):
-        TextDPOTrainer(model, config(tmp_path), tokenized(8), tokenized(4), tokenizer, ref_model=model)
+        TextDPOTrainer(
+            model, model, args=config(tmp_path), train_dataset=tokenized(8), eval_dataset=tokenized(4),
+            processing_class=tokenizer,
+        )  # fmt: skip
 
 
 def test_without_evaluation_rows(tmp_path, tokenizer):
-    job = TextDPOTrainer(tiny_model("gpt2"), config(tmp_path, max_steps=2), tokenized(8), None, tokenizer)
+    job = TextDPOTrainer(
+        tiny_model("gpt2"), args=config(tmp_path, max_steps=2), train_dataset=tokenized(8), processing_class=tokenizer
+    )
     job.train()
     assert job.state.global_step == 2
 
@@ -143,9 +158,3 @@ def test_what_this_project_leaves_to_trl_is_refused_by_name(tmp_path, config_cla
     (name,) = options
     with pytest.raises(UserError, match=f"^--{name} is not supported here"):
         config_class(output_dir=str(tmp_path), **options)
-
-
-def test_rows_that_are_not_tokenized_are_refused(tmp_path, tokenizer):
-    rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 4)
-    with pytest.raises(UserError, match="have no column length"):
-        TextDPOTrainer(tiny_model("gpt2"), config(tmp_path), rows, None, tokenizer)
