@@ -318,13 +318,14 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             processing_class = load_tokenizer(name, TextModelConfig(), args.trust_remote_code, "model")
         if isinstance(model, str):
             model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
+        cap, tokenizer = args.max_length or 0, processing_class
 
         def prepared(rows: Any) -> Any:
             if isinstance(rows, dict):
                 return {name: prepared(each) for name, each in rows.items()}
             if rows is None or "prompt_ids" in rows.column_names:
                 return rows
-            return tokenized_pairs(rows, processing_class, args.max_length or 0)
+            return tokenized_pairs(rows, tokenizer, cap)
 
         train_dataset, eval_dataset = prepared(train_dataset), prepared(eval_dataset)
         self.preference_loss = preference_loss(args)
