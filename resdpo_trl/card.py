@@ -71,9 +71,10 @@ complete = pipeline("text-generation", model="{ID}")
 prompt = "\\n\\nHuman: How do I keep basil alive in winter?\\n\\nAssistant:"
 print(complete(prompt, max_new_tokens=64, return_full_text=False)[0]["generated_text"])"""
 ADAPTER_LOADING = f"""from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 model = AutoPeftModelForCausalLM.from_pretrained("{ID}")  # and the model that it adapts
+model.generation_config = GenerationConfig.from_pretrained("{ID}")  # where its answers end
 tokenizer = AutoTokenizer.from_pretrained("{ID}")"""
 PLAIN_FORMAT = """
 Prompts are plain text: a dialogue's turns begin with "\\n\\nHuman: " and "\\n\\nAssistant: ", and the prompt ends with

@@ -52,12 +52,12 @@ class Job:
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
         if self.run.main_process and not self.resume:
             untrained.add(self.run)
-        if self.run.earlier.get("complete"):
-            raise NothingToDo(f"the run in {self.run.path} ended at {self.run.earlier['ended']}: nothing to resume")
         self._check_asked()
         self._config = {"preset": str(preset) if preset else None, **config}
         self.run.check_inputs(self._config)
         self.run.check_config(self._config)
+        if self.run.earlier.get("complete"):
+            raise NothingToDo(f"the run in {self.run.path} ended at {self.run.earlier['ended']}: nothing to resume")
         self.say = _say if self.run.main_process else silent
         if self.resume and not self.run.earlier:
             self.say(f"{self.run.path} holds no run: nothing to resume, so this is its beginning")

@@ -182,6 +182,8 @@ def _read_file(path: Path, flag: str) -> Dataset:
     kind = next((SUFFIXES[ending] for ending in SUFFIXES if path.name.endswith(ending)), None)
     if kind is None:
         raise UserError(f"{place}: {path.name} is not {READABLE}; convert it to one of these")
+    if path.stat().st_size == 0:
+        raise UserError(f"{place}: the file is empty; name one with rows")
     if kind == "json":
         _check_lines(path)
     try:

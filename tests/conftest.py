@@ -1,6 +1,7 @@
 """Tiny real models, tokenizers and pairs. Everything is made here: no network, no file from elsewhere."""
 
 import copy
+import json
 import os
 import shutil
 import tempfile
@@ -137,6 +138,39 @@ def train_tokenizer(texts, vocab_size: int, special_tokens=()):
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+SENTENCEPIECE = ["legacy", "first", "always"]  # how a "▁" comes before a text, or before each part of one
+
+
+def sentencepiece_tokenizer(kind: str, vocab_size: int = 400):
+    """A BPE like Llama's, trained on the texts above: a space is "▁", and a text may begin with one more.
+
+    `legacy` writes a "▁" before every part of a text by its normalizer, `first` before a text by its pre-tokenizer,
+    `always` before every part.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if kind == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 256, special_tokens=special, initial_alphabet=["\n", "▁"], show_progress=False
+    )
+    words = [word for text in [*TURNS, *ANSWERS, "assistant : \n \n\n user :"] for word in text.split(" ")]
+    tokenizer.train_from_iterator(words, trainer)
+    state = json.loads(tokenizer.to_str())  # the bytes' tokens are no added ones
+    state["model"]["vocab"] |= {f"<0x{byte:02X}>": len(state["model"]["vocab"]) + byte for byte in range(256)}
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     )
 
 

@@ -31,7 +31,7 @@ from resdpo_trl.provenance import as_trained, loss_of, read_facts
 from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
 from resdpo_trl.text.config import CompareConfig, TextModelConfig, named_models
-from resdpo_trl.text.data import dialogue
+from resdpo_trl.text.data import dialogue, end_of_turn
 from resdpo_trl.text.evaluate import distinct_ngrams, score_pairs
 from resdpo_trl.text.generate import answer, stop_tokens
 from resdpo_trl.text.judges import (
@@ -45,7 +45,7 @@ from resdpo_trl.text.judges import (
     win_rate,
 )
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, local_model
-from resdpo_trl.text.prompts import Prompt, answer_end, load_prompts, prompt_ids
+from resdpo_trl.text.prompts import Prompt, answer_ids, load_prompts, prompt_ids
 from resdpo_trl.text.reward import RewardModel
 from resdpo_trl.verdict import of_comparison
 
@@ -254,14 +254,16 @@ class Comparison:
         if not answers:
             return []
         before, _ = prompt_ids(prompts, tokenizer, self._prompt_tokens)
-        # as a template writes an answer
-        texts = [one.text if tokenizer.chat_template is None else one.text.strip() for one in answers]
-        after = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        ending = answer_end(tokenizer)
+        if tokenizer.chat_template is None:
+            texts, end = [one.text for one in answers], [tokenizer.eos_token_id]
+        else:  # as a template writes an answer
+            ending = end_of_turn(tokenizer)
+            texts, end = [one.text.strip() + ending * one.ended for one in answers], []
+        after, merged = answer_ids(prompts, texts, tokenizer)
         # another tokenizer may need more tokens for the same text
         rows = [
-            (tokens + ids + (ending if one.ended else []))[-self.config.max_length :]
-            for tokens, ids, one in zip(before, after, answers, strict=True)
+            (tokens[: len(tokens) - replaced] + ids + end * one.ended)[-self.config.max_length :]
+            for tokens, replaced, ids, one in zip(before, merged, after, answers, strict=True)
         ]
         with self.state.split_between_processes(list(range(len(rows)))) as mine:
             found = reward_model.score([rows[place] for place in mine], self.config.batch_size).tolist()
@@ -281,8 +283,10 @@ class Comparison:
         # an answer is scored as the tokens that were drawn; one of another tokenizer by its text
         answers = {
             name: [
-                one.ids if same[one.tokenizer] else _retokenized(one, tokenizer)[: self.config.max_new_tokens]
-                for one in found
+                one.ids if same[one.tokenizer] else _ended(ids, one, tokenizer)[: self.config.max_new_tokens]
+                for one, ids in zip(
+                    found, answer_ids(self.prompts, [one.text for one in found], tokenizer)[0], strict=True
+                )
             ]
             for name, found in self.answers.items()
         }
@@ -585,6 +589,5 @@ def _mean(values: list[float]) -> dict[str, Any]:
     return {"mean": found["mean"], "interval_95": found["interval_95"]["mean"], "n": found["n"]}
 
 
-def _retokenized(one: Answer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = tokenizer(one.text, add_special_tokens=False)["input_ids"]
+def _ended(ids: list[int], one: Answer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [*ids, stop_tokens(tokenizer)[-1]] if one.ended or not ids else ids

@@ -20,8 +20,29 @@ from resdpo_trl.arguments import (
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.tokens import SHORTEST
 
-# `DPOConfig` fields that this trainer does not honour: value that means "not asked for", and what to do instead
-REFUSED: dict[str, tuple[Any, str]] = {
+# transformers' fields that no trainer here honors: value that means "not asked for", and what to do instead
+REFUSED_EVERYWHERE: dict[str, tuple[Any, str]] = {
+    "bf16_full_eval": (False, "evaluation has the precision of training; see --bf16"),
+    "fp16_full_eval": (False, "evaluation has the precision of training; see --fp16"),
+    "prediction_loss_only": (False, "evaluation keeps figures of rows, not logits"),
+    "eval_accumulation_steps": (None, "evaluation keeps figures of rows, not logits"),
+    "batch_eval_metrics": (False, "evaluation is the mean over all rows"),
+    "include_for_metrics": ([], "evaluation is the mean over all rows"),
+    "eval_use_gather_object": (False, "evaluation gathers numbers alone"),
+    "eval_do_concat_batches": (True, "evaluation is the mean over all rows"),
+    "label_names": (None, "the columns are the trainer's own"),
+    "length_column_name": ("length", "the column is the trainer's own"),
+    "use_cache": (False, "training has no use for a cache"),
+    "enable_jit_checkpoint": (False, "SIGTERM and Ctrl-C end a run after a checkpoint already"),
+    "local_rank": (-1, "launch with accelerate or torchrun, which say it by the environment"),
+    "do_train": (False, "the recipe says what is done"),
+    "do_predict": (False, "the recipe says what is done; pass --num_samples for answers"),
+}
+# `DPOConfig` fields that this trainer does not honor
+REFUSED: dict[str, tuple[Any, str]] = REFUSED_EVERYWHERE | {
+    "label_smoothing_factor": (0.0, "it smooths the tokens of SFT; DPO's is --label_smoothing"),
+    "average_tokens_across_devices": (True, "the loss is a mean over pairs"),
+    "liger_kernel_config": (None, "the loss has its own LM head"),
     "ld_alpha": (None, "it weighs tokens inside TRL's own forward"),
     "use_weighting": (False, "it weighs pairs inside TRL's own forward"),
     "padding_free": (False, "batches are of like length already"),
@@ -35,35 +56,57 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "ref_model_mixup_alpha": (0.6, "pass --reference_update polyak --polyak_tau"),
     "ref_model_sync_steps": (512, "--reference_update polyak moves at every step, copy at each epoch's end"),
 }
-REFUSED_SFT: dict[str, tuple[Any, str]] = {
-    "packing": (False, "batches are of like length already"),
-    "assistant_only_loss": (False, "see --completion_only_loss"),
-    "dataset_kwargs": (None, "the pairs are tokenized here"),
-    "chat_template_path": (None, "set it in the tokenizer's folder"),
-    "eos_token": (None, "set it in the tokenizer's folder"),
-} | {
-    name: REFUSED[name]
-    for name in (
-        "padding_free",
-        "truncation_mode",
-        "model_init_kwargs",
-        "pad_token",
-        "pad_to_multiple_of",
-        "dataset_num_proc",
-    )
-}
-REFUSED_REWARD: dict[str, tuple[Any, str]] = {
-    name: REFUSED_SFT[name] if name in REFUSED_SFT else REFUSED[name]
-    for name in (
-        "model_init_kwargs",
-        "pad_token",
-        "pad_to_multiple_of",
-        "dataset_num_proc",
-        "chat_template_path",
-        "eos_token",
-        "use_liger_kernel",
-    )
-}
+REFUSED_SFT: dict[str, tuple[Any, str]] = (
+    REFUSED_EVERYWHERE
+    | {
+        "packing": (False, "batches are of like length already"),
+        "packing_strategy": ("bfd", "batches are of like length already"),
+        "eval_packing": (None, "batches are of like length already"),
+        "shuffle_dataset": (False, "every epoch draws its batches anew; see --train_sampling_strategy"),
+        "dataset_text_field": ("text", "the texts are prompt and chosen"),
+        "assistant_only_loss": (False, "see --completion_only_loss"),
+        "dataset_kwargs": (None, "the pairs are tokenized here"),
+        "chat_template_path": (None, "set it in the tokenizer's folder"),
+        "eos_token": (None, "set it in the tokenizer's folder"),
+    }
+    | {
+        name: REFUSED[name]
+        for name in (
+            "padding_free",
+            "truncation_mode",
+            "model_init_kwargs",
+            "pad_token",
+            "pad_to_multiple_of",
+            "dataset_num_proc",
+        )
+    }
+)
+REFUSED_REWARD: dict[str, tuple[Any, str]] = (
+    REFUSED_EVERYWHERE
+    | {
+        "label_smoothing_factor": (0.0, "it smooths the tokens of SFT; a reward model has none"),
+    }
+    | {
+        name: REFUSED_SFT[name] if name in REFUSED_SFT else REFUSED[name]
+        for name in (
+            "model_init_kwargs",
+            "pad_token",
+            "pad_to_multiple_of",
+            "dataset_num_proc",
+            "chat_template_path",
+            "eos_token",
+            "use_liger_kernel",
+            "average_tokens_across_devices",
+            "liger_kernel_config",
+        )
+    }
+)
+# `ModelConfig` fields that say how an adapter is made, and how 4-bit weights are stored
+OF_PEFT = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+    "use_rslora", "use_dora",
+)  # fmt: skip
+OF_4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 # what the SFT stage does not take from the stage after it, though both have the field; nor what is of the Hub
 OF_ONE_STAGE = {
@@ -102,6 +145,15 @@ class TextModelConfig(ModelConfig):
             "needs no network."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unset = {each.name: each.default for each in fields(ModelConfig)}
+        refuse(self, {"lora_task_type": ("CAUSAL_LM", "the recipe sets it")})
+        if not self.use_peft:
+            refuse(self, {name: (unset[name], "it is of an adapter: add --use_peft, or drop it") for name in OF_PEFT})
+        if not self.load_in_4bit:
+            refuse(self, {name: (unset[name], "it is of 4-bit weights: add --load_in_4bit") for name in OF_4BIT})
 
 
 @dataclass
@@ -158,6 +210,11 @@ class ShortDialogues(OneMachine):
     def __post_init__(self) -> None:
         if self.max_length is None or self.max_length < SHORTEST:
             raise UserError(f"--max_length {self.max_length}: must be at least {SHORTEST} tokens")
+        args: Any = self
+        if args.do_eval and self.eval_strategy == "no":
+            raise UserError("--do_eval is not supported here: pass --eval_strategy epoch or steps")
+        if args.liger_kernel_config is not None and not args.use_liger_kernel:
+            raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
         super().__post_init__()
 
 
@@ -166,6 +223,10 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
     """`trl.DPOConfig` with this project's defaults, and the sharing of the prompt."""
 
     _argument_group_name = "DPO and training"
+    figures = (
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+        "logps/rejected",
+    )  # fmt: skip
 
     output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(
@@ -213,6 +274,7 @@ class TextSFTConfig(ShortDialogues, SFTConfig):  # type: ignore[misc]  # as abov
     """`trl.SFTConfig` with this project's defaults."""
 
     _argument_group_name = "SFT and training"
+    figures = ("loss",)
 
     output_dir: str | None = field(default="runs/sft_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; ten times that with --use_peft."})
@@ -230,6 +292,7 @@ class TextRewardConfig(ShortDialogues, RewardConfig):  # type: ignore[misc]  # a
     """`trl.RewardConfig` with this project's defaults."""
 
     _argument_group_name = "reward model and training"
+    figures = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
     output_dir: str | None = field(default="runs/reward_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate; ten times that with --use_peft."})

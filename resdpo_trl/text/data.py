@@ -12,8 +12,11 @@ One row becomes
     whole        a digest of the whole prompt; both digests are of the data's own text or messages, so that they are the
                  same whatever chat template rendered them
 
-or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt, or `no_marker`,
-a dialogue whose two sides share no "\\n\\nAssistant:".
+or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt (a message without text
+or role counts as one), or `no_marker`, a dialogue whose two sides share no "\\n\\nAssistant:".
+
+Two more columns reach a chat template, as in TRL: `tools`, the row's functions as a list or as JSON, and
+`chat_template_kwargs`. Every other column is ignored, and the counts name it.
 
 The format is `plain` or `chat`. `plain` keeps texts as they are, which suits a base model. `chat` turns them into
 messages (Human is the user, Assistant the assistant, a prompt without speakers one turn of the user) and renders them
@@ -41,7 +44,7 @@ import numpy as np
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.sources import READABLE, check_held_out, first_line, held_out_size, load_rows, named_files
-from resdpo_trl.text.layouts import MARKER, Messages, mapped, recognize
+from resdpo_trl.text.layouts import MARKER, Messages, columns_by_role, mapped, recognize
 from resdpo_trl.text.tokens import cache_key, tokenize, tokenizer_state
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ logger = logging.getLogger(__name__)
 QUICKSTART = "chitchat"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 COLUMNS = ("prompt", "chosen", "rejected")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # which TRL passes to the chat template
 REASONS = ("identical", "empty", "no_marker")
 COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # HH's names of the roles
@@ -200,6 +204,7 @@ def load_preferences(
     sources = {"test": raw[tests[0]]} if tests else _by_split(raw, config)
     parsed: dict[str, Dataset] = {}
     counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
+    ignored: set[str] = set()
     statuses: Counter[str] = Counter()
     layouts: dict[str, None] = {}
     kind = "prompt"
@@ -207,8 +212,9 @@ def load_preferences(
         try:
             if config.dataset_name != QUICKSTART or (name == "test" and config.eval_dataset_name):
                 place = f"--dataset_name {config.dataset_name}"
-                rows, kind, layout = recognize(rows, mapped(config.columns), template is not None, place)
+                rows, kind, layout, unread = _recognized(rows, mapped(config.columns), template, place)
                 layouts[layout] = None
+                ignored |= unread
             table, found = _parse(rows, kind, template, config, name)
         except UnicodeDecodeError:  # of a damaged parquet file; a line of JSON was looked at
             raise UserError(f"--dataset_name {config.dataset_name}: a text is not UTF-8; write it anew") from None
@@ -220,15 +226,13 @@ def load_preferences(
     counts["dropped"] = {reason: statuses[reason] for reason in REASONS}
     counts["parted_early"] = statuses["parted_early"]
     counts["roles_repaired"] = statuses["roles_repaired"]
+    counts["ignored_columns"] = sorted(ignored)
     counts["dialogue_format"] = "plain" if template is None else "chat"
     if counts["kept"] == 0:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items() if number)
         raise UserError(
-            f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows ({reasons or 'no rows'}); "
-            + ("the sides begin with no common prompt: name its column with --columns prompt=COLUMN"
-               if kind == "implicit" and not counts["dropped"]["identical"]
-               else "two different responses to one prompt are needed")
-        )  # fmt: skip
+            f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows: "
+            + _why_none(rows, kind, counts["dropped"])
+        )
     if tests:
         chosen = _spread(np.asarray(parsed["test"]["group"][:]))[: config.max_test_samples]
         splits, counts["left_out"] = {"test": parsed["test"].select(np.sort(chosen))}, 0
@@ -251,6 +255,35 @@ def load_preferences(
     return Preferences(splits, counts, ends_turns=template is not None)
 
 
+def _recognized(
+    rows: Dataset, columns: dict[str, str], template: Any, place: str
+) -> tuple[Dataset, str, str, set[str]]:
+    """`recognize`, with the columns that the chat template gets, and the names of those that nothing reads."""
+    from datasets import concatenate_datasets
+
+    options = _template_columns(rows, template)
+    found, kind, layout = recognize(rows, columns, template is not None, place)
+    if options:
+        found = concatenate_datasets([found, rows.select_columns(options)], axis=1)
+    read = {*columns_by_role(rows.column_names, columns).values(), *options}
+    return found, kind, layout, set(rows.column_names) - read
+
+
+def _why_none(rows: Dataset, kind: str, dropped: dict[str, int]) -> str:
+    """What is wrong with rows of which none can be used, and the fix."""
+    found = [reason for reason in REASONS if dropped.get(reason)]
+    if "no_marker" in found and any("\r\n" in str(text) for text in rows[:1]["chosen"]):
+        return "the lines of the dialogues end in \\r\\n; convert them to \\n, as HH has them"
+    if kind == "implicit" and "identical" not in found:
+        return "the sides begin with no common prompt: name its column with --columns prompt=COLUMN"
+    said = {
+        "identical": "both responses are the same; two different ones are needed",
+        "empty": "a prompt or a response has no text; fill them in",
+        "no_marker": "chosen and rejected are dialogues that share no \\n\\nAssistant:; give each pair one prompt",
+    }
+    return " or ".join(said[reason] for reason in found) or "the file has no rows"
+
+
 def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Raw pairs of any layout in `resdpo_trl.text.layouts`, tokenized and capped as the recipes do it.
 
@@ -261,11 +294,13 @@ def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
     """
     template = tokenizer if tokenizer.chat_template is not None else None
     config = DataConfig(dataset_name="(the data set given)")
-    found, kind, _ = recognize(rows, {}, template is not None, config.dataset_name)
+    found, kind, _, ignored = _recognized(rows, {}, template, config.dataset_name)
+    if ignored:
+        logger.warning(f"columns ignored: {', '.join(sorted(ignored))}")
     pairs, statuses = _parse(found, kind, template, config, "given")
     dropped = ", ".join(f"{statuses[reason]} {reason}" for reason in REASONS if statuses[reason])
     if len(pairs) == 0:
-        raise UserError(f"no usable pair in {len(rows)} rows ({dropped or 'no rows'})")
+        raise UserError(f"no usable pair in {len(rows)} rows: {_why_none(found, kind, dict(statuses))}")
     if dropped:
         logger.warning(f"pairs dropped: {dropped}")
     return tokenize(pairs, tokenizer, max_length, None, template is not None, "Tokenizing")
@@ -318,7 +353,9 @@ def dialogue(messages: Messages) -> str:
     """Messages in HH's form, up to the answer that is asked for; a system message comes without a name."""
     names = {role: speaker for speaker, role in SPEAKERS.items()}
     parts = [
-        f"\n\n{names[message['role']]}: {message['content']}" if message["role"] in names else str(message["content"])
+        f"\n\n{names[message['role']]}: {message['content'] or ''}"
+        if message["role"] in names
+        else str(message["content"])
         for message in messages
     ]
     return "".join(parts) + MARKER
@@ -466,11 +503,9 @@ def _load(config: DataConfig) -> dict[str, Dataset]:
             raise UserError(f"--{flag} {getattr(config, flag)}: {config.dataset_name} is no folder; drop it")
     if config.dataset_name == QUICKSTART:
         return chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
-    found = load_rows(
+    return load_rows(
         config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART, config.dataset_config
     )
-    # a column `group` is the quickstart's: the user's own means something else
-    return {name: rows.select_columns([c for c in rows.column_names if c != "group"]) for name, rows in found.items()}
 
 
 def _by_split(sources: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
@@ -512,6 +547,39 @@ def _by_split(sources: dict[str, Dataset], config: DataConfig) -> dict[str, Data
     return found
 
 
+def _template_columns(rows: Dataset, template: Any) -> list[str]:
+    """The columns that a chat template gets besides the messages, where there is one, and it reads them."""
+    if template is None:
+        return []
+    column = rows["tools"] if "tools" in rows.column_names else []
+    tools = next((value for value in column if value and value not in ("[]", "null")), None)
+    read = {"chat_template_kwargs", *(["tools"] if tools is not None and _reads_tools(template, tools) else [])}
+    return sorted(read & set(rows.column_names))
+
+
+def _reads_tools(template: Any, tools: Any) -> bool:
+    asked = [{"role": "user", "content": "a question"}]
+    with suppress(Exception):  # a template is a program: what it raises ends the row that it raises for
+        plain, given = (
+            template.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **options)
+            for options in ({}, _template_options({"tools": tools}))
+        )
+        return bool(plain != given)
+    return True
+
+
+def _template_options(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row passes to the chat template besides its messages, as TRL reads it.
+
+    Raises:
+        ValueError: `tools` is a text and no JSON, or `chat_template_kwargs` is no mapping.
+    """
+    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    return ({"tools": tools} if tools else {}) | dict(options)
+
+
 def _parse(
     rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: DataConfig, split: str
 ) -> tuple[Dataset, Counter[str]]:
@@ -535,7 +603,6 @@ def _parse(
         "pair": Value("string"),
         "status": Value("string"),
     }
-    rows = rows.select_columns([name for name in (*COLUMNS, "group") if name in rows.column_names])
     options = {"kind": kind, "swap": config.prefer == "rejected", "place": f"{config.dataset_name}, split {split}"}
     parsed = rows.map(
         _parse_batch,
@@ -572,15 +639,25 @@ def _parse_batch(
     prompts = batch.get("prompt", [None] * size)
     groups = batch.get("group", [None] * size)
     columns = (numbers, prompts, batch["chosen"], batch["rejected"], groups)
-    for number, prompt, chosen, rejected, group in zip(*columns, strict=True):
+    for at, (number, prompt, chosen, rejected, group) in enumerate(zip(*columns, strict=True)):
         if kind == "conversation":
-            found = _conversation(prompt, chosen, rejected)
+            try:
+                found = _conversation(*(_with_text_content(side) for side in (prompt, chosen, rejected)))
+            except UserError as error:
+                raise UserError(f"--dataset_name {place}, row {number + 1}: {error}") from None
         else:
             found = _texts(prompt, chosen, rejected, kind)
         pair: _Pair = found if isinstance(found, _Pair) else _Pair("", "", "", status=found)
         if template is not None and pair.status not in REASONS:
             try:
-                pair = _render(pair, template)
+                options = _template_options({name: batch[name][at] for name in TEMPLATE_COLUMNS if name in batch})
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"--dataset_name {place}, row {number + 1}: tools must be a list of functions or its JSON, and "
+                    f"chat_template_kwargs a mapping ({first_line(error)}); fix the row or drop the column"
+                ) from None
+            try:
+                pair = _render(pair, template, options)
             except Exception as error:  # a template is a program: it may raise anything for roles it does not expect
                 raise UserError(
                     f"--dataset_name {place}, row {number + 1}: the chat template refuses the conversation "
@@ -647,6 +724,38 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
     )  # fmt: skip
 
 
+def _with_text_content(messages: Messages | None) -> Messages | None:
+    """The same messages with contents that are text: parts of type text are joined.
+
+    A system message without text is none. Any other message without text that calls no tool, or without a role, makes
+    a conversation unusable: it becomes empty.
+
+    Raises:
+        UserError: a content has parts of another type.
+    """
+    if messages is None:
+        return None
+    found: Messages = []
+    for message in messages:
+        content = message and message.get("content")
+        if isinstance(content, list):
+            other = [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]
+            if other:
+                raise UserError(
+                    f"a message has a content of another type than text ({str(other[0])[:60]}): only text is read; "
+                    "drop the row"
+                )
+            content = "".join(part.get("text") or "" for part in content)
+        if not message or not message.get("role"):
+            return []
+        if message["role"] == "system" and content is None:
+            continue
+        if message["role"] != "system" and not message.get("tool_calls") and not str(content or "").strip():
+            return []
+        found.append(message | {"content": content})
+    return found
+
+
 def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Messages | None) -> _Pair | str:
     """A row of messages as a pair, or why it can't be used."""
     if not chosen or not rejected:
@@ -662,13 +771,11 @@ def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Me
     return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole, pair=pair)
 
 
-def _render(pair: _Pair, template: Any) -> _Pair:
+def _render(pair: _Pair, template: Any, options: dict[str, Any]) -> _Pair:
     """A pair through the tokenizer's chat template, with its roles repaired where the template refuses them.
 
     The repair is of the whole conversation: an answer that the prompt already began becomes part of both responses.
     """
-    from trl.data_utils import apply_chat_template
-
     messages, (chosen, rejected) = pair.messages, pair.responses
     if not messages:  # a row of text
         messages = messages_of(pair.prompt)
@@ -678,7 +785,7 @@ def _render(pair: _Pair, template: Any) -> _Pair:
         )
     status = pair.status
     try:
-        text: Any = apply_chat_template({"prompt": messages, "chosen": chosen, "rejected": rejected}, template)
+        texts = _rendered(messages, chosen, rejected, template, options)
     except Exception:
         asked = alternating(messages)
         asked = asked[:-1] if asked and asked[-1]["role"] == "assistant" else asked
@@ -686,14 +793,27 @@ def _render(pair: _Pair, template: Any) -> _Pair:
         if not asked or (asked, *responses) == (messages, chosen, rejected):
             raise
         messages, (chosen, rejected), status = asked, responses, "roles_repaired"
-        text = apply_chat_template({"prompt": messages, "chosen": chosen, "rejected": rejected}, template)
-    if text["chosen"].strip() == text["rejected"].strip():
+        texts = _rendered(messages, chosen, rejected, template, options)
+    if texts[1].strip() == texts[2].strip():
         status = "identical"
-    header_end, starts = rendered_turns(messages, text["prompt"], template)
+    header_end, starts = rendered_turns(messages, texts[0], template, options)
     return replace(
-        pair, prompt=text["prompt"], chosen=text["chosen"], rejected=text["rejected"], turn_starts=starts,
-        header_end=header_end, shown=dialogue(messages), status=status,
+        pair, prompt=texts[0], chosen=texts[1], rejected=texts[2], turn_starts=starts, header_end=header_end,
+        shown=dialogue(messages), status=status,
     )  # fmt: skip
+
+
+def _rendered(
+    messages: Messages, chosen: Messages, rejected: Messages, template: Any, options: dict[str, Any]
+) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected text of a pair: the prompt is what its own rendering and both whole ones begin with,
+    for some templates write the question before an answer differently (a thought that is opened, …)."""
+    asked = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    good, bad = (
+        template.apply_chat_template([*messages, *side], tokenize=False, **options) for side in (chosen, rejected)
+    )
+    end = min(_shared(asked, good), _shared(asked, bad))
+    return asked[:end], good[end:], bad[end:]
 
 
 def turn_starts(prompt: str) -> list[int]:
@@ -718,7 +838,9 @@ def _parted(prompt: Messages | None, chosen: Messages, rejected: Messages) -> tu
     return row["prompt"], row["chosen"], row["rejected"]
 
 
-def rendered_turns(messages: Messages, text: str, tokenizer: Any) -> tuple[int, list[int]]:
+def rendered_turns(
+    messages: Messages, text: str, tokenizer: Any, options: dict[str, Any] | None = None
+) -> tuple[int, list[int]]:
     """Where the turns of a conversation start in `text`, its rendering by the chat template, as character offsets.
 
     Returns:
@@ -728,11 +850,11 @@ def rendered_turns(messages: Messages, text: str, tokenizer: Any) -> tuple[int, 
         truncate.
     """
     first = int(messages[0]["role"] == "system")  # the first turn's place
-    header = "" if first else _header(tokenizer, str(tokenizer.chat_template))
+    header = "" if first else _header(tokenizer, json.dumps([tokenizer.chat_template, options or {}], default=str))
     starts = {}
     for turn in range(max(1, len(messages) - NEWEST_TURNS), len(messages)):
         with suppress(Exception):  # a template is a program: it may raise anything
-            before = tokenizer.apply_chat_template(messages[:turn], tokenize=False)
+            before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, **options or {})
             if text.startswith(before):
                 starts[turn] = len(before)
     header_end = starts.pop(1, 0) if first else len(header) if text.startswith(header) else 0
@@ -740,15 +862,17 @@ def rendered_turns(messages: Messages, text: str, tokenizer: Any) -> tuple[int, 
 
 
 @functools.lru_cache(maxsize=16)  # one answer for all rows; a template that was changed is another key
-def _header(tokenizer: Any, template: str) -> str:
+def _header(tokenizer: Any, asked: str) -> str:
     """What a chat template writes before the first turn of a conversation that has no system message.
+
+    `asked` is the template and the options that a row passes to it, as JSON.
 
     A turn of the user is rendered at the beginning and after an answer: what the first has more than the second.
     """
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(Exception):  # a template is a program: it may raise anything
         first, both, three = (
-            tokenizer.apply_chat_template(part, tokenize=False)
+            tokenizer.apply_chat_template(part, tokenize=False, **json.loads(asked)[1])
             for part in (messages[:1], messages, [*messages, messages[0]])
         )
         turn = three.removeprefix(both)

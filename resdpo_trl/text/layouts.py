@@ -51,6 +51,13 @@ def mapped(columns: list[str]) -> dict[str, str]:
     return found
 
 
+def columns_by_role(there: list[str], columns: dict[str, str]) -> dict[str, str]:
+    """role -> column, of those that are there and of --columns; the prompt's is the first of `PROMPTS`."""
+    columns = {role: columns.get(role, role) for role in ROLES if role in columns or role in there}
+    asked = [name for name in PROMPTS if name in there]
+    return {"prompt": asked[0], **columns} if asked else columns
+
+
 def recognize(rows: Dataset, columns: dict[str, str], rendered: bool, place: str) -> tuple[Dataset, str, str]:
     """Rows of any layout as `prompt`, `chosen` and `rejected`.
 
@@ -72,10 +79,7 @@ def recognize(rows: Dataset, columns: dict[str, str], rendered: bool, place: str
             raise UserError(
                 f"--columns {role}={column}: {place} has no such column (found: {', '.join(sorted(there))})"
             )
-    columns = {role: columns.get(role, role) for role in ROLES if role in columns or role in there}
-    asked = [name for name in PROMPTS if name in there]
-    if "prompt" not in columns and asked:
-        columns["prompt"] = asked[0]
+    columns = columns_by_role(there, columns)
     missing = [role for role in ("chosen", "rejected") if role not in columns]
     if missing:
         raise UserError(

@@ -188,7 +188,7 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
         else:
             loaded = AutoModelForCausalLM.from_pretrained(name, **options)
             loaded.name_or_path = full_model(name, flag)  # PEFT writes it into a new adapter's configuration
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise not_a_model(name, flag, error) from None
     for module in loaded.modules():
         # where the CPU has bfloat16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first evaluation
@@ -281,6 +281,11 @@ def not_a_model(name: str, flag: str, error: BaseException) -> UserError:
     reason = first_line(error)
     if "ignore_mismatched_sizes" in reason:  # transformers' words for it name an argument that nobody here passes
         reason = "its weights have other shapes than its config.json says"
+    if isinstance(error, ImportError):
+        return UserError(
+            f"{flag} {name}: needs a package that is not installed ({reason}); install it, or pass another "
+            "--attn_implementation (sdpa, eager) where it is of the attention"
+        )
     if Path(name).is_dir():
         return UserError(f"{flag} {name}: can't be loaded ({reason})")
     return UserError(

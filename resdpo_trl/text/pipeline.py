@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from trl import get_peft_config
 
 from resdpo_trl.arguments import RunConfig
@@ -25,7 +27,7 @@ from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.provenance import read_facts, seen_by, training_facts, write_facts
 from resdpo_trl.run import RunFolder
-from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, describe_cuts, source_name
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, describe_cuts, first_line, source_name
 from resdpo_trl.text.config import (
     SamplesConfig,
     SFTStageConfig,
@@ -94,6 +96,11 @@ class TextRun(Job):
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
             raise UserError(
                 "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
+            )
+        figure = self.training.metric_for_best_model
+        if figure is not None and figure.removeprefix("eval_") not in self.training.figures:
+            raise UserError(
+                f"--metric_for_best_model {figure}: no such figure; evaluation has {', '.join(self.training.figures)}"
             )
         if isinstance(self.training, TextRewardConfig) and (self.model.load_in_4bit or self.model.load_in_8bit):
             raise UserError("--load_in_4bit and --load_in_8bit are not supported for a reward model: drop them")
@@ -214,14 +221,15 @@ class TextRun(Job):
         args = dataclasses.replace(args, eval_on_start=checkpoint is None)
         as_rows = partial(sft_rows, completion_only_loss=args.completion_only_loss is not False)
         held_out = as_rows(pairs["validation"])
-        trainer = TextSFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=as_rows(pairs["train"]),
-            eval_dataset=held_out,
-            processing_class=self.tokenizer,
-            peft_config=None if hasattr(model, "peft_config") else self._new_adapter(),
-        )
+        with adapter_refusals():
+            trainer = TextSFTTrainer(
+                model=model,
+                args=args,
+                train_dataset=as_rows(pairs["train"]),
+                eval_dataset=held_out,
+                processing_class=self.tokenizer,
+                peft_config=None if hasattr(model, "peft_config") else self._new_adapter(),
+            )
         del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if not isinstance(self.training, TextDPOConfig) and not self.training.merge_adapter:
@@ -245,8 +253,22 @@ class TextRun(Job):
         )
         free(trainer)
 
+    def publish(self, folder: Path, save: Callable[[str], Any], processor: Any, facts: dict[str, Any]) -> None:
+        """`Job.publish`; an adapter's folder says too where its answers end, for the base's own file may not."""
+
+        def save_with_ends(path: str) -> None:
+            save(path)
+            if self.run.main_process and (Path(path) / "adapter_config.json").is_file():
+                ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+                GenerationConfig(eos_token_id=stop_tokens(self.tokenizer), **ids).save_pretrained(path)
+
+        super().publish(folder, save_with_ends, processor, facts)
+
     def _prepare(self, model: Any) -> None:
         """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""
+        adapter = self.model.use_peft or hasattr(model, "peft_config")
+        if getattr(base_model(model), "is_quantized", False) and not adapter:
+            raise UserError("the model's weights are quantized, which freezes them: add --use_peft to train adapters")
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
         end_answers(model, self.tokenizer)
@@ -292,15 +314,16 @@ class TextRun(Job):
         ref_model = None
         if (sharded or not args.precompute_ref_log_probs) and not self.model.use_peft:
             ref_model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
-        return TextDPOTrainer(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            train_dataset=pairs["train"],
-            eval_dataset=pairs["validation"],
-            processing_class=self.tokenizer,
-            peft_config=self._new_adapter() if adapter_on_full else None,
-        )
+        with adapter_refusals():
+            return TextDPOTrainer(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                train_dataset=pairs["train"],
+                eval_dataset=pairs["validation"],
+                processing_class=self.tokenizer,
+                peft_config=self._new_adapter() if adapter_on_full else None,
+            )
 
     def _new_adapter(self) -> Any:
         """The configuration of a new adapter, or None; with the base's revision, which PEFT loads again."""
@@ -380,16 +403,17 @@ class TextRun(Job):
         if peft_config is not None:
             peft_config.task_type = "SEQ_CLS"  # so that PEFT trains the new head whole
         rows = {split: reward_rows(pairs[split]) for split in SPLITS}
-        trainer = TextRewardTrainer(
-            model=untrained_reward_model(
-                str(self.run.reference), self.model, args.trust_remote_code, "reference", args.seed
-            ),
-            args=args,
-            train_dataset=rows["train"],
-            eval_dataset=rows["validation"],
-            processing_class=self.tokenizer,
-            peft_config=peft_config,
-        )
+        with adapter_refusals():
+            trainer = TextRewardTrainer(
+                model=untrained_reward_model(
+                    str(self.run.reference), self.model, args.trust_remote_code, "reference", args.seed
+                ),
+                args=args,
+                train_dataset=rows["train"],
+                eval_dataset=rows["validation"],
+                processing_class=self.tokenizer,
+                peft_config=peft_config,
+            )
         use_run_callbacks(trainer, self.run, "reward", "Reward model")
         started = time.perf_counter()
         checkpoint = self.checkpoint("reward")
@@ -487,6 +511,20 @@ class TextRun(Job):
         self.end(describe_results, partial(write_text_card, self.run, self.run.trained, base))
 
 
+@contextmanager
+def adapter_refusals() -> Iterator[None]:
+    """PEFT's refusals of the layers that an adapter is asked to train, as UserErrors."""
+    try:
+        yield
+    except ValueError as error:
+        if not re.search("target.(modules|parameters)", str(error), re.IGNORECASE):
+            raise
+        raise UserError(
+            f"--use_peft: {first_line(error)}; name layers of the model with --lora_target_modules (all-linear takes "
+            "every linear one)"
+        ) from None
+
+
 def end_answers(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let what is saved of a model end its answers where they end here."""
     stops = stop_tokens(tokenizer)
@@ -535,12 +573,18 @@ def describe_data(counts: dict[str, Any]) -> str:
     )
     repaired = f"; {counts['roles_repaired']} with roles repaired for the template" if counts["roles_repaired"] else ""
     cap = {name: sum(split[name] for split in counts["cap"].values()) for name in counts["cap"]["train"]}
+    ignored = f"; columns ignored: {', '.join(counts['ignored_columns'])}" if counts["ignored_columns"] else ""
+    merged = (
+        f"; in {cap['prompts_merged']} the prompt's end merges with a response into one token, which is the response's"
+        if cap["prompts_merged"]
+        else ""
+    )
     layout = f"layout: {'; '.join(counts['layouts'])}\n" if counts["layouts"] else ""
     return layout + (
         f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test{left_out}; "
         f"dropped: {dropped}{repaired}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
         f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "
-        f"{cap['pairs_lost'] or 'no'} pair lost"
+        f"{cap['pairs_lost'] or 'no'} pair lost{merged}{ignored}"
     )
 
 

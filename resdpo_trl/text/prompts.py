@@ -24,13 +24,12 @@ from resdpo_trl.text.data import (
     alternating,
     chitchat_pairs,
     dialogue,
-    end_of_turn,
     messages_of,
     parse_dialogue,
     rendered_turns,
     turn_starts,
 )
-from resdpo_trl.text.tokens import tokenize_prompts
+from resdpo_trl.text.tokens import encode, response_ids, tokenize_prompts
 
 QUICKSTART_PROMPTS = 32
 
@@ -104,11 +103,13 @@ def prompt_ids(
     return tokenize_prompts(list(texts), list(starts), list(headers), tokenizer, budget, rendered)
 
 
-def answer_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer, as in training: a chat template's end of turn, or the end of text."""
-    if tokenizer.chat_template is None:
-        return [int(tokenizer.eos_token_id)]
-    return list(tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"])
+def answer_ids(
+    prompts: list[Prompt], answers: list[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of answers' texts after their prompts, and how many of each prompt's last tokens they replace."""
+    asked = [write_prompt(prompt, tokenizer)[0] for prompt in prompts]
+    (found,), merged = response_ids(tokenizer, asked, [answers], encode(tokenizer, asked))
+    return found, merged
 
 
 def _read(path: Path) -> tuple[list[Prompt], int]:

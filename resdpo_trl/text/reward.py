@@ -230,7 +230,7 @@ class RewardModel:
         options = loading_options(model, trust_remote_code)
         try:
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise not_a_model(name, flag, error) from None
         self.model: Any = with_faster_parts(loaded, chosen=model.attn_implementation is None)
         # the model reads at the last token that is not this one

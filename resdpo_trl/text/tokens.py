@@ -46,7 +46,8 @@ def tokenize(
 
     Returns:
         Columns prompt_ids, chosen_ids, rejected_ids, `length` (their sum, to batch by), and what was cut of each row:
-        turns_dropped, prompt_tokens_dropped, chosen_tokens_cut, rejected_tokens_cut.
+        turns_dropped, prompt_tokens_dropped, chosen_tokens_cut, rejected_tokens_cut. prompt_tokens_merged counts the
+        prompt's last tokens that it has alone but not before its responses.
     """
     from datasets import Features, List, Value
 
@@ -64,7 +65,10 @@ def tokenize(
         raise UserError("the tokenizer has no end-of-text token (eos_token): set one in its tokenizer_config.json")
     ids = List(Value("int32"))
     options = {"max_length": max_length, "max_response_length": max_response_length, "ends_turns": ends_turns}
-    counts = ("length", "turns_dropped", "prompt_tokens_dropped", "chosen_tokens_cut", "rejected_tokens_cut")
+    counts = (
+        "length", "turns_dropped", "prompt_tokens_dropped", "chosen_tokens_cut", "rejected_tokens_cut",
+        "prompt_tokens_merged",
+    )  # fmt: skip
     return pairs.map(
         _tokenize_batch,
         batched=True,
@@ -122,6 +126,7 @@ def cap_counts(tokenized: Dataset) -> dict[str, int]:
         "prompts_shortened": int((tokens > 0).sum()),
         "turns_dropped": int(turns.sum()),
         "prompt_tokens_dropped": int(tokens.sum()),
+        "prompts_merged": int((table["prompt_tokens_merged"][:] > 0).sum()),
         "chosen_cut": int((chosen > 0).sum()),
         "rejected_cut": int((rejected > 0).sum()),
         "response_tokens_cut": int(chosen.sum() + rejected.sum()),
@@ -198,7 +203,7 @@ def tokenize_prompts(
         The ids, and how many tokens each prompt lost.
     """
     check_fast(tokenizer)
-    encoded = tokenizer(prompts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    encoded = encode(tokenizer, prompts)
     start = [] if rendered else _beginning(tokenizer)
     found, lost = [], []
     for row, ids in enumerate(encoded["input_ids"]):
@@ -217,14 +222,10 @@ def _tokenize_batch(
     max_response_length: int,
     ends_turns: bool,
 ) -> dict[str, list[Any]]:
-    size = len(batch["prompt"])
-    encoded = tokenizer(
-        batch["prompt"] + batch["chosen"] + batch["rejected"],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
+    encoded = encode(tokenizer, batch["prompt"])
+    (chosen_ids, rejected_ids), merged = response_ids(
+        tokenizer, batch["prompt"], [batch["chosen"], batch["rejected"]], encoded
     )
-    ids = encoded["input_ids"]
     start = [] if ends_turns else _beginning(tokenizer)
     end = [] if ends_turns else [tokenizer.eos_token_id]
     out: dict[str, list[Any]] = {
@@ -232,13 +233,14 @@ def _tokenize_batch(
         for name in (
             "prompt_ids", "chosen_ids", "rejected_ids", "length",
             "turns_dropped", "prompt_tokens_dropped", "chosen_tokens_cut", "rejected_tokens_cut",
+            "prompt_tokens_merged",
         )
     }  # fmt: skip
-    for row in range(size):
-        prompt = ids[row]
+    for row, ids in enumerate(encoded["input_ids"]):
+        prompt = ids[: len(ids) - merged[row]]
         room = max_length - len(start)
         limit = max(max_response_length, room - len(prompt))
-        chosen, rejected = ids[size + row] + end, ids[2 * size + row] + end
+        chosen, rejected = (side[row] + end * (side[row][-1:] != end) for side in (chosen_ids, rejected_ids))
         budget = room - min(max(len(chosen), len(rejected)), limit)
         kept, turns = prompt, 0
         if len(prompt) > budget:
@@ -253,7 +255,78 @@ def _tokenize_batch(
         out["prompt_tokens_dropped"].append(len(prompt) - len(kept))
         out["chosen_tokens_cut"].append(max(0, len(chosen) - limit))
         out["rejected_tokens_cut"].append(max(0, len(rejected) - limit))
+        out["prompt_tokens_merged"].append(merged[row])
     return out
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Any:
+    """Texts as they are: without the special tokens that a tokenizer adds by itself."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+
+
+def response_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], sides: Sequence[list[str]], encoded: Any
+) -> tuple[list[list[list[int]]], list[int]]:
+    """Token ids of responses, and how many of each prompt's last tokens are not before all of its responses.
+
+    Args:
+        prompts: texts.
+        sides: lists of responses, each with one a prompt.
+        encoded: `encode` of the prompts.
+
+    A response is tokenized after its prompt, and has the tokens after those that the prompt alone begins with, as in
+    TRL: SentencePiece writes the first word of a text differently, and tokens may merge across the boundary. Only the
+    text from the prompt's last added token on is tokenized again, for what comes before an added token is tokenized
+    apart from what comes after it. GPT-2's pre-tokenizer also splits at every space after another character.
+    """
+    # one that is looked for in normalized text is preceded by what the normalizer writes before a text
+    added = {id_: str(token) for id_, token in tokenizer.added_tokens_decoder.items() if not token.normalized}
+    splits_at_spaces = _splits_at_spaces(tokenizer)
+    ids_of: list[list[int]] = encoded["input_ids"]
+    heads, tails = [], []  # tokens before the text that is tokenized again, and the prompt's part of it
+    for row, (prompt, ids) in enumerate(zip(prompts, ids_of, strict=True)):
+        head, start = 0, 0
+        for at in range(len(ids) - 1, 0, -1):
+            # one may also be what an unknown character becomes
+            if ids[at] in added and added[ids[at]] in prompt[slice(*encoded.token_to_chars(row, at))]:
+                head, start = at, encoded.token_to_chars(row, at).start
+                break
+        space = prompt.rfind(" ")
+        if splits_at_spaces and not head and space > 0 and not prompt[space - 1].isspace():
+            head = encoded.char_to_token(row, space) or 0
+            start = space if head else 0
+        heads.append(head)
+        tails.append(prompt[start:])
+    texts = [tail + text for side in sides for tail, text in zip(tails, side, strict=True)]
+    encoded_texts = encode(tokenizer, texts)["input_ids"]
+    whole = [encoded_texts[at : at + len(prompts)] for at in range(0, len(texts), len(prompts))]
+    ends = [ids[head:] for ids, head in zip(ids_of, heads, strict=True)]
+    shared = [min(_common(end, ids) for ids in row) for end, *row in zip(ends, *whole, strict=True)]
+    responses = [[ids[begin:] for ids, begin in zip(side, shared, strict=True)] for side in whole]
+    return responses, [len(end) - begin for end, begin in zip(ends, shared, strict=True)]
+
+
+def _splits_at_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    r"""Whether texts are split before a space that follows another character, whatever comes before and after.
+
+    GPT-2's pattern does, ``'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+``: a
+    space is only ever the first character of a match that has others than spaces
+    (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    backend: Any = tokenizer.backend_tokenizer
+    split = backend.pre_tokenizer
+    return (
+        backend.normalizer is None and isinstance(split, ByteLevel) and split.use_regex and not split.add_prefix_space
+    )
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """How many tokens both begin with."""
+    if first == second[: len(first)]:
+        return len(first)
+    return next(at for at, token in enumerate(first) if second[at : at + 1] != [token])
 
 
 def _token_at(encoded: Any, row: int, offset: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -83,6 +84,16 @@ class _TextTrainer(EveryRowOnce, Resumable):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._tokens: list[Tensor] = []  # (real, padded) tokens of the steps since the last log
+        held_out, config = kwargs.get("eval_dataset"), kwargs.get("args")
+        if isinstance(held_out, dict) and config is not None:
+            best = config.metric_for_best_model
+            if not config.load_best_model_at_end:
+                config.metric_for_best_model = None
+            elif not any(str(best).removeprefix("eval_").startswith(f"{name}_") for name in held_out):
+                raise UserError(
+                    f"metric_for_best_model {best}: there are several evaluation sets ({', '.join(held_out)}); name a "
+                    f"figure of one, e.g. eval_{next(iter(held_out))}_loss, or keep the last epoch (select last)"
+                )
         super().__init__(*args, **kwargs)
 
     def _note_tokens(self, real: Tensor) -> None:
@@ -107,6 +118,10 @@ class _TextTrainer(EveryRowOnce, Resumable):
         super().load_log_state(state)
         self._tokens = [torch.tensor(each, device=self.accelerator.device) for each in state["step_tokens"]]
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # --include_num_input_tokens_seen: with prefix sharing the mask has a cell for every query and key
+        super()._track_num_input_tokens({**inputs, "attention_mask": _real(inputs["attention_mask"])})
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # a checkpoint holds a tied weight once; transformers warns as if it had been lost
         tied = getattr(base_model(self.model), "all_tied_weights_keys", {})
@@ -122,6 +137,7 @@ class _TextTrainer(EveryRowOnce, Resumable):
         return LengthSampler(batch, dataset["length"][:], seed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        _check_tokenized(dataset)
         return dataset  # tokenized and capped already
 
 
@@ -140,6 +156,14 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         check_adapters(model, options.get("peft_config"), prefix_sharing=False)
         check_router_loss(base_model(model), args.router_aux_loss_coef)
         super().__init__(model=model, args=args, compute_metrics=_token_mean, **options)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        # transformers' leaves rows of evaluation out with --dataloader_drop_last, which is of training
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def compute_loss(
         self,
@@ -198,10 +222,21 @@ class PairTrainer(_TextTrainer, Trainer):
         raise NotImplementedError
 
     def evaluate(
-        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
+        """transformers' `evaluate`: of several data sets each under its name, `eval_NAME_loss` and so on."""
         started = time.perf_counter()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, dict):
+            every: dict[str, float] = {}
+            for name, rows in dataset.items():
+                every |= self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
+            return every
         figures = self.pair_figures(dataset, "Evaluating")
         metrics = {f"{metric_key_prefix}_{name}": float(values.mean()) for name, values in figures.items()}
         self.log(metrics)
@@ -241,7 +276,7 @@ class PairTrainer(_TextTrainer, Trainer):
         training = model.training
         model.eval()
         parts = []
-        hidden = not self.is_world_process_zero() or None  # None: where stderr is no terminal
+        hidden = not self.is_world_process_zero() or self.args.disable_tqdm or None  # None: where stderr is no terminal
         for inputs in tqdm(loader, desc=description, leave=False, delay=0, disable=hidden):  # a batch may take seconds
             pairs = function(model, self._prepare_inputs(inputs))
             gathered = self.accelerator.gather_for_metrics(list(vars(pairs).values()))
@@ -270,7 +305,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         args: TextDPOConfig | None = None,
         data_collator: None = None,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -296,14 +331,25 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             processing_class = load_tokenizer(name, TextModelConfig(), args.trust_remote_code, "model")
         if isinstance(model, str):
             model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
-        train_dataset, eval_dataset = (
-            rows
-            if rows is None or "prompt_ids" in rows.column_names
-            else tokenized_pairs(rows, processing_class, args.max_length or 0)
-            for rows in (train_dataset, eval_dataset)
-        )
+        cap, tokenizer = args.max_length or 0, processing_class
+
+        def prepared(rows: Any) -> Any:
+            if isinstance(rows, dict):
+                return {name: prepared(each) for name, each in rows.items()}
+            if rows is None or "prompt_ids" in rows.column_names:
+                return rows
+            return tokenized_pairs(rows, tokenizer, cap)
+
+        train_dataset, eval_dataset = prepared(train_dataset), prepared(eval_dataset)
         self.preference_loss = preference_loss(args)
-        self._longest_row = max(max(rows["length"][:]) for rows in (train_dataset, eval_dataset) if rows is not None)
+        adapter = peft_config is not None or hasattr(model, "peft_config")
+        if ref_model is None and not adapter and not args.precompute_ref_log_probs:
+            ref_model = copy.deepcopy(model)  # the policy as it starts
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        splits = [rows for rows in (train_dataset, *held_out.values()) if rows is not None]
+        for rows in splits:
+            _check_tokenized(rows)
+        self._longest_row = max(max(rows["length"][:]) for rows in splits)
         for each in (model, ref_model):
             if each is not None:
                 longest = self._longest_row if args.prefix_sharing else None
@@ -336,8 +382,13 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
         Batches are of like length. The reference's come from the columns that `add_reference` wrote, from the
         reference model otherwise.
+
+        Raises:
+            UserError: the rows have no such columns, and training has changed the only model there is.
         """
         self._check_longest(dataset)
+        if "ref_chosen_logps" not in dataset.column_names:
+            self._check_reference_is_here()
         return self._over_pairs(dataset, self._batch_logps, description)
 
     def _check_longest(self, dataset: Dataset) -> None:
@@ -363,8 +414,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
     def add_reference(self, dataset: Dataset, description: str = "Reference log-probabilities") -> Dataset:
         """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
-        if self.state.global_step > 0 and self.ref_model is None:
-            raise RuntimeError("the policy has moved: the reference's log-probabilities must come before training")
+        self._check_reference_is_here()
         self._check_longest(dataset)
         started = time.perf_counter()
         found = self._cached_reference(dataset)
@@ -379,6 +429,14 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         return dataset.add_column("ref_chosen_logps", found[0].numpy()).add_column(
             "ref_rejected_logps", found[1].numpy()
         )
+
+    def _check_reference_is_here(self) -> None:
+        adapter = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        if self.state.global_step > 0 and self.ref_model is None and not adapter:
+            raise UserError(
+                "the rows have no log-probabilities of the reference, and the model that was it has been trained: call "
+                "add_reference before training, pass a ref_model, or set precompute_ref_log_probs=False"
+            )
 
     def _cached_reference(self, dataset: Dataset) -> tuple[Tensor, Tensor] | None:
         """The log-probabilities as an earlier run left them; every process reads them, or none."""
@@ -474,6 +532,14 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         if not any(name.startswith("eval_") for name in logs):
             logs.update(self._means.take(self.accelerator.reduce))
         super().log(logs, start_time)
+
+
+def _check_tokenized(rows: Dataset) -> None:
+    if "length" not in rows.column_names:
+        raise UserError(
+            f"the rows have no column length (found: {', '.join(rows.column_names)}): make them with "
+            "resdpo_trl.text.tokens.tokenize, and sft_rows or reward_rows after it"
+        )
 
 
 def _real(mask: Tensor) -> Tensor:

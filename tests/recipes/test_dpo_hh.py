@@ -265,7 +265,7 @@ def test_sft_keeps_what_was_asked_for_and_answers_within_the_models_positions(re
 
 @pytest.mark.parametrize("quantized", [["--load_in_4bit", "--merge_adapter"], ["--load_in_8bit"]], ids=["4bit", "8bit"])
 def test_quantized_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, llama_folder, quantized):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     arguments = [
         "--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "2", "--max_new_tokens", "4",
@@ -278,8 +278,11 @@ def test_quantized_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, ll
     test = json.loads((tmp_path / "d" / "summary.json").read_text())["dpo"]["test"]
     assert test["rewards/margins"] != 0
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "d" / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "d" / "policy")
     if "--merge_adapter" in quantized:  # dequantized
         assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    else:  # and where an adapter's answers end
+        assert GenerationConfig.from_pretrained(tmp_path / "d" / "policy").eos_token_id == [tokenizer.eos_token_id]
 
 
 def test_eight_bit_adam_trains(recipe, tmp_path, pairs_file, llama_folder):

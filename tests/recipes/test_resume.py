@@ -148,6 +148,10 @@ def test_a_resumed_run_is_the_run_that_began(runs, tmp_path):
     whole, _ = runs.never_killed("image cross-entropy")
     run = tmp_path / "r"
     shutil.copytree(whole, run)
+    answer = runs.run("image cross-entropy", run, "--learning_rate", "0.5", "--resume_from_checkpoint")
+    assert answer["status"] == 2 and "--learning_rate was 0.001" in answer["said"], answer[
+        "said"
+    ]  # though it has ended
     content = json.loads((run / "run.json").read_text())
     content.pop("complete")
     (run / "run.json").write_text(json.dumps(content))

@@ -649,8 +649,52 @@ def test_numbers_are_not_texts(tmp_path):
 
 def test_no_usable_pair(tmp_path):
     name = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "x", "rejected": "x"}] * 3)
-    with pytest.raises(UserError, match=r"no usable pair in 3 rows \(3 identical\); two different responses"):
+    with pytest.raises(UserError, match="no usable pair in 3 rows: both responses are the same; two different"):
         load(name)
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+PAIR = {"prompt": "a question", "chosen": "good", "rejected": "bad"}
+TURNS_OF_PAIR = {side: [{"role": "user" if side == "prompt" else "assistant", "content": PAIR[side]}] for side in PAIR}
+WINDOWS = {side: f"{H}q{A} {side}".replace("\n", "\r\n") for side in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("p.jsonl", jsonl({"chosen": "good", "rejected": "bad"}), "no common prompt: name its column with --columns"),
+        ("p.jsonl", jsonl(WINDOWS), r"lines of the dialogues end in \\r\\n; convert"),
+        ("p.jsonl", jsonl(PAIR | {"rejected": "good "}), "both responses are the same; two different"),
+        ("p.jsonl", jsonl(PAIR | {"chosen": " "}), "a prompt or a response has no text; fill"),
+        ("p.jsonl", jsonl(PAIR | {"prompt": None}, PAIR | {"prompt": ""}), "a prompt or a response has no text; fill"),
+        ("p.jsonl", jsonl(TURNS_OF_PAIR | {"chosen": [{"role": "assistant", "content": ""}]}), "has no text; fill"),
+        ("p.jsonl", jsonl({"prompt": "q", "chosen": "a", "worse": "b"}), r"no column rejected \(found: chosen, pr"),
+        ("p.jsonl", jsonl(PAIR | {"chosen": 1}), "must be text or lists of messages .*int64"),
+        ("p.jsonl", jsonl(PAIR | {"prompt": {"text": "q"}}), "must be text or lists of messages .*text"),
+        ("p.jsonl", jsonl(PAIR | {"rejected": ["a", "b"]}), "must be text or lists of messages .*List"),
+        ("p.jsonl", jsonl(PAIR) + b'{"prompt": \n', "line 2: not JSON"),
+        ("p.jsonl", jsonl(PAIR, [1]), "line 2: not a JSON object"),
+        ("p.jsonl", jsonl(PAIR, None), "line 2: null is no row"),
+        ("p.jsonl", jsonl(PAIR) + b'{"prompt": "\xff"}\n', "line 2: not UTF-8"),
+        ("p.jsonl", b"", "p.jsonl: the file is empty"),
+        ("p.jsonl", jsonl(PAIR, PAIR | {"chosen": TURNS_OF_PAIR["chosen"]}), "must be text or lists .*chosen: Json"),
+        ("p.jsonl.gz", gzip.compress(jsonl(*[PAIR] * 99))[:40], "gzip stream is damaged; compress it anew"),
+        ("p.jsonl.gz", jsonl(PAIR), "gzip stream is damaged; compress it anew"),
+        ("p.parquet", b"PAR1 no parquet", "can't be read .*not a parquet file.*fix or convert"),
+        ("p.txt", jsonl(PAIR), "p.txt"),
+        ("p.jsonl", jsonl(*[PAIR | {"prompt": "a"}] * 2), "too few for a training, a validation and a test split"),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_was_found(tmp_path, chat_tokenizer, file, content, sentence):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_preferences(DataConfig(dataset_name=str(tmp_path / file)), chat_tokenizer)
+    said = str(refused.value).replace(str(tmp_path), "")
+    assert re.search(sentence, said), said
+    assert file in said and "\n" not in said
 
 
 def test_too_few_conversations_to_split(tmp_path):
@@ -698,3 +742,119 @@ def test_a_limit_takes_a_pair_of_each_conversation_before_a_second_of_any(tmp_pa
     assert prompts[0] < prompts[1] < prompts[2]
     assert len(set(whole[5]["test"]["group"][:])) == 3
     assert len(set(whole[5]["validation"]["group"][:])) == 3
+
+
+# --- message contents, and the columns besides -----------------------------------------------------------------------
+
+
+def talk(number, content="Good {}.", prompt=()):
+    """A pair of conversations whose chosen answer has the content."""
+    answer = content.format(number) if isinstance(content, str) else content
+    return {
+        "prompt": [*prompt, said("user", f"Question {number}")],
+        "chosen": [said("assistant", answer)],
+        "rejected": [said("assistant", f"Bad {number}.")],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [(None, "empty"), ("", "empty"), (" \n", "empty"), ("Bad 7.", "identical"), ("Bad 7. ", None)],
+)
+def test_contents_are_checked_as_texts_are(tmp_path, chat_tokenizer, content, status):
+    rows = [talk(number) for number in range(12)] + [talk(7, content)]
+    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    counts = load_preferences(config, chat_tokenizer).counts
+    assert counts["dropped"] == {"identical": 0, "empty": 0, "no_marker": 0} | ({status: 1} if status else {})
+    assert counts["kept"] == 13 - bool(status)
+
+
+def test_a_turn_of_the_prompt_without_text_or_role_makes_a_pair_unusable_and_an_empty_system_turn_does_not(
+    tmp_path, chat_tokenizer
+):
+    bad = [[said("user", None)], [said("assistant", " ")], [said(None, "Hi")]]
+    rows = [talk(number) for number in range(12)] + [talk(20 + n, prompt=turns) for n, turns in enumerate(bad)]
+    rows += [talk(30, prompt=[said("system", None)]), talk(31, prompt=[said("system", "")])]
+    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    pairs = load_preferences(config, chat_tokenizer)
+    assert pairs.counts["dropped"] == {"identical": 0, "empty": 3, "no_marker": 0}
+    found = {row["shown"]: row["prompt"] for split in pairs.splits.values() for row in split}
+    asked = ("<|im_start|>user\nQuestion {}<|im_end|>\n<|im_start|>assistant\n").format
+    assert found[f"{H}Question 30{A}"] == DEFAULT_TURN + asked(30)
+    assert found[f"{H}Question 31{A}"] == "<|im_start|>system\n<|im_end|>\n" + asked(31)
+
+
+def test_parts_of_type_text_are_joined_and_others_refused(tmp_path, chat_tokenizer):
+    def parts(*texts, kind="text"):
+        return [{"type": kind, "text": text} for text in texts]
+
+    def in_parts(row, kind="text"):
+        return {
+            side: [turn | {"content": parts(turn["content"][:3], turn["content"][3:], kind=kind)} for turn in turns]
+            for side, turns in row.items()
+        }
+
+    plain, joined = (tmp_path / name for name in ("plain.jsonl", "joined.jsonl"))
+    rows = [talk(number) for number in range(12)]
+    found = [
+        load_preferences(DataConfig(dataset_name=write_jsonl(path, each), test_fraction=0.3), chat_tokenizer)
+        for path, each in ((plain, rows), (joined, [in_parts(row) for row in rows]))
+    ]
+    assert found[0]["train"].to_list() == found[1]["train"].to_list()
+    path = write_jsonl(tmp_path / "image.jsonl", [in_parts(row) for row in rows] + [in_parts(talk(13), "image")])
+    with pytest.raises(UserError, match=r"row 13: a message has a content of another type than text .*image.*drop"):
+        load_preferences(DataConfig(dataset_name=path), chat_tokenizer)
+
+
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    + CHATML
+    + "{% if add_generation_prompt and not enable_thinking | default(true) %}<think></think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_and_template_kwargs_reach_the_template_as_in_trl(tmp_path, chat_tokenizer, as_json):
+    chat_tokenizer.chat_template = WITH_TOOLS
+    tools = [{"type": "function", "function": {"name": "lookup"}}]
+    given = json.dumps(tools) if as_json else tools
+    rows = [
+        talk(number) | {"tools": given, "chat_template_kwargs": {"enable_thinking": number % 2 == 0}, "id": number}
+        for number in range(12)
+    ]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    pairs = load_preferences(DataConfig(dataset_name=path), chat_tokenizer)
+    assert pairs.counts["ignored_columns"] == ["id"]
+    rows = [row | {"tools": tools} for row in rows]
+    expected = {
+        chat_tokenizer.apply_chat_template(
+            [*row["prompt"], *row["chosen"]], tools=row["tools"], tokenize=False, **row["chat_template_kwargs"]
+        )
+        for row in rows
+    }
+    found = [row for split in pairs.splits.values() for row in split]
+    assert {row["prompt"] + row["chosen"] for row in found} == expected
+    # what the cap keeps of a prompt: the tools' turn and the template's own
+    header = f"<|im_start|>system\nTools: {json.dumps(tools)}<|im_end|>\n{DEFAULT_TURN}"
+    assert {row["prompt"][: row["header_end"]] for row in found} == {header}
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path, tokenizer, chat_tokenizer):
+    extra = {"tools": '[{"name": "a"}]', "group": "a", "id": 1}
+    rows = [talk(number) | extra for number in range(12)]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    counts = load_preferences(DataConfig(dataset_name=path), chat_tokenizer).counts  # whose template has no tools
+    assert counts["ignored_columns"] == ["group", "id", "tools"]
+    rows = [row | extra for row in write_pairs(30)]
+    path = write_jsonl(tmp_path / "q.jsonl", rows)
+    for its in (None, tokenizer):
+        found = load_preferences(DataConfig(dataset_name=path), its)
+        assert found.counts["ignored_columns"] == ["group", "id", "tools"]
+
+
+def test_tools_that_are_no_json_are_named_with_their_row(tmp_path, chat_tokenizer):
+    chat_tokenizer.chat_template = WITH_TOOLS
+    rows = [talk(number) | {"tools": "[]" if number < 3 else "[{"} for number in range(12)]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    with pytest.raises(UserError, match=r"row 4: tools must be a list of functions or its JSON"):
+        load_preferences(DataConfig(dataset_name=path), chat_tokenizer)

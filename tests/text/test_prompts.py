@@ -8,7 +8,8 @@ import pytest
 from resdpo_trl.errors import UserError
 from resdpo_trl.text import prompts
 from resdpo_trl.text.data import chitchat_pairs
-from resdpo_trl.text.prompts import answer_end, load_prompts, prompt_ids, write_prompt
+from resdpo_trl.text.prompts import answer_ids, load_prompts, prompt_ids, write_prompt
+from tests.conftest import SENTENCEPIECE, sentencepiece_tokenizer
 
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEMPLATE = TURN + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -136,10 +137,16 @@ def test_a_conversation_that_the_template_refuses_is_named(tokenizer, monkeypatc
         write_prompt(MESSAGES, tokenizer)
 
 
-def test_an_answer_ends_as_in_training(tokenizer, monkeypatch):
-    assert answer_end(tokenizer) == [tokenizer.eos_token_id]
-    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE.replace("{% endfor %}", "<end>\n{% endfor %}"))
-    assert tokenizer.decode(answer_end(tokenizer)) == "<end>\n"
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(kind):
+    tokenizer = sentencepiece_tokenizer(kind)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}</s>{% endfor %}<assistant> "
+    prompts, answers = ["how do I keep basil?", [{"role": "user", "content": "comets"}]], ["They are ice", "Ask kindly"]
+    for prompt, answer, ids, merged in zip(prompts, answers, *answer_ids(prompts, answers, tokenizer), strict=True):
+        before = write_prompt(prompt, tokenizer)[0]
+        asked, whole = tokenizer([before, before + answer], add_special_tokens=False)["input_ids"]
+        assert asked[: len(asked) - merged] + ids == whole
+        assert ids != tokenizer(answer, add_special_tokens=False)["input_ids"] or kind == "always"
 
 
 def test_the_quickstarts_prompts_are_held_out(monkeypatch):

@@ -6,11 +6,29 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl import DPOConfig, DPOTrainer
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, rendered_turns, turn_starts
-from resdpo_trl.text.tokens import cache_key, cap_counts, cap_prompt, sft_rows, tokenize, tokenize_prompts
-from tests.conftest import train_tokenizer
+from resdpo_trl.text.tokens import (
+    cache_key,
+    cap_counts,
+    cap_prompt,
+    encode,
+    response_ids,
+    sft_rows,
+    tokenize,
+    tokenize_prompts,
+)
+from tests.conftest import (
+    ANSWERS,
+    CHATML,
+    SENTENCEPIECE,
+    TURNS,
+    sentencepiece_tokenizer,
+    tiny_model,
+    train_tokenizer,
+)
 
 
 def texts(rows):
@@ -232,6 +250,146 @@ def test_sft_learns_the_response_or_everything(tokenizer):
     assert row["input_ids"] == whole["input_ids"] == whole["labels"] == pair["prompt_ids"] + pair["chosen_ids"]
     assert row["labels"] == [-100] * prompt + pair["chosen_ids"]
     assert row["labels"][-1] == tokenizer.eos_token_id
+
+
+# --- a response's tokens are those that it has after its prompt ---------------------------------------------------
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+VICUNA = (  # ends in a space
+    "{% for m in messages %}{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' else ' ') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+LINES = (  # ends in a newline, as an answer may begin, and ends no turn with a special token
+    "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+THINKING = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}")
+TOKENIZERS = {
+    "byte-level BPE": lambda: train_tokenizer(["user: assistant:\n\n\n" * 9, *TURNS * 3, *ANSWERS * 3], 400),
+    "of a chat model": lambda: train_tokenizer(
+        ["user\nassistant\n" * 9, *TURNS * 3, *ANSWERS * 3], 400, ["<|im_start|>", "<|im_end|>"]
+    ),
+} | {f"SentencePiece, {kind}": lambda kind=kind: sentencepiece_tokenizer(kind) for kind in SENTENCEPIECE}
+
+
+def trl_rows(rows, tokenizer, folder):
+    """(prompt, chosen, rejected) ids of rows, as TRL's trainer makes them."""
+    args = DPOConfig(str(folder), report_to="none", use_cpu=True, bf16=False, max_length=None)
+    model, model_copy = (tiny_model("gpt2", vocab_size=len(tokenizer), n_layer=1) for _ in range(2))
+    trained = DPOTrainer(model, model_copy, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return {tuple(tuple(row[name]) for name in columns) for row in trained.train_dataset}
+
+
+def our_rows(rows, tokenizer, folder):
+    Dataset.from_list(rows).to_json(folder / "pairs.jsonl")
+    pairs = load_preferences(DataConfig(dataset_name=str(folder / "pairs.jsonl")), tokenizer)
+    tokenized = [tokenize(pairs[split], tokenizer, 10_000, None, pairs.ends_turns) for split in pairs.splits]
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return {tuple(tuple(row[name]) for name in columns) for split in tokenized for row in split}
+
+
+def answered(beginning=""):
+    """Pairs of conversations; answers begin as asked for."""
+    return [
+        {
+            "prompt": [
+                {"role": "user", "content": f"{number}: {TURNS[number % 6]}"},
+                {"role": "assistant", "content": ANSWERS[number % 3]},
+                {"role": "user", "content": TURNS[number % 5]},
+            ],
+            "chosen": [{"role": "assistant", "content": beginning + ANSWERS[number % 5]}],
+            "rejected": [{"role": "assistant", "content": beginning + ANSWERS[number % 2 + 5]}],
+        }
+        for number in range(12)
+    ]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", ["ZEPHYR", "VICUNA", "LINES", "CHATML", "THINKING"])
+def test_conversations_have_the_tokens_that_trl_gives_them(tmp_path, name, template):
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.chat_template = globals()[template]
+    rows = answered("\n" if template == "LINES" else "")
+    ours = our_rows(rows, tokenizer, tmp_path)
+    assert len(ours) == len(rows)
+    assert ours == trl_rows(rows, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(("ends", "begins"), [("", " "), (" ", ""), ("\n", ""), ("\n", "\n"), ("", ""), (" ", " ")])
+def test_texts_have_the_tokens_that_trl_gives_them(tmp_path, name, ends, begins):
+    tokenizer = TOKENIZERS[name]()
+    rows = [
+        {
+            "prompt": f"{number}: {TURNS[number % 6]} assistant:{ends}",
+            "chosen": begins + ANSWERS[number % 4],
+            "rejected": begins + ANSWERS[number % 4 + 4],
+        }
+        for number in range(12)
+    ]
+    ours = our_rows(rows, tokenizer, tmp_path)
+    assert len(ours) == len(rows)
+    assert ours == trl_rows(rows, tokenizer, tmp_path)
+
+
+PIECES = [
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "a",
+    "'s",
+    "It",
+    " is",
+    ".",
+    "?!",
+    "7",
+    "é",
+    "中",
+    "</s>",
+    "<|endoftext|>",
+    "<|im_end|>",
+]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizing_a_prompt_again_from_a_safe_place_gives_what_the_whole_text_gives(name):
+    """Against the definition: the tokens of the whole text, parted at what the prompt's own tokens share with both."""
+    tokenizer = TOKENIZERS[name]()
+
+    @given(*(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join) for _ in range(3)))
+    @settings(max_examples=60, deadline=None, database=None)
+    def check(prompt, first, second):
+        ids, *whole = tokenizer([prompt, prompt + first, prompt + second], add_special_tokens=False)["input_ids"]
+        shared = next(
+            (at for at, token in enumerate(ids) if any(text[at : at + 1] != [token] for text in whole)), len(ids)
+        )
+        encoded = encode(tokenizer, [prompt])
+        found, (merged,) = response_ids(tokenizer, [prompt], [[first], [second]], encoded)
+        assert len(ids) - merged == shared
+        assert [side for (side,) in found] == [text[shared:] for text in whole]
+
+    check()
+
+
+def test_prompts_whose_end_merges_with_a_response_are_counted(tokenizer):
+    rows = [{"prompt": f"{n}: what is it? ", "chosen": "it is", "rejected": "is it"} for n in range(3)]
+    rows.append({"prompt": "what is it?", "chosen": " it is", "rejected": " is it"})
+    tokenized = tokenize(texts(rows), tokenizer, 64)
+    assert cap_counts(tokenized)["prompts_merged"] == 3
+    assert tokenized["prompt_tokens_merged"][:] == [1, 1, 1, 0]
+    for row, text in zip(tokenized, rows, strict=True):
+        assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"][:-1]) == text["prompt"] + text["chosen"]
+
+
+def test_an_end_of_text_that_a_response_has_is_not_doubled(tokenizer):
+    row = {"prompt": "a", "chosen": f" b{tokenizer.eos_token}", "rejected": " c"}
+    (pair,) = tokenize(texts([row]), tokenizer, 64)
+    assert [pair[side].count(tokenizer.eos_token_id) for side in ("chosen_ids", "rejected_ids")] == [1, 1]
 
 
 @pytest.mark.parametrize(("length", "response"), [(15, None), (32, 25), (32, 0)])

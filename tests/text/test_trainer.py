@@ -14,7 +14,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.job import free
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
-from resdpo_trl.text.config import REFUSED, SFTStageConfig, TextDPOConfig, TextSFTConfig, sft_stage
+from resdpo_trl.text.config import SFTStageConfig, TextDPOConfig, TextSFTConfig, sft_stage
 from resdpo_trl.text.data import SPLITS, DataConfig, load_preferences
 from resdpo_trl.text.tokens import sft_rows, tokenize
 from resdpo_trl.text.trainer import LengthSampler, TextDPOTrainer, TextSFTTrainer
@@ -236,11 +236,48 @@ def test_evaluation_is_over_pairs_not_over_batches(tmp_path, tokenizer):
     assert len(figures["loss"]) == 9  # 4 + 4 + 1
 
 
-def test_the_reference_must_come_before_training(tmp_path, tokenizer):
-    job = trainer(tmp_path, tokenizer, max_steps=1)
+def test_figures_of_new_rows_after_training_need_the_reference(tmp_path, tokenizer):
+    """Never the trained policy as its own reference, at a loss of ln 2: the reference that is kept, or none."""
+    new = tokenized(9, seed=2)
+    gone = trainer(tmp_path / "gone", tokenizer)
+    kept = trainer(tmp_path / "kept", tokenizer, precompute_ref_log_probs=False)  # TRL's: a model of its own
+    stored = gone.add_reference(new)
+    for job in (gone, kept):
+        job.train()
+    for call in (gone.evaluate, gone.score, gone.add_reference):
+        with pytest.raises(UserError, match="the model that was it has been trained: call add_reference before"):
+            call(new)
+    expected = gone.evaluate(stored)["eval_loss"]
+    assert kept.evaluate(new)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - math.log(2)) > 0.001
+
+
+def test_several_evaluation_sets_have_figures_each(tmp_path, tokenizer):
+    held_out = {"short": tokenized(5, seed=1), "long": tokenized(8, seed=2)}
+    job = trainer(
+        tmp_path, tokenizer, evaluation=held_out, eval_strategy="epoch", metric_for_best_model="eval_long_loss"
+    )
     job.train()
-    with pytest.raises(RuntimeError, match="before training"):
-        job.add_reference(tokenized(3))
+    (logged,) = [row for row in job.state.log_history if "eval_short_loss" in row]
+    assert logged["step"] == job.state.global_step
+    every = job.evaluate()
+    for name in held_out:
+        for figure, value in job.evaluate(name).items():
+            assert every[figure.replace("eval_", f"eval_{name}_")] == value
+    assert every["eval_short_loss"] != every["eval_long_loss"]
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("kind", ["all", "non_padding"])
+def test_tokens_seen_are_counted_and_no_cells_of_the_mask(tmp_path, tokenizer, sharing, kind):
+    data = tokenized(8)
+    job = trainer(
+        tmp_path, tokenizer, train=data, prefix_sharing=sharing, include_num_input_tokens_seen=kind, num_train_epochs=1
+    )
+    job.train()
+    tokens = sum(data["length"]) + (0 if sharing else sum(map(len, data["prompt_ids"])))
+    seen = job.state.num_input_tokens_seen
+    assert seen == tokens if kind == "non_padding" else tokens < seen < 4 * tokens
 
 
 def test_lora_trains_against_its_base(tmp_path, tokenizer):
@@ -316,27 +353,6 @@ def test_every_row_comes_once_an_epoch(rows):
 
 # --- what is refused -----------------------------------------------------------------------------------------------
 
-ASKED = {
-    "ld_alpha": 0.5,
-    "use_weighting": True,
-    "padding_free": True,
-    "truncation_mode": "keep_end",
-    "use_liger_kernel": True,
-    "model_init_kwargs": {"dtype": "bfloat16"},
-    "pad_token": "<pad>",
-    "pad_to_multiple_of": 8,
-    "dataset_num_proc": 4,
-    "sync_ref_model": True,
-    "ref_model_mixup_alpha": 0.5,
-    "ref_model_sync_steps": 1,
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_options_that_are_not_honoured_are_refused_by_name(tmp_path, name):
-    with pytest.raises(UserError, match=f"--{name}"):
-        config(tmp_path, **{name: ASKED[name]})
-
 
 @pytest.mark.parametrize(
     ("options", "named"),
@@ -353,17 +369,6 @@ def test_options_that_are_not_honoured_are_refused_by_name(tmp_path, name):
 def test_senseless_options_name_the_flag(tmp_path, options, named):
     with pytest.raises(UserError, match=named):
         config(tmp_path, **options)
-
-
-def test_every_option_of_trls_loss_is_honoured_or_refused():
-    """A new field of TRL's DPOConfig shows here: honour it, refuse it, or say that it does not touch the loss."""
-    own = set(DPOConfig.__dataclass_fields__) - set(DPOConfig.__mro__[1].__dataclass_fields__)
-    honoured = {
-        "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
-        "discopop_tau", "disable_dropout", "max_length", "precompute_ref_log_probs", "precompute_ref_batch_size",
-        "activation_offloading", "trust_remote_code", "router_aux_loss_coef",
-    }  # fmt: skip
-    assert own <= honoured | set(REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -414,6 +419,17 @@ def test_sft_follows_trls_trainer(tmp_path, tokenizer, completion_only_loss, opt
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
     tokens = [[entry["num_tokens"] for entry in job.state.log_history if "loss" in entry] for job in (ours, theirs)]
     assert tokens[0] == tokens[1]
+
+
+def test_a_dropped_last_batch_is_of_training_alone(tmp_path, tokenizer):
+    rows = sft_rows(tokenized(10), True)
+    args = TextSFTConfig(
+        str(tmp_path), per_device_train_batch_size=4, per_device_eval_batch_size=4, use_cpu=True, bf16=False,
+        disable_tqdm=True, dataloader_drop_last=True, eval_strategy="no", select="last", save_strategy="no",
+    )  # fmt: skip
+    job = TextSFTTrainer(tiny_model("gpt2"), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    assert len(job.get_train_dataloader()) == 2 and len(job.get_eval_dataloader()) == 3
+    assert args.dataloader_drop_last
 
 
 def test_the_sft_stage_takes_what_both_stages_have(tmp_path):
