@@ -9,11 +9,13 @@ One row becomes
     header_end   where the prompt's first turn starts: what comes before it (a template's system turn) is kept
     shown        the prompt as people read it, in HH's form, whatever the format
     group        a digest of the conversation's opening turn: what keeps a conversation's pairs in one split
-    whole        a digest of the whole prompt; both digests are of the data's own text or messages, so that they are the
-                 same whatever chat template rendered them
+    whole        a digest of the whole prompt
+    pair         a digest of the prompt and the two responses, whichever is chosen: what no two splits may share
+
 
 or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt, or `no_marker`,
-a dialogue whose two sides share no "\\n\\nAssistant:".
+a dialogue whose two sides share no "\\n\\nAssistant:". The digests are of the data's own text or messages, so that
+they are the same whatever chat template rendered them.
 
 The format is `plain` or `chat`. `plain` keeps texts as they are, which suits a base model. `chat` turns them into
 messages (Human is the user, Assistant the assistant, a prompt without speakers one turn of the user) and renders them
@@ -38,7 +40,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import check_held_out, first_line, load_rows
+from resdpo_trl.sources import (
+    SPLITS,
+    DatasetConfig,
+    check_not_empty,
+    choose_splits,
+    first_line,
+    held_out_first,
+    load_rows,
+)
 from resdpo_trl.text.tokens import cache_key, tokenizer_state
 
 if TYPE_CHECKING:
@@ -55,12 +65,6 @@ REASONS = ("identical", "empty", "no_marker")
 COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # HH's names of the roles
 NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for each costs a pass of the template
-SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {  # the first word of a data set's own name of a split
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
-    "test": ("test", "testing"),
-}
 MENU = (
     "needs columns chosen and rejected (HH dialogues or conversations), or prompt, chosen and rejected; "
     "rename them with datasets' rename_column"
@@ -68,7 +72,7 @@ MENU = (
 
 
 @dataclass
-class DataConfig:
+class DataConfig(DatasetConfig):
     """Which preference pairs to use, and how many."""
 
     _argument_group_name = "data"
@@ -79,19 +83,6 @@ class DataConfig:
             "help": "Preference pairs: a Hub id (Anthropic/hh-rlhf), a folder, a .jsonl, .jsonl.gz or .parquet file, "
             "or 'chitchat', the quickstart's, which need no network."
         },
-    )
-    dataset_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder inside the data set: harmless-base, helpful-base, … of HH."}
-    )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training pairs."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation pairs."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Use at most this many test pairs."})
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the pairs held out for validation where the data has no such split."}
-    )
-    test_fraction: float = field(
-        default=0.15, metadata={"help": "Share of the pairs held out for the test where the data has no such split."}
     )
     max_response_length: int | None = field(
         default=None,
@@ -111,9 +102,6 @@ class DataConfig:
         default="chosen",
         metadata={"help": "Which side is preferred; 'rejected' swaps the pairs of both stages (the 'bad' model)."},
     )
-
-    def __post_init__(self) -> None:
-        check_held_out(self)
 
 
 @dataclass
@@ -158,9 +146,9 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
             template that is missing or refuses a row.
     """
     template = _template(config, tokenizer)
-    sources = _by_split(_load(config), config.dataset_name)
+    sources, unused = _by_split(_load(config), config)
     parsed: dict[str, Dataset] = {}
-    counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
+    counts: dict[str, Any] = {"source": config.dataset_name, "splits_left_out": unused, "rows": 0, "kept": 0}
     statuses: Counter[str] = Counter()
     for name, rows in sources.items():
         kind = _kind(rows, config.dataset_name)
@@ -182,14 +170,9 @@ def load_preferences(config: DataConfig, tokenizer: PreTrainedTokenizerBase | No
             f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows ({reasons or 'no rows'}); "
             "two different responses to one prompt are needed"
         )
-    splits, counts["left_out"] = _split(parsed, config)
+    splits, counts["left_out"], counts["copies_removed"] = _split(parsed, config)
     counts.update({name: len(rows) for name, rows in splits.items()})
-    for name in SPLITS:
-        if counts[name] == 0:
-            raise UserError(
-                f"--dataset_name {config.dataset_name}: no usable pair in its split {name}; mend that split, or drop "
-                "it to have one held out"
-            )
+    check_not_empty(counts)
     return Preferences(splits, counts, ends_turns=template is not None)
 
 
@@ -391,22 +374,17 @@ def _load(config: DataConfig) -> dict[str, Dataset]:
     return {name: rows.select_columns([c for c in rows.column_names if c != "group"]) for name, rows in found.items()}
 
 
-def _by_split(sources: dict[str, Dataset], name: str) -> dict[str, Dataset]:
-    """The raw rows by `SPLITS`, of a data set whose split names say clearly which is which."""
-    found: dict[str, Dataset] = {}
-    for own, rows in sources.items():
-        word = re.split(r"[^a-z]", own.lower())[0]
-        split = next((split for split, words in SPLIT_NAMES.items() if word in words), None)
-        if split is None or split in found:
-            reason = "is neither train nor validation nor test" if split is None else f"is not the only one for {split}"
-            raise UserError(
-                f"--dataset_name {name}: its split {own} {reason} (found: {', '.join(sources)}); keep one of each, and "
-                "save them under these names with datasets' save_to_disk"
-            )
-        found[split] = rows
-    if "train" not in found:
-        raise UserError(f"--dataset_name {name}: no training split (found: {', '.join(sources)})")
-    return found
+def _by_split(sources: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, Dataset], list[str]]:
+    """The raw rows by `SPLITS`, and the data's own splits that are not used."""
+    from datasets import concatenate_datasets
+
+    used, left_out = choose_splits(sources, config)
+    try:
+        return {split: concatenate_datasets([sources[name] for name in own]) for split, own in used.items()}, left_out
+    except ValueError as error:
+        raise UserError(
+            f"--dataset_train_split {' '.join(used['train'])}: their columns differ ({first_line(error)})"
+        ) from None
 
 
 def _kind(rows: Dataset, name: str) -> str:
@@ -454,6 +432,7 @@ def _parse(
         "shown": Value("string"),
         "group": Value("string"),
         "whole": Value("string"),
+        "pair": Value("string"),
         "status": Value("string"),
     }
     rows = rows.select_columns([name for name in (*COLUMNS, "group") if name in rows.column_names])
@@ -486,7 +465,7 @@ def _parse_batch(
     out: dict[str, list[Any]] = {
         name: []
         for name in (
-            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "status",
+            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "pair", "status",
         )
     }  # fmt: skip
     size = len(batch["chosen"])
@@ -516,6 +495,7 @@ def _parse_batch(
         out["shown"].append(pair.shown)
         out["group"].append(_digest(group) if group else pair.group)
         out["whole"].append(pair.whole)
+        out["pair"].append(pair.pair)
         out["status"].append(pair.status)
     return out
 
@@ -534,6 +514,7 @@ class _Pair:
     shown: str = ""
     group: str = ""
     whole: str = ""
+    pair: str = ""
     status: str = "kept"
 
 
@@ -555,6 +536,7 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
     early = kind == "dialogue" and (MARKER in chosen or MARKER in rejected)
     return _Pair(
         prompt, chosen, rejected, starts, shown=prompt, group=_digest(_opening(prompt, starts)), whole=_digest(prompt),
+        pair=_digest(json.dumps([prompt, *sorted([chosen.strip(), rejected.strip()])])),
         status="parted_early" if early else "kept",
     )  # fmt: skip
 
@@ -568,8 +550,9 @@ def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Me
     messages, good, bad = _parted(prompt, chosen, rejected)
     if not messages or not good or not bad:
         return "empty"
-    opening, whole = (_digest(json.dumps(part, default=str)) for part in (messages[:1], messages))
-    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole)
+    told = [json.dumps(part, default=str) for part in (messages[:1], messages, good, bad)]
+    opening, whole, pair = map(_digest, (told[0], told[1], "\n".join([told[1], *sorted(told[2:])])))
+    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole, pair=pair)
 
 
 def _render(pair: _Pair, template: Any) -> _Pair:
@@ -691,9 +674,10 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, Dataset], int]:
-    """Three splits: the data's own where it has them, the rest held out from its training rows by group; and how many
-    rows are in none, for their conversation has others in a held-out split that was full.
+def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, Dataset], int, dict[str, int]]:
+    """Three splits: the data's own where it has them, the rest held out from its training rows by group; how many rows
+    are in none, for their conversation has others in a held-out split that was full; and how many a split loses because
+    a held-out one has them too.
 
     Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the file. A
     limit takes one row of each group before a second one of any (`_spread`): pairs of one conversation share much of
@@ -705,15 +689,15 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
     order = np.argsort(groups, kind="stable")
     # (S,) where in the order a group begins: the only places to cut
     starts = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]]) if len(order) else np.empty(0, int)
-    limits = {"test": config.max_test_samples, "validation": config.max_eval_samples}
+    limits = {
+        "test": config.max_test_samples, "validation": config.max_eval_samples, "train": config.max_train_samples
+    }  # fmt: skip
     shares = {"test": config.test_fraction, "validation": config.validation_fraction}
-    splits: dict[str, Dataset] = {}
+    places: dict[str, np.ndarray] = {}  # of each split's rows in its table
     taken = left_out = 0
     for split in ("test", "validation"):
-        own_rows = rows_of.get(split)
-        if own_rows is not None:
-            chosen = _spread(np.asarray(own_rows["group"][:]))[: limits[split]]
-            splits[split] = own_rows.select(np.sort(chosen))
+        if split in rows_of:
+            places[split] = np.arange(len(rows_of[split]))
             continue
         wanted = min(limits[split] or len(rows), max(1, round(shares[split] * len(rows))))
         later = starts[starts >= taken + wanted]
@@ -722,12 +706,20 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
                 f"--dataset_name {config.dataset_name}: {len(rows)} usable pairs of {len(starts)} conversations are "
                 "too few for a training, a validation and a test split; three conversations is the least"
             )
-        splits[split] = rows.select(np.sort(order[taken : taken + wanted]))
+        places[split] = order[taken : taken + wanted]
         left_out += int(later[0]) - taken - wanted
         taken = int(later[0])
-    left = order[taken:]
-    splits["train"] = rows.select(np.sort(left[_spread(groups[left])][: config.max_train_samples]))
-    return {split: splits[split] for split in SPLITS}, left_out
+    places["train"] = order[taken:]
+    tables = {split: rows_of.get(split, rows) for split in SPLITS}
+    kept, copies = held_out_first({split: np.asarray(tables[split]["pair"][:])[places[split]] for split in SPLITS})
+    splits: dict[str, Dataset] = {}
+    for split in SPLITS:
+        place = places[split][kept[split]]
+        if split in rows_of:
+            own_groups = groups if split == "train" else np.asarray(rows_of[split]["group"][:])
+            place = place[_spread(own_groups[place])][: limits[split]]
+        splits[split] = tables[split].select(np.sort(place))
+    return splits, left_out, copies
 
 
 def _spread(groups: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from resdpo_trl.files import step_of
 from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
-from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SPLITS, describe_left_out
 from resdpo_trl.text.config import (
     SamplesConfig,
     SFTStageConfig,
@@ -32,7 +32,7 @@ from resdpo_trl.text.config import (
     TextSFTConfig,
     sft_stage,
 )
-from resdpo_trl.text.data import QUICKSTART, SPLITS, DataConfig, fingerprint, load_preferences
+from resdpo_trl.text.data import QUICKSTART, DataConfig, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows, save_reward_model, untrained_reward_model
@@ -447,7 +447,7 @@ def describe_data(counts: dict[str, Any]) -> str:
         f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test{left_out}; "
         f"dropped: {dropped}{repaired}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
         f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "
-        f"{cap['pairs_lost'] or 'no'} pair lost"
+        f"{cap['pairs_lost'] or 'no'} pair lost{describe_left_out(counts)}"
     )
 
 

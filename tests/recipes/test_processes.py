@@ -60,6 +60,15 @@ def test_two_processes_follow_one(both, training):
     assert (first["weights"], first.get("reference")) == (second["weights"], second.get("reference"))
 
 
+def test_the_best_epoch_is_one_decision(both):
+    """On one process and on two: the main process's least validation loss, which comes before the last epoch."""
+    for found in (each["best epoch"] for each in both):
+        losses = {int(step): loss for step, loss in both[0]["best epoch"]["losses"].items()}
+        best = min(losses, key=losses.get)
+        assert best < max(losses)
+        assert found["best"] == f"checkpoint-{best}" and found["recorded"].endswith(found["best"]) and found["kept"]
+
+
 def test_a_moving_reference_has_the_main_processs_batch_norms(both):
     _, first, second = (found["images, batch norms"] for found in both)
     assert first["reference"] == second["reference"]
