@@ -250,8 +250,9 @@ def load_rows(name: str, data_dir: str | None, revision: str | None, quickstart:
             with _quiet():
                 where: dict[str, Any] = {"path": name, "data_dir": data_dir}
                 if path.is_dir() and glob.has_magic(str(full := path.resolve() / (data_dir or ""))):
-                    # as above: only the folder inside a data set may be written as a pattern
-                    where = {"path": full.anchor, "data_dir": glob.escape(str(full.relative_to(full.anchor)))}
+                    # as above; but only the folder inside a data set may be written as a pattern
+                    above = next(folder for folder in full.parents if not glob.has_magic(str(folder)))
+                    where = {"path": str(above), "data_dir": glob.escape(str(full.relative_to(above)))}
                 loaded = load_dataset(**where, revision=revision, cache_dir=_cache_of(content) if content else None)
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, DatasetNotFoundError) as error:
         raise UserError(

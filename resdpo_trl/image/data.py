@@ -97,6 +97,10 @@ class Images:
     def __getitem__(self, rows: Any) -> Images:
         return Images(self.pixels[rows], self.labels[rows])
 
+    def digests(self) -> list[str]:
+        """(N,) a digest of each image's pixels, whatever its label."""
+        return [hashlib.blake2b(row.data, digest_size=8).hexdigest() for row in self.pixels.flatten(1).numpy()]
+
     def fingerprint(self) -> str:
         """A digest of the content, the same however it was loaded."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
@@ -135,7 +139,7 @@ def load_images(config: ImageDataConfig) -> LabelledImages:
     limits = {"test": config.max_test_samples, "validation": config.max_eval_samples}
     shares = {"test": config.test_fraction, "validation": config.validation_fraction}
     images = sources["train"]
-    digests = {split: _digests(rows) for split, rows in sources.items()}
+    digests = {split: np.array(rows.digests()) for split, rows in sources.items()}
     drawn = np.random.default_rng(0).permutation(len(images))
     # the same, with an image's copies behind it: they go into one split
     _, first, copy_of = np.unique(digests["train"][drawn], return_index=True, return_inverse=True)
@@ -170,12 +174,6 @@ def load_images(config: ImageDataConfig) -> LabelledImages:
     trained = splits["train"].labels.unique().tolist()
     counts["classes_without_training_images"] = [name for at, name in enumerate(names) if at not in trained]
     return LabelledImages(splits, names, counts)
-
-
-def _digests(images: Images) -> np.ndarray:
-    """(N,) texts: of each image's pixels, whatever its label."""
-    rows = images.pixels.flatten(1).numpy()
-    return np.array([hashlib.blake2b(row.data, digest_size=16).hexdigest() for row in rows])
 
 
 def _joined(parts: list[Images]) -> Images:
@@ -424,10 +422,10 @@ def _decode_one(image: dict[str, Any] | None, place: str, config: ImageDataConfi
 
     if not image or (image.get("bytes") is None and image.get("path") is None):
         raise UserError(f"{place} has no image; drop the row")
-    if image.get("path"):
-        place = f"{image['path']} ({place})"
     if image.get("bytes") is None and not Path(image["path"]).is_file():  # a device or a pipe may never end
         raise UserError(f"{place}: its path is no file; drop the row")
+    if image.get("path"):
+        place = f"{image['path']} ({place})"
     source = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
     try:
         with Image.open(source, formats=FORMATS) as opened:

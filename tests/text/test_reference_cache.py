@@ -70,7 +70,7 @@ def test_another_forward_is_another_key(tmp_path, tokenizer, first):
 
 def test_another_precision_is_another_key(tmp_path, tokenizer, first):
     assert again(tmp_path, tokenizer, bf16=True).reference_pairs_read == 0
-    assert again(tmp_path, tokenizer, model=tiny_model("gpt2").to(torch.bfloat16)).reference_pairs_read == 0
+    assert again(tmp_path, tokenizer, bf16=False).reference_pairs_read > 0
 
 
 def test_other_code_is_another_key(tmp_path, tokenizer, first, monkeypatch):
