@@ -119,21 +119,22 @@ def run(folder: Path) -> dict:
 
 
 class OwnFigures(ClassifierTrainer):
-    """Every process but the main one sees the validation figures with the other sign, and its best epoch is the worst:
-    what rounding does to two like figures."""
+    """The main process sees the validation figures with the other sign, so that its best epoch is the first one, where
+    that of the others is the last: as rounding may turn two like figures round."""
 
     def _figures(self, images: Images) -> dict[str, float]:
         figures = super()._figures(images)
-        return figures if self.is_world_process_zero() else {name: -value for name, value in figures.items()}
+        return {name: -value for name, value in figures.items()} if self.is_world_process_zero() else figures
 
 
 def best_epoch(folder: Path) -> dict:
-    """Random labels: the more is learned of them, the worse the validation gets, so that the first epoch is the best.
+    """A training whose best epoch is not the last one, and on which the processes do not agree.
 
     Returns:
-        The main process's losses, the step that this process takes for the best, and whether it ends with its weights.
+        This process's losses, the step that this process takes for the best, and whether it ends with its weights.
     """
     options = {"save_strategy": "epoch", "load_best_model_at_end": True, "learning_rate": 1e-2}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": False}
     trainer = OwnFigures(
         classifier(),
         CrossEntropyConfig(**shared(folder / "best", **options), dataloader_drop_last=False),

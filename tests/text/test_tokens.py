@@ -117,8 +117,8 @@ def test_what_is_cached_is_keyed_by_all_that_changes_it(tmp_path, chat_tokenizer
         passes.clear()
         tokenizer = copy.deepcopy(chat_tokenizer)
         pairs = load_preferences(DataConfig(dataset_name=str(path), **options), tokenizer)
-        first = tokenize(pairs["train"], tokenizer, cap, ends_turns=pairs.ends_turns)[0]
-        return set(passes), (first["prompt_ids"], first["chosen_ids"], first["rejected_ids"])
+        tokenized = tokenize(pairs["train"], tokenizer, cap, ends_turns=pairs.ends_turns)
+        return set(passes), tokenized.to_list()
 
     def write(rows):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
