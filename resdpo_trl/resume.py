@@ -7,6 +7,8 @@ transformers saves weights, optimizer, schedule and random states. What it leave
 - so is what was still owed: a signal saves before the step's evaluation, which the resumed run makes up for;
 - a run that is resumed at its last step trains no further (transformers 5.23 trains one step too many);
 - the best checkpoint is looked for where the run stands now, also when its folder was moved;
+- which step is the best is decided by the main process, for all: transformers lets each process compare its own figure
+  and look for the folder, so that one may load the best weights and another keep the last;
 - SIGTERM and Ctrl-C end training after a step and its checkpoint, on every process after the same one;
 - a loss or weights that are not finite end training, before they are saved as a good checkpoint.
 """
@@ -128,8 +130,9 @@ class Resumable(Trainer):
             unfinished.mkdir(parents=True, exist_ok=True)  # another process than the main one may come first
             self.save_more(unfinished)
             (unfinished / f"log_state_{self.args.process_index}.json").write_text(json.dumps(self.log_state()))
-            if self.state.best_model_checkpoint != best:  # this one; what was saved for a signal alone is not kept so
-                self.state.best_model_checkpoint = str(target) if self._due else best
+            # what was saved for a signal alone is not kept as the best
+            is_best = self.state.best_global_step == step and self._due
+            self.state.best_model_checkpoint = str(target) if is_best else best
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / "trainer_state.json"))
@@ -148,6 +151,14 @@ class Resumable(Trainer):
                 )
         self.accelerator.wait_for_everyone()
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        state = self.state
+        decided: list[Any] = [super()._determine_best_metric(metrics, trial), state.best_metric, state.best_global_step]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(decided, 0, group=self._cpu_group)
+        is_new, state.best_metric, state.best_global_step = decided
+        return bool(is_new)
+
     @contextmanager
     def _writing(self, target: Path, aside: Path) -> Iterator[None]:
         try:
@@ -165,7 +176,10 @@ class Resumable(Trainer):
         found = super()._init_training_state(*args, **kwargs)
         if self._resumed_from and self._best_recorded:
             best = Path(self.args.output_dir) / Path(self._best_recorded).name
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+            found_best: list[Any] = [str(best) if best.is_dir() else None]
+            if self.args.world_size > 1:
+                torch.distributed.broadcast_object_list(found_best, 0, group=self._cpu_group)
+            self.state.best_model_checkpoint = found_best[0]
         return found
 
     def _go_on(self) -> None:

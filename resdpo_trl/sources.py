@@ -1,17 +1,28 @@
-"""Where rows and models come from: a file, a folder, a data set saved by `datasets`, or a Hub id."""
+"""Where rows and models come from: a file, a folder, a data set saved by `datasets`, or a Hub id.
+
+Which of a data set's own splits are used, and for what, is decided here too: a split is trained on only where its name
+or a flag says so, and a row that a held-out split has is not trained on.
+"""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import glob
 import gzip
+import hashlib
 import json
+import mimetypes
+import re
 import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.run import LONGEST_LINE
@@ -31,6 +42,158 @@ SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the Hub
 LEAST_HELD_OUT = 32  # rows of a held-out split, where there are six times as many
 LEAST_STEPS = 4  # of an epoch
 MOST_UNPACKED = 200  # times a .gz file's size; text gains 3 to 30
+SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {  # what a data set calls its own splits
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+
+
+@dataclass
+class DatasetConfig:
+    """Which rows to use, pairs or images alike, and how many."""
+
+    dataset_name: str = ""
+    dataset_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder inside the data set: harmless-base, helpful-base, … of HH."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
+    dataset_train_split: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The data's own splits to train on; by default the one that is named train or training, or whose "
+            "name begins so."
+        },
+    )
+    dataset_validation_split: str | None = field(
+        default=None, metadata={"help": "The data's own split to validate on; by default the one that is named so."}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "The data's own split to test on; by default the one that is named so."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation rows."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use at most this many test rows."})
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share held out from the training rows where the data has no such split."}
+    )
+    test_fraction: float = field(
+        default=0.15, metadata={"help": "Share held out for the test where the data has no such split."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: must be at least 1")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
+
+
+def choose_splits(
+    found: Iterable[str], config: DatasetConfig, held_out: bool = False
+) -> tuple[dict[str, list[str]], list[str]]:
+    """What each of a data set's own splits is for.
+
+    A split that no flag names is used where its name is one of `SPLIT_NAMES`, or else where it is the only one whose
+    first word is: train_prefs.
+
+    Args:
+        found: the names of the splits.
+        config: the flags.
+        held_out: only a test split is wanted. Where the data set has a single split, it is that one; nothing is said
+            to be trained on then, nor where the data set has a test split.
+
+    Returns:
+        The names of the splits for train, and of the one for validation and for test where there is one; and the names
+        of the splits that are used for nothing.
+
+    Raises:
+        UserError: no split to train on, several for one purpose, or a flag names one that is not there or is in use.
+    """
+    names, place = list(found), f"--dataset_name {config.dataset_name}"
+    if held_out:
+        asked_for = config.dataset_test_split
+        tests = [name for name in names if name == (asked_for or name) and (asked_for or len(names) == 1)]
+        tests = tests or [name for name in names if not asked_for and name.lower() in SPLIT_NAMES["test"]]
+        if tests:
+            return {"test": tests[:1]}, [name for name in names if name != tests[0]]
+    asked: dict[str, list[str]] = {"train": config.dataset_train_split or []}
+    for split, name in (("validation", config.dataset_validation_split), ("test", config.dataset_test_split)):
+        asked[split] = [name] if name else []
+    flagged = [name for each in asked.values() for name in each]
+    for name in flagged:
+        flag = next(split for split, each in asked.items() if name in each)
+        if name not in names:
+            raise UserError(f"--dataset_{flag}_split {name}: no such split (found: {', '.join(names)})")
+        if flagged.count(name) > 1:
+            raise UserError(f"--dataset_{flag}_split {name}: a split serves one purpose, and two flags name this one")
+    free = [name for name in names if name not in flagged]
+    used: dict[str, list[str]] = {}
+    for split, words in SPLIT_NAMES.items():
+        exact = [name for name in free if name.lower() in words]
+        alike = exact or [name for name in free if re.split(r"[^a-z]", name.lower())[0] in words]
+        if not asked[split] and len(alike) > 1:
+            raise UserError(
+                f"{place}: its splits {' and '.join(alike)} are both for {split}: name one with --dataset_{split}_split"
+            )
+        used[split] = asked[split] or alike
+    if not used["train"]:
+        raise UserError(
+            f"{place}: no training split (found: {', '.join(names)}): name what to train on with --dataset_train_split"
+        )
+    left_out = [name for name in names if not any(name in each for each in used.values())]
+    return {split: each for split, each in used.items() if each}, left_out
+
+
+def held_out_first(digests: Mapping[str, Sequence[Any]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Which rows each split keeps, so that no row is in two of them: test's all, then validation's, then train's.
+
+    Args:
+        digests: (N,) of each split, of what makes two rows the same.
+
+    Returns:
+        (N,) bool of each split, and how many rows validation and train lose.
+    """
+    seen: set[Any] = set()
+    kept: dict[str, np.ndarray] = {}
+    for split in ("test", "validation", "train"):
+        kept[split] = np.fromiter((each not in seen for each in digests[split]), bool, len(digests[split]))
+        seen.update(digests[split])
+    return kept, {split: int((~kept[split]).sum()) for split in ("train", "validation")}
+
+
+def describe_left_out(counts: dict[str, Any]) -> str:
+    """A line on the data's own splits that are not used and the rows that two splits had, for the terminal; or none."""
+    parts = []
+    if counts["splits_left_out"]:
+        parts.append(
+            f"splits left out: {', '.join(counts['splits_left_out'])} (neither their names nor "
+            "--dataset_train_split say what they are for)"
+        )
+    copies = counts["copies_removed"]
+    if any(copies.values()):
+        parts.append(
+            f"removed because a held-out split has them too: {copies['train']} from train, {copies['validation']} from "
+            "validation"
+        )
+    return "".join(f"\n{part}" for part in parts)
+
+
+def check_not_empty(counts: dict[str, Any]) -> None:
+    """Raise a UserError where one of the three splits has no row."""
+    for split in SPLITS:
+        if counts[split] == 0:
+            lost = counts["copies_removed"].get(split, 0)
+            reason = f"; all its {lost} rows are in a held-out split too" if lost else ""
+            raise UserError(
+                f"--dataset_name {counts['source']}: nothing usable in its split {split}{reason}; fix that split, or "
+                "drop it to have one held out"
+            )
 
 
 def check_model_folder(name: str, flag: str) -> None:
@@ -55,19 +218,6 @@ def check_model_folder(name: str, flag: str) -> None:
             f"{flag} {name}: no safetensors weights in the folder; pickled ones are not loaded: save it anew with "
             "save_pretrained"
         )
-
-
-def check_held_out(config: Any) -> None:
-    """Raise a UserError where a data configuration's limits or held-out shares make no sense."""
-    for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    for name in ("validation_fraction", "test_fraction"):
-        if not 0 < getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must lie between 0 and 1")
-    if config.validation_fraction + config.test_fraction >= 1:
-        raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
 
 
 def held_out_size(rows: int, share: float, limit: int | None) -> int:
@@ -137,12 +287,19 @@ def load_rows(
     saved_whole = path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists())
     if saved_whole and data_dir is not None:
         raise UserError(f"--dataset_data_dir {data_dir}: {name} is what save_to_disk wrote, in one piece; drop it")
+    content = _content(path) if path.is_dir() else ""
     try:
         if saved_whole:
             loaded = load_from_disk(str(path))
         else:
             with _quiet():
-                loaded = load_dataset(name, subset, data_dir=data_dir, revision=revision)
+                where: dict[str, Any] = {"path": name, "data_dir": data_dir}
+                if path.is_dir() and glob.has_magic(str(full := path.resolve() / (data_dir or ""))):
+                    # `datasets` takes a path for a pattern; but only the folder inside a data set may be written as one
+                    above = next(folder for folder in full.parents if not glob.has_magic(str(folder)))
+                    where = {"path": str(above), "data_dir": glob.escape(str(full.relative_to(above)))}
+                cache = _cache_of(content) if content else None
+                loaded = load_dataset(**where, name=subset, revision=revision, cache_dir=cache)
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, DatasetNotFoundError) as error:
         raise UserError(
             f"{place}: not a local path, and the Hub does not give it ({first_line(error)}); pass a folder, "
@@ -152,7 +309,37 @@ def load_rows(
         for file in sorted(path.rglob("*.json*")) if path.is_dir() else ():
             _find_bad_line(file)
         raise UserError(f"{place} can't be loaded ({first_line(error)})") from None
-    return dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+    found = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+    return _known_by(found, content) if content else found
+
+
+def _content(path: Path) -> str:
+    """A digest of a local data set's files, by name and content; `datasets` knows a file by its path and time alone.
+
+    Image files are left out, which are read anew each time, and so is what `datasets` itself keeps in a folder.
+    """
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        kind = mimetypes.guess_type(file.name)[0] or ""
+        if file.is_file() and not kind.startswith("image/") and not file.name.startswith("cache-"):
+            with open(file, "rb") as opened:
+                own = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest.update(f"{file.relative_to(path)} {own}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _cache_of(content: str) -> str:
+    """Where `datasets` keeps the rows that it made of this content."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    return str(Path(HF_DATASETS_CACHE) / "resdpo_trl" / content[:32])
+
+
+def _known_by(rows: dict[str, Dataset], content: str) -> dict[str, Dataset]:
+    """The rows, with the content in the name under which `datasets` keeps what is computed from them."""
+    for split, each in rows.items():
+        each._fingerprint = hashlib.sha256(f"{content} {split} {each._fingerprint}".encode()).hexdigest()[:32]
+    return rows
 
 
 def source_name(name: str) -> str:
@@ -186,10 +373,14 @@ def _read_file(path: Path, flag: str) -> Dataset:
         raise UserError(f"{place}: the file is empty; name one with rows")
     if kind == "json":
         _check_lines(path)
+    content = _content(path)
     try:
         with _quiet():
             options = _csv_options(path) if kind == "csv" else {}
-            return load_dataset(kind, data_files=str(path), split="train", **options)
+            # `datasets` takes a path for a pattern
+            file, cache = glob.escape(str(path)), _cache_of(content)
+            rows = load_dataset(kind, data_files=file, split="train", cache_dir=cache, **options)
+            return _known_by({"train": rows}, content)["train"]
     except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
         if kind == "json":
             _find_bad_line(path)

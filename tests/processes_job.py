@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -112,9 +113,46 @@ TRAININGS = (
 
 
 def run(folder: Path) -> dict:
-    """What each of `TRAININGS` gives on this process, and one more that differs with the processes."""
+    """What each of `TRAININGS` gives on this process, and two more that differ with the processes."""
     PartialState(cpu=True)
-    return text(folder) | of_images(folder)
+    return text(folder) | of_images(folder) | {"best epoch": best_epoch(folder)}
+
+
+class OwnFigures(ClassifierTrainer):
+    """The main process sees the validation figures with the other sign, so that its best epoch is the first one, where
+    that of the others is the last: as rounding may turn two like figures round."""
+
+    def _figures(self, images: Images) -> dict[str, float]:
+        figures = super()._figures(images)
+        return {name: -value for name, value in figures.items()} if self.is_world_process_zero() else figures
+
+
+def best_epoch(folder: Path) -> dict:
+    """A training whose best epoch is not the last one, and on which the processes do not agree.
+
+    Returns:
+        This process's losses, the step that this process takes for the best, and whether it ends with its weights.
+    """
+    options = {"save_strategy": "epoch", "load_best_model_at_end": True, "learning_rate": 1e-2}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": False}
+    trainer = OwnFigures(
+        classifier(),
+        CrossEntropyConfig(**shared(folder / "best", **options), dataloader_drop_last=False),
+        train=images(),
+        validation=images(HELD_OUT, 1),
+        processor=image_processor(16, [0.5] * 3, [0.5] * 3),
+        augment=AugmentConfig(),
+    )
+    trainer.train()
+    best = Path(str(trainer.state.best_model_checkpoint))
+    saved = load_file(best / "model.safetensors")
+    model = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    return {
+        "losses": {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row},
+        "best": best.name,
+        "recorded": json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"],
+        "kept": all(torch.equal(value, saved[name]) for name, value in model.items()),
+    }
 
 
 def text(folder: Path) -> dict:

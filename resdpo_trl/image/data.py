@@ -1,13 +1,17 @@
 """Images in memory: from a Hub id, a folder or a package to uint8 tensors in three splits.
 
-Every image is decoded once, before training, into one (N, 3, H, W) uint8 tensor a split.
+Every image is decoded once, before training, into one (N, 3, H, W) uint8 tensor a split. Decoding gives what
+`datasets` gives, turned as the EXIF tag says. A class is a label that some image has; its number is its place among the
+names, which the saved model carries.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +22,22 @@ import torch
 from torch import Tensor
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import check_held_out, first_line, held_out_size, load_rows
+from resdpo_trl.sources import (
+    SPLITS,
+    DatasetConfig,
+    check_not_empty,
+    choose_splits,
+    first_line,
+    held_out_first,
+    held_out_size,
+    load_rows,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
 
 QUICKSTART = "digits"
-SPLITS = ("train", "validation", "test")
 TORCHVISION_FOLDER = "cifar-10-batches-py"
 DECODED_TOGETHER = 256  # images that one thread decodes at a time
 LARGEST_IMAGE = 64_000_000  # pixels; 192 MB decoded
@@ -35,7 +47,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 @dataclass
-class ImageDataConfig:
+class ImageDataConfig(DatasetConfig):
     """Which labelled images to use, and how many."""
 
     _argument_group_name = "data"
@@ -47,8 +59,12 @@ class ImageDataConfig:
             "a class, torchvision's CIFAR-10 folder, or 'digits', the quickstart's, which need no network."
         },
     )
-    dataset_data_dir: str | None = field(default=None, metadata={"help": "Folder inside the data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
+    validation_fraction: float = field(
+        default=0.02, metadata={"help": "Share held out from the training images where the data has no such split."}
+    )
+    test_fraction: float = field(
+        default=0.2, metadata={"help": "Share held out for the test where the data has no such split."}
+    )
     image_column: str | None = field(default=None, metadata={"help": "Column of images; by default the only one."})
     label_column: str | None = field(
         default=None, metadata={"help": "Column of labels; by default the only one with class names, or 'label'."}
@@ -62,18 +78,9 @@ class ImageDataConfig:
     convert_rgb: bool = field(
         default=False, metadata={"help": "Turn greyscale, palette and other images into RGB instead of refusing them."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation images."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Use at most this many test images."})
-    validation_fraction: float = field(
-        default=0.02, metadata={"help": "Share held out from the training images where the data has no such split."}
-    )
-    test_fraction: float = field(
-        default=0.2, metadata={"help": "Share held out for the test where the data has no such split."}
-    )
 
     def __post_init__(self) -> None:
-        check_held_out(self)
+        super().__post_init__()
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"--image_size {self.image_size}: must be at least 1")
 
@@ -128,55 +135,66 @@ def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImag
     Raises:
         UserError: missing columns, fewer than two classes, a label outside them, an image that does not decode or fit.
     """
-    sources, names = _sources(config)
+    sources, names, notes = _sources(config, held_out)
     if len(names) < 2:
         raise UserError(
             f"--dataset_name {config.dataset_name}: {len(names)} class ({', '.join(names)}); a classifier needs at "
             "least two"
         )
-    kinds = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
-    limits = {
-        "train": config.max_train_samples,
-        "validation": config.max_eval_samples,
-        "test": config.max_test_samples,
-    }
-    shares = {"validation": config.validation_fraction, "test": config.test_fraction}
-    counts: dict[str, Any] = {"source": config.dataset_name, "classes": len(names)}
-    tests = [name for name in sources if len(sources) == 1 or name in kinds["test"]] if held_out else []
-    if tests:
-        test = _some(sources[tests[0]], limits["test"])
-        return LabelledImages(
-            {"test": test}, names, counts | {"image_size": list(test.pixels.shape[2:]), "test": len(test)}
-        )
-    own = {split: next((sources[name] for name in known if name in sources), None) for split, known in kinds.items()}
-    rest = [name for name in sources if not any(name in known for known in kinds.values())]
-    if not rest:
-        raise UserError(f"--dataset_name {config.dataset_name}: no training split (found: {', '.join(sources)})")
-    images = _joined([sources.pop(name) for name in rest])
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
-    splits: dict[str, Images] = {}
+    limits = {"test": config.max_test_samples, "validation": config.max_eval_samples}
+    counts = {"source": config.dataset_name, **notes, "classes": len(names), "class_names": names}
+    if held_out and (len(sources) == 1 or "test" in sources):
+        images = sources["test"] if "test" in sources else next(iter(sources.values()))
+        place = _limited(np.arange(len(images)), limits["test"])
+        test = images if len(place) == len(images) else images[torch.from_numpy(place)]
+        counts |= {"image_size": list(test.pixels.shape[2:]), "test": len(test)}
+        return LabelledImages({"test": test}, names, counts)
+    shares = {"test": config.test_fraction, "validation": config.validation_fraction}
+    images = sources["train"]
+    digests = {split: np.array(rows.digests()) for split, rows in sources.items()}
+    drawn = np.random.default_rng(0).permutation(len(images))
+    # the same, with an image's copies behind it: they go into one split
+    _, first, copy_of = np.unique(digests["train"][drawn], return_index=True, return_inverse=True)
+    order = drawn[np.argsort(first[copy_of], kind="stable")]
+    places: dict[str, np.ndarray] = {}  # of each split's images in its source
     taken = 0
     for split in ("test", "validation"):
-        held = own[split]
-        if held is not None:
-            splits[split] = _some(held, limits[split])
+        if split in sources:
+            places[split] = np.arange(len(sources[split]))
             continue
         wanted = held_out_size(len(images), shares[split], limits[split])
-        splits[split] = images[order[taken : taken + wanted]]
+        places[split] = order[taken : taken + wanted]
         taken += wanted
-    splits["train"] = images[order[taken:][: limits["train"]]]
-    if min(len(splits[split]) for split in SPLITS) == 0:
-        raise UserError(f"--dataset_name {config.dataset_name}: {len(images)} images are too few for three splits")
-    counts |= {"image_size": list(images.pixels.shape[2:])}
+    places["train"] = drawn[~np.isin(drawn, order[:taken])]
+    found = {split: digests.get(split, digests["train"])[places[split]] for split in SPLITS}
+    kept, copies = held_out_first({split: rows.tolist() for split, rows in found.items()})
+    splits: dict[str, Images] = {}
+    for split in SPLITS:
+        place = places[split][kept[split]]
+        place = place[: config.max_train_samples] if split == "train" else _limited(place, limits[split])
+        source = sources.get(split, images)
+        whole = len(place) == len(source) and split != "train"
+        splits[split] = source if whole else source[torch.from_numpy(place)]
+    counts |= {"copies_removed": copies, "image_size": list(images.pixels.shape[2:])}
     counts |= {split: len(splits[split]) for split in SPLITS}
-    rows = len(images) + sum(len(held) for held in own.values() if held is not None)
-    counts["cut_by_limits"] = rows - sum(map(len, splits.values()))
+    check_not_empty(counts)
+    trained = splits["train"].labels.unique().tolist()
+    counts["classes_without_training_images"] = [name for at, name in enumerate(names) if at not in trained]
+    counts["cut_by_limits"] = sum(map(len, sources.values())) - sum(map(len, splits.values())) - sum(copies.values())
     counts["held_out_raised"] = [
         split
         for split, share in shares.items()
-        if own[split] is None and counts[split] > max(1, round(share * len(images)))
+        if split not in sources and len(places[split]) > max(1, round(share * len(images)))
     ]
-    return LabelledImages({split: splits[split] for split in SPLITS}, names, counts)
+    return LabelledImages(splits, names, counts)
+
+
+def _limited(place: np.ndarray, limit: int | None) -> np.ndarray:
+    """As many of the places as the limit allows; the first ones would not do, for a folder's images come a class at a
+    time."""
+    if limit is None or limit >= len(place):
+        return place
+    return np.sort(np.random.default_rng(0).permutation(place)[:limit])
 
 
 def _joined(parts: list[Images]) -> Images:
@@ -186,47 +204,42 @@ def _joined(parts: list[Images]) -> Images:
     return Images(torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts]))
 
 
-def _some(images: Images, limit: int | None) -> Images:
-    """At most `limit` of a split, in its own order.
-
-    The first ones would not do: a folder's images come a class at a time.
-    """
-    if limit is None or limit >= len(images):
-        return images
-    kept = np.random.default_rng(0).permutation(len(images))[:limit]
-    return images[torch.from_numpy(np.sort(kept))]
-
-
-def _sources(config: ImageDataConfig) -> tuple[dict[str, Images], list[str]]:
-    """Decoded images by the data's own split names, and the names of the classes."""
+def _sources(config: ImageDataConfig, held_out: bool) -> tuple[dict[str, Images], list[str], dict[str, Any]]:
+    """Decoded images of the data's own splits by `SPLITS`, the names of the classes, and what was left out."""
+    notes: dict[str, Any] = {"splits_left_out": [], "classes_without_images": []}
     if config.dataset_name == QUICKSTART:
         _refuse_column_flags(config)
-        return {"train": _digits(config)}, [str(digit) for digit in range(10)]
+        return {"train": _digits(config)}, [str(digit) for digit in range(10)], notes
     folder = Path(config.dataset_name)
     if folder.name == TORCHVISION_FOLDER or (folder / TORCHVISION_FOLDER).is_dir():
         _refuse_column_flags(config)
-        return _torchvision_cifar10(folder.parent if folder.name == TORCHVISION_FOLDER else folder, config)
+        sources, names = _torchvision_cifar10(folder.parent if folder.name == TORCHVISION_FOLDER else folder, config)
+        return sources, names, notes
     rows = load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
+    used, notes["splits_left_out"] = choose_splits(rows, config, held_out)
+    rows = {name: rows[name] for own in used.values() for name in own}
     image_column, label_column = _columns(next(iter(rows.values())), config)
-    names = _label_names(next(iter(rows.values())), label_column, config)
-    _check_first_image(rows, image_column, config)
-    sources: dict[str, Images] = {}
     for name, part in rows.items():
         if {image_column, label_column} - set(part.column_names):
             raise UserError(
                 f"--dataset_name {config.dataset_name}: split {name} lacks {image_column} or {label_column}"
             )
-        labels = _labels(part, label_column, names, name, config)
-        pixels = _decode(part, image_column, name, config)
-        sources[name] = Images(pixels, labels)
-        if pixels.shape[2:] != next(iter(sources.values())).pixels.shape[2:]:
+    names, notes["classes_without_images"], labels = _labels(rows, label_column, config)
+    _check_first_image(rows, image_column, config)
+    parts: dict[str, Images] = {}
+    for name, part in rows.items():
+        parts[name] = Images(_decode(part, image_column, name, config), labels[name])
+        if parts[name].pixels.shape[2:] != next(iter(parts.values())).pixels.shape[2:]:
             raise UserError(f"--dataset_name {config.dataset_name}: splits of different sizes: pass --image_size 32")
-    return sources, names
+    return {split: _joined([parts.pop(name) for name in own]) for split, own in used.items()}, names, notes
 
 
 def _refuse_column_flags(config: ImageDataConfig) -> None:
     """Raise a UserError for a flag that is of no use to images whose columns and classes are known."""
-    for flag in ("dataset_data_dir", "dataset_revision", "image_column", "label_column", "class_names"):
+    for flag in (
+        "dataset_data_dir", "dataset_revision", "dataset_train_split", "dataset_validation_split",
+        "dataset_test_split", "image_column", "label_column", "class_names",
+    ):  # fmt: skip
         if getattr(config, flag) is not None:
             raise UserError(
                 f"--{flag} is of no use with --dataset_name {config.dataset_name}, whose columns and classes are "
@@ -298,44 +311,67 @@ def _columns(rows: Dataset, config: ImageDataConfig) -> tuple[str, str]:
     return image, label
 
 
-def _label_names(rows: Dataset, column: str, config: ImageDataConfig) -> list[str]:
-    """The classes: the data's, the flag's, or the labels found."""
+def _labels(
+    parts: dict[str, Dataset], column: str, config: ImageDataConfig
+) -> tuple[list[str], list[str], dict[str, Tensor]]:
+    """The classes that images have, and each split's labels.
+
+    The classes come in the order of their names, of the data or of --class_names; where there are none they are the
+    labels in rising order, numbers as numbers. A name that no image has is no class: a wrong class drawn among such
+    names would teach nothing, and be ranked right for nothing.
+
+    Returns:
+        The names of the classes, the names that no image has, and (N,) class numbers of each split.
+    """
+    place = f"--dataset_name {config.dataset_name}"
+    kinds = {split: _label_kind(rows, column) for split, rows in parts.items()}
+    if len(set(kinds.values())) > 1:
+        described = ", ".join(f"{kind} in {split}" for split, kind in kinds.items())
+        raise UserError(f"--label_column {column}: {described}; give every split the same kind of labels")
+    if config.class_names is not None and len(set(config.class_names)) < len(config.class_names):
+        raise UserError("--class_names: two classes have one name")
+    found: dict[str, list[Any]] = {}
+    named: dict[Any, None] = {}  # a set that keeps its order
+    for split, rows in parts.items():
+        values = rows[column][:]
+        own = getattr(rows.features[column], "names", None)
+        if own is not None and config.class_names is not None and len(own) != len(config.class_names):
+            raise UserError(f"--class_names: {len(config.class_names)} names for {len(own)} classes")
+        names = config.class_names or own
+        named |= dict.fromkeys(names or ())
+        for row, value in enumerate(values):
+            if isinstance(value, str):
+                known = not names or value in named
+            else:  # a number below 0 says in most data sets that there is no label
+                known = value is not None and 0 <= value < (len(names) if names else math.inf)
+            if not known:
+                raise UserError(
+                    f"{place}: {split} row {row} has label {value!r}"
+                    + (f", outside the {len(names)} classes" if names else ", which is no class")
+                    + "; fix it, drop the row, or name the classes with --class_names"
+                )
+        found[split] = [names[value] if names and not isinstance(value, str) else value for value in values]
+    occur = {value for values in found.values() for value in values}
+    classes = [name for name in (named or sorted(occur)) if name in occur]
+    if len(classes) > MOST_CLASSES:
+        raise UserError(f"--label_column {column}: {len(classes)} different labels; at most {MOST_CLASSES} are classes")
+    number = {name: at for at, name in enumerate(classes)}
+    labels = {
+        split: torch.tensor([number[value] for value in values], dtype=torch.long) for split, values in found.items()
+    }
+    return [str(name) for name in classes], [str(name) for name in named if name not in occur], labels
+
+
+def _label_kind(rows: Dataset, column: str) -> str:
     from datasets import ClassLabel, Value
 
     kind = rows.features[column]
     if isinstance(kind, ClassLabel):
-        if config.class_names is not None and len(config.class_names) != kind.num_classes:
-            raise UserError(f"--class_names: {len(config.class_names)} names for {kind.num_classes} classes")
-        return list(config.class_names or kind.names)
-    if not isinstance(kind, Value) or not any(word in kind.dtype for word in ("int", "string")):
-        raise UserError(f"--label_column {column}: holds {kind}, not class labels, whole numbers or names")
-    if config.class_names is not None:
-        return list(config.class_names)
-    values = [value for value in rows.unique(column) if value is not None]
-    if "string" in kind.dtype:
-        return sorted(values)
-    largest = max(values, default=-1)
-    if largest >= MOST_CLASSES:
-        raise UserError(
-            f"--label_column {column}: label {largest}; class numbers begin at 0 and end below {MOST_CLASSES}"
-        )
-    return [str(number) for number in range(largest + 1)]
-
-
-def _labels(rows: Dataset, column: str, names: list[str], split: str, config: ImageDataConfig) -> Tensor:
-    """(N,) class numbers, every one inside the classes."""
-    values = rows[column][:]
-    places = {name: number for number, name in enumerate(names)}
-    numbers = [places.get(value, -1) if isinstance(value, str) else -1 if value is None else value for value in values]
-    labels = torch.tensor(numbers, dtype=torch.long)
-    wrong = ((labels < 0) | (labels >= len(names))).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        raise UserError(
-            f"--dataset_name {config.dataset_name}: {split} row {row} has label {values[row]!r}, outside the "
-            f"{len(names)} classes; mend it, drop the row, or name the classes with --class_names"
-        )
-    return labels
+        return "class names"
+    for word, described in (("int", "whole numbers"), ("string", "texts")):
+        if isinstance(kind, Value) and word in kind.dtype:
+            return described
+    raise UserError(f"--label_column {column}: holds {kind}, not class labels, whole numbers or names")
 
 
 def _decode(rows: Dataset, column: str, split: str, config: ImageDataConfig) -> Tensor:
@@ -402,13 +438,15 @@ def _check_memory(count: int, height: int, width: int, config: ImageDataConfig) 
 
 
 def _decode_one(image: dict[str, Any] | None, place: str, config: ImageDataConfig) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    from PIL import Image
+    """(H, W, 3) uint8, turned as the EXIF tag says."""
+    from PIL import Image, ImageOps
 
     if not image or (image.get("bytes") is None and image.get("path") is None):
         raise UserError(f"{place} has no image; drop the row")
     if image.get("bytes") is None and not Path(image["path"]).is_file():  # a device or a pipe may never end
         raise UserError(f"{place}: its path is no file; drop the row")
+    if image.get("path"):
+        place = f"{image['path']} ({place})"
     source = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
     try:
         with Image.open(source, formats=FORMATS) as opened:
@@ -418,13 +456,37 @@ def _decode_one(image: dict[str, Any] | None, place: str, config: ImageDataConfi
                     "the row"
                 )
             opened.load()
-            mode = opened.mode
-            picture = opened.convert("RGB") if mode != "RGB" and config.convert_rgb else opened.copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{place}: the image does not decode ({first_line(error)}); mend it or drop the row") from None
-    if picture.mode != "RGB":
-        raise UserError(f"{place} has mode {mode}, not RGB: pass --convert_rgb to convert such images")
+            whitest = _whitest(opened, place)
+            picture = ImageOps.exif_transpose(opened)
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"{place}: the image does not decode ({first_line(error)}); fix it or drop the row") from None
+    if picture.mode != "RGB" and not config.convert_rgb:
+        raise UserError(f"{place} has mode {picture.mode}, not RGB: pass --convert_rgb to convert such images")
+    if whitest is not None:
+        picture = Image.fromarray(np.round(np.asarray(picture) * (255 / whitest)).astype(np.uint8))
+    if "transparency" in picture.info:  # of a palette: Pillow warns where it goes in one step
+        picture = picture.convert("RGBA")
+    picture = picture.convert("RGB")  # without opacity, as `transformers.pipeline` reads an image
     return np.asarray(_resized(picture, config.image_size) if config.image_size else picture)
+
+
+def _whitest(picture: Image.Image, place: str) -> int | None:
+    """What a pixel of more than 8 bits has where it is white; None for 8 bits, which Pillow converts as they are.
+
+    Pillow gives such pixels as the file has them, and its own conversion cuts them off at 255.
+    """
+    if not picture.mode.startswith(("I", "F")):
+        return None
+    if picture.format in ("PNG", "PPM") and picture.mode != "F":  # what a PGM's own maximum is, Pillow scales to this
+        return 65535
+    tags = getattr(picture, "tag_v2", {})
+    bits, white_is_zero = tags.get(258, (0,))[0], tags.get(262) == 0  # BitsPerSample, PhotometricInterpretation
+    if picture.mode.startswith("I;16") and not white_is_zero:
+        return int(2**bits - 1)
+    raise UserError(
+        f"{place}: a {picture.format} of mode {picture.mode}, of which nothing says what value is white; save it with "
+        "8 bits a channel, or drop the row"
+    )
 
 
 def _resized(picture: Image.Image, size: int) -> Image.Image:

@@ -20,7 +20,7 @@ from transformers import ViTImageProcessor
 
 from resdpo_trl.errors import UserError, printable
 from resdpo_trl.image.data import ImageDataConfig, Images, load_images
-from resdpo_trl.image.model import ImageClassifier, check_fits, load_classifier, load_processor
+from resdpo_trl.image.model import ImageClassifier, as_numbered_by, load_classifier, load_processor
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, with_intervals
 from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
 from resdpo_trl.run import use_the_cores, write_figures
@@ -89,10 +89,12 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
     model, processor = load_classifier(config.model, "--model"), load_processor(config.model, "--model")
     reference = load_classifier(config.reference, "--reference") if config.reference else None
     held_out = config.split == "test"
-    images = load_images(data, held_out)
-    check_fits(model, images, "--model", config.model)
-    if reference is not None:
-        check_fits(reference, images, "--reference", str(config.reference))
+    images = as_numbered_by(model, load_images(data, held_out), "--model", config.model)
+    if reference is not None and reference.config.id2label != model.config.id2label:
+        raise UserError(
+            f"--reference {config.reference}: its classes are not those of --model {config.model}, or have another "
+            "order: name the reference that it was trained from"
+        )
     rows = images[config.split]
     split = rows[unseen(rows.digests(), seen_by(*known) if held_out else set(), f"--dataset_name {data.dataset_name}")]
     how = (split, processor, config.batch_size, bf16, config.test_time_views)

@@ -11,6 +11,7 @@ takes a PIL image, and `AutoModelForImageClassification.from_pretrained(FOLDER)`
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,33 +244,35 @@ def load_processor(name: str, flag: str, revision: str = "main") -> ViTImageProc
         raise UserError(f"{flag} {name}: its {PROCESSOR_FILE} can't be loaded ({first_line(error)})") from None
 
 
-def check_fits(model: ImageClassifier, images: LabelledImages, flag: str, name: str) -> None:
-    """Raise a UserError where a loaded classifier was made for other classes than the images', or for another size.
+def as_numbered_by(model: ImageClassifier, images: LabelledImages, flag: str, name: str) -> LabelledImages:
+    """The images with a loaded classifier's classes, numbered as it does; the data may lack some of them.
 
     Args:
         model: the classifier.
         images: labelled images of one size.
         flag: the flag that names it, for the message.
         name: its value.
+
+    Raises:
+        UserError: a class that it does not know, or images of another size.
     """
     own = [label for _, label in sorted((model.config.id2label or {}).items())]
-    if len(own) != len(images.label_names):
+    unknown = [label for label in images.label_names if label not in own]
+    if unknown:
         raise UserError(
-            f"{flag} {name}: it has {len(own)} classes and the data {len(images.label_names)}: pass the data that it "
-            "was trained on"
+            f"{flag} {name}: the data has a class {unknown[0]}, which is none of its {len(own)} classes "
+            f"({', '.join(own[:10])}{', …' if len(own) > 10 else ''}): pass the data that it was trained on, or "
+            "--class_names with its names where they mean the same"
         )
-    for number, (theirs, ours) in enumerate(zip(own, images.label_names, strict=True)):
-        if theirs != ours:
-            raise UserError(
-                f"{flag} {name}: its class {number} is {theirs} and the data's {ours}: pass the data that it was "
-                "trained on, or --class_names with its names where they mean the same"
-            )
     size, (height, width) = model.config.image_size, images["test"].pixels.shape[2:]
     if (height, width) != (size, size):
         raise UserError(
             f"{flag} {name}: it was made for {size}×{size} images and the data has {width}×{height}: pass "
             f"--image_size {size}"
         )
+    number = torch.tensor([own.index(label) for label in images.label_names])
+    splits = {split: replace(rows, labels=number[rows.labels]) for split, rows in images.splits.items()}
+    return replace(images, splits=splits, label_names=own)
 
 
 def image_processor(image_size: int, mean: list[float], std: list[float]) -> ViTImageProcessor:

@@ -31,12 +31,12 @@ from resdpo_trl.image.config import (
     parse_mode,
     reference_stage,
 )
-from resdpo_trl.image.data import QUICKSTART, SPLITS, ImageDataConfig, LabelledImages, load_images
+from resdpo_trl.image.data import QUICKSTART, ImageDataConfig, LabelledImages, load_images
 from resdpo_trl.image.model import (
     ImageClassifier,
+    as_numbered_by,
     build_classifier,
     check_architecture,
-    check_fits,
     image_processor,
     load_classifier,
     load_processor,
@@ -47,7 +47,7 @@ from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.provenance import read_facts, seen_by, training_facts
-from resdpo_trl.sources import describe_cuts
+from resdpo_trl.sources import SPLITS, describe_cuts, describe_left_out
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
 
@@ -115,7 +115,7 @@ class ImageRun(Job):
         images = load_images(self.data)
         self.preparation_seconds = time.perf_counter() - started
         if given is not None:
-            check_fits(given, images, "--reference_model", str(named))
+            images = as_numbered_by(given, images, "--reference_model", str(named))
         counts = images.counts
         counts["adapted"] = self.adapt(counts["train"])
         height, width = counts["image_size"]
@@ -124,10 +124,7 @@ class ImageRun(Job):
                 f"--dataset_name {self.data.dataset_name}: images are {width}×{height}: pass --image_size "
                 f"{min(height, width)}"
             )
-        self.say(
-            f"images: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "
-            f"{counts['classes']} classes, {width}×{height} pixels{describe_cuts(counts, self.data)}"
-        )
+        self.say(describe_images(counts) + describe_cuts(counts, self.data))
         if given is not None:
             assert named is not None
             self.processor = load_processor(named, "--reference_model")
@@ -384,6 +381,25 @@ def _png(pixels: Tensor) -> str:
 
 def _speed(seconds: float, images: int) -> dict[str, float]:
     return {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
+
+
+def describe_images(counts: dict[str, Any]) -> str:
+    """The lines that say what the data became."""
+    height, width = counts["image_size"]
+    lines = [
+        f"images: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "
+        f"{counts['classes']} classes ({_some(counts['class_names'])}), {width}×{height} pixels"
+    ]
+    for what, names in (
+        ("no image", counts["classes_without_images"]), ("no training image", counts["classes_without_training_images"])
+    ):  # fmt: skip
+        if names:
+            lines.append(f"{len(names)} of the data's class names have {what} ({_some(names)})")
+    return "\n".join(lines) + describe_left_out(counts)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def describe_results(summary: dict[str, Any]) -> str:

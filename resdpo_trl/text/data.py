@@ -9,11 +9,13 @@ One row becomes
     header_end   where the prompt's first turn starts: what comes before it (a template's system turn) is kept
     shown        the prompt as people read it, in HH's form, whatever the format
     group        a digest of the conversation's opening turn: what keeps a conversation's pairs in one split
-    whole        a digest of the whole prompt; both digests are of the data's own text or messages, so that they are the
-                 same whatever chat template rendered them
+    whole        a digest of the whole prompt
+    pair         a digest of the prompt and the two responses, whichever is chosen: what no two splits may share
+
 
 or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt (a message without text
-or role counts as one), or `no_marker`, a dialogue whose two sides share no "\\n\\nAssistant:".
+or role counts as one), or `no_marker`, a dialogue whose two sides share no "\\n\\nAssistant:". The digests are of the
+data's own text or messages, so that they are the same whatever chat template rendered them.
 
 Two more columns reach a chat template, as in TRL: `tools`, the row's functions as a list or as JSON, and
 `chat_template_kwargs`. Every other column is ignored, and the counts name it.
@@ -43,7 +45,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sources import READABLE, check_held_out, first_line, held_out_size, load_rows, named_files
+from resdpo_trl.sources import (
+    READABLE,
+    SPLITS,
+    DatasetConfig,
+    check_not_empty,
+    choose_splits,
+    first_line,
+    held_out_first,
+    held_out_size,
+    load_rows,
+    named_files,
+)
 from resdpo_trl.text.layouts import MARKER, Messages, columns_by_role, mapped, recognize
 from resdpo_trl.text.tokens import cache_key, tokenize, tokenizer_state
 
@@ -60,16 +73,10 @@ REASONS = ("identical", "empty", "no_marker")
 COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # HH's names of the roles
 NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for each costs a pass of the template
-SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {  # the first word of a data set's own name of a split
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
-    "test": ("test", "testing"),
-}
 
 
 @dataclass
-class DataConfig:
+class DataConfig(DatasetConfig):
     """Which preference pairs to use, and how many."""
 
     _argument_group_name = "data"
@@ -100,25 +107,6 @@ class DataConfig:
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration (subset) of a Hub data set, as of datasets.load_dataset."}
     )
-    dataset_train_split: str | None = field(
-        default=None, metadata={"help": "Name of the split to train on, where it is not called train."}
-    )
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Name of the split for the test figures, where it is not called test."}
-    )
-    dataset_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder inside the data set: harmless-base, helpful-base, … of HH."}
-    )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training pairs."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation pairs."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Use at most this many test pairs."})
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the pairs held out for validation where the data has no such split."}
-    )
-    test_fraction: float = field(
-        default=0.15, metadata={"help": "Share of the pairs held out for the test where the data has no such split."}
-    )
     max_response_length: int | None = field(
         default=None,
         metadata={
@@ -146,7 +134,7 @@ class DataConfig:
         if self.eval_dataset_name and self.dataset_test_split:
             raise UserError("--eval_dataset_name and --dataset_test_split both name the test pairs: drop either")
         mapped(self.columns)
-        check_held_out(self)
+        super().__post_init__()
 
 
 @dataclass
@@ -194,16 +182,9 @@ def load_preferences(
             template that is missing or refuses a row.
     """
     template = _template(config, tokenizer)
-    raw = _load(config)
-    asked = config.dataset_test_split
-    tests = [
-        name
-        for name in raw
-        if name == asked or (asked is None and (len(raw) == 1 or name in SPLIT_NAMES["test"]))
-    ] if held_out and config.eval_dataset_name is None else []  # fmt: skip
-    sources = {"test": raw[tests[0]]} if tests else _by_split(raw, config)
+    sources, unused = _by_split(_load(config), config, held_out and config.eval_dataset_name is None)
     parsed: dict[str, Dataset] = {}
-    counts: dict[str, Any] = {"source": config.dataset_name, "rows": 0, "kept": 0}
+    counts: dict[str, Any] = {"source": config.dataset_name, "splits_left_out": unused, "rows": 0, "kept": 0}
     ignored: set[str] = set()
     statuses: Counter[str] = Counter()
     layouts: dict[str, None] = {}
@@ -233,25 +214,23 @@ def load_preferences(
             f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows: "
             + _why_none(rows, kind, counts["dropped"])
         )
-    if tests:
+    if "train" in parsed:
+        splits, counts["left_out"], counts["copies_removed"] = _split(parsed, config)
+    else:
         chosen = _spread(np.asarray(parsed["test"]["group"][:]))[: config.max_test_samples]
         splits, counts["left_out"] = {"test": parsed["test"].select(np.sort(chosen))}, 0
-    else:
-        splits, counts["left_out"] = _split(parsed, config)
+        counts["copies_removed"] = {}
     counts.update({name: len(rows) for name, rows in splits.items()})
-    counts["cut_by_limits"] = counts["kept"] - sum(map(len, splits.values())) - counts["left_out"]
+    removed = sum(counts["copies_removed"].values())
+    counts["cut_by_limits"] = counts["kept"] - sum(map(len, splits.values())) - counts["left_out"] - removed
     shares = {"validation": config.validation_fraction, "test": config.test_fraction}
     counts["held_out_raised"] = [
         split
         for split, share in shares.items()
         if split not in parsed and len(splits.get(split, ())) > max(1, round(share * len(parsed.get("train", ()))))
     ]
-    for name in splits:
-        if counts[name] == 0:
-            raise UserError(
-                f"--dataset_name {config.dataset_name}: no usable pair in its split {name}; mend that split, or drop "
-                "it to have one held out"
-            )
+    if "train" in splits:
+        check_not_empty(counts)
     return Preferences(splits, counts, ends_turns=template is not None)
 
 
@@ -508,34 +487,17 @@ def _load(config: DataConfig) -> dict[str, Dataset]:
     )
 
 
-def _by_split(sources: dict[str, Dataset], config: DataConfig) -> dict[str, Dataset]:
-    """The raw rows by `SPLITS`: of the splits that flags name, else of a data set whose names say which is which."""
-    place, listed = f"--dataset_name {config.dataset_name}", ", ".join(sources)
-    named = {"train": config.dataset_train_split, "test": config.dataset_test_split}
-    found: dict[str, Dataset] = {}
-    for split, own in named.items():
-        if own is not None and own not in sources:
-            raise UserError(f"--dataset_{split}_split {own}: {place} has no such split (found: {listed})")
-        if own is not None:
-            found[split] = sources[own]
-    for own, rows in sources.items():
-        word = re.split(r"[^a-z]", own.lower())[0]
-        split_of = next((split for split, words in SPLIT_NAMES.items() if word in words), None)
-        if own in named.values() or named.get(str(split_of)) is not None:
-            continue
-        if split_of is None or split_of in found:
-            reason = (
-                "is neither train nor validation nor test"
-                if split_of is None
-                else f"is not the only one for {split_of}"
-            )
-            raise UserError(
-                f"{place}: its split {own} {reason} (found: {listed}); name those to use with --dataset_train_split "
-                "and --dataset_test_split"
-            )
-        found[split_of] = rows
-    if "train" not in found:
-        raise UserError(f"{place}: no training split (found: {listed}); name it with --dataset_train_split")
+def _by_split(sources: dict[str, Dataset], config: DataConfig, held_out: bool) -> tuple[dict[str, Dataset], list[str]]:
+    """The raw rows by `SPLITS`, and the data's own splits that are not used; a test split alone if that is wanted."""
+    from datasets import concatenate_datasets
+
+    used, left_out = choose_splits(sources, config, held_out)
+    try:
+        found = {split: concatenate_datasets([sources[name] for name in own]) for split, own in used.items()}
+    except ValueError as error:
+        raise UserError(
+            f"--dataset_train_split {' '.join(used['train'])}: their columns differ ({first_line(error)})"
+        ) from None
     if config.eval_dataset_name:
         own_splits = load_rows(config.eval_dataset_name, None, None, QUICKSTART, flag="--eval_dataset_name")
         if len(own_splits) > 1 and "test" not in own_splits:
@@ -543,8 +505,9 @@ def _by_split(sources: dict[str, Dataset], config: DataConfig) -> dict[str, Data
                 f"--eval_dataset_name {config.eval_dataset_name}: several splits and none named test (found: "
                 f"{', '.join(own_splits)}); name a file of test pairs"
             )
+        left_out += used.get("test", [])
         found["test"] = own_splits["test"] if "test" in own_splits else next(iter(own_splits.values()))
-    return found
+    return found, left_out
 
 
 def _template_columns(rows: Dataset, template: Any) -> list[str]:
@@ -664,6 +627,8 @@ def _parse_batch(
                     f"{str(pair.messages or messages_of(pair.prompt))[:80]} ({first_line(error)}); fix or drop the "
                     "row, or pass --dialogue_format plain"
                 ) from None
+            if options:  # the same texts with other tools are another pair
+                pair.pair = _digest(pair.pair + json.dumps(options, sort_keys=True, default=str))
         out["prompt"].append(pair.prompt)
         out["chosen"].append(pair.rejected if swap else pair.chosen)
         out["rejected"].append(pair.chosen if swap else pair.rejected)
@@ -906,9 +871,10 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, Dataset], int]:
-    """Three splits: the data's own where it has them, the rest held out from its training rows by group; and how many
-    rows are in none, for their conversation has others in a held-out split that was full.
+def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, Dataset], int, dict[str, int]]:
+    """Three splits: the data's own where it has them, the rest held out from its training rows by group; how many rows
+    are in none, for their conversation has others in a held-out split that was full; and how many a split loses because
+    a held-out one has them too.
 
     Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the file. A
     limit takes one row of each group before a second one of any (`_spread`): pairs of one conversation share much of
@@ -920,15 +886,15 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
     order = np.argsort(groups, kind="stable")
     # (S,) where in the order a group begins: the only places to cut
     starts = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]]) if len(order) else np.empty(0, int)
-    limits = {"test": config.max_test_samples, "validation": config.max_eval_samples}
+    limits = {
+        "test": config.max_test_samples, "validation": config.max_eval_samples, "train": config.max_train_samples
+    }  # fmt: skip
     shares = {"test": config.test_fraction, "validation": config.validation_fraction}
-    splits: dict[str, Dataset] = {}
+    places: dict[str, np.ndarray] = {}  # of each split's rows in its table
     taken = left_out = 0
     for split in ("test", "validation"):
-        own_rows = rows_of.get(split)
-        if own_rows is not None:
-            chosen = _spread(np.asarray(own_rows["group"][:]))[: limits[split]]
-            splits[split] = own_rows.select(np.sort(chosen))
+        if split in rows_of:
+            places[split] = np.arange(len(rows_of[split]))
             continue
         wanted = held_out_size(len(rows), shares[split], limits[split])
         later = starts[starts >= taken + wanted]
@@ -937,12 +903,20 @@ def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, D
                 f"--dataset_name {config.dataset_name}: {len(rows)} usable pairs of {len(starts)} conversations are "
                 "too few for a training, a validation and a test split; three conversations is the least"
             )
-        splits[split] = rows.select(np.sort(order[taken : taken + wanted]))
+        places[split] = order[taken : taken + wanted]
         left_out += int(later[0]) - taken - wanted
         taken = int(later[0])
-    left = order[taken:]
-    splits["train"] = rows.select(np.sort(left[_spread(groups[left])][: config.max_train_samples]))
-    return {split: splits[split] for split in SPLITS}, left_out
+    places["train"] = order[taken:]
+    tables = {split: rows_of.get(split, rows) for split in SPLITS}
+    kept, copies = held_out_first({split: np.asarray(tables[split]["pair"][:])[places[split]] for split in SPLITS})
+    splits: dict[str, Dataset] = {}
+    for split in SPLITS:
+        place = places[split][kept[split]]
+        if split in rows_of:
+            own_groups = groups if split == "train" else np.asarray(rows_of[split]["group"][:])
+            place = place[_spread(own_groups[place])][: limits[split]]
+        splits[split] = tables[split].select(np.sort(place))
+    return splits, left_out, copies
 
 
 def _spread(groups: np.ndarray) -> np.ndarray:

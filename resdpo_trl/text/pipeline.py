@@ -27,7 +27,7 @@ from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.provenance import read_facts, seen_by, training_facts, write_facts
 from resdpo_trl.run import RunFolder
-from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, describe_cuts, first_line, source_name
+from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SPLITS, describe_cuts, describe_left_out, first_line, source_name
 from resdpo_trl.text.config import (
     SamplesConfig,
     SFTStageConfig,
@@ -37,7 +37,7 @@ from resdpo_trl.text.config import (
     TextSFTConfig,
     sft_stage,
 )
-from resdpo_trl.text.data import QUICKSTART, SPLITS, DataConfig, fingerprint, load_preferences
+from resdpo_trl.text.data import QUICKSTART, DataConfig, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import (
     base_model,
@@ -584,7 +584,7 @@ def describe_data(counts: dict[str, Any]) -> str:
         f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test{left_out}; "
         f"dropped: {dropped}{repaired}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
         f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "
-        f"{cap['pairs_lost'] or 'no'} pair lost{merged}{ignored}"
+        f"{cap['pairs_lost'] or 'no'} pair lost{merged}{ignored}{describe_left_out(counts)}"
     )
 
 

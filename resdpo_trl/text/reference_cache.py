@@ -2,7 +2,7 @@
 
 One Arrow file per key in the cache folder, with columns ref_chosen_logps and ref_rejected_logps (nats, float32) in the
 order of the pairs. The key is a digest of the reference's weights and configuration, the tokenized pairs (their cap
-shows in them) and how the forward pass was computed: whatever changes one of these reads another file.
+shows in them), how the forward pass was computed, and the code: whatever changes one of these reads another file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from resdpo_trl.text.data import fingerprint
 from resdpo_trl.text.model import base_model
+from resdpo_trl.text.tokens import code_version
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 logger = logging.get_logger(__name__)
@@ -60,7 +61,7 @@ def forward_config(model: Any) -> str:
 
 def reference_key(weights: str, pairs: Dataset, forward: str, max_length: int | None) -> str:
     """The name under which the log-probabilities of `pairs` are kept; `forward` says all that its rounding hangs on."""
-    parts = f"{weights} {fingerprint(pairs)} {forward} {max_length}"
+    parts = f"{code_version()} {weights} {fingerprint(pairs)} {forward} {max_length}"
     return hashlib.sha256(parts.encode()).hexdigest()
 
 

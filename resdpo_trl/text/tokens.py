@@ -12,12 +12,14 @@ Both responses see the same prompt, and no pair is lost.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resdpo_trl import sources
 from resdpo_trl.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,19 +91,30 @@ def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def cache_key(function: Callable[..., Any], rows: Dataset, *options: Any) -> str:
-    """What names the cached result of mapping a module's function over rows.
+    """What names the cached result of mapping a function over rows.
 
-    `datasets` names it by the function's name alone, so that a changed one would give what the old one gave; here the
-    module's source is part of it. And it would pickle a tokenizer for it: seconds a split, and another key once the
+    `datasets` names it by the function's name alone, so that a changed one would give what the old one gave; here
+    `code_version` is part of it. And it would pickle a tokenizer for it: seconds a split, and another key once the
     tokenizer has been used.
 
     Args:
-        function: what is mapped; its whole module counts.
-        options: what the result depends on besides the rows; their `repr` must say all of it.
+        function: what is mapped.
+        options: what the result depends on besides the rows and the code; their `repr` must say all of it.
     """
-    source = Path(inspect.getfile(function)).read_bytes()
-    parts = (function.__name__, rows._fingerprint, options)
-    return hashlib.sha256(source + repr(parts).encode()).hexdigest()[:32]
+    parts = (code_version(), function.__name__, rows._fingerprint, options)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def code_version() -> str:
+    """A digest of the code that makes texts, tokens and log-probabilities: this folder's and `resdpo_trl.sources`, and
+    the versions of the libraries below."""
+    digest = hashlib.sha256()
+    for file in [*sorted(Path(__file__).parent.glob("*.py")), Path(sources.__file__)]:
+        digest.update(file.read_bytes())
+    libraries = ("datasets", "jinja2", "peft", "tokenizers", "torch", "transformers", "trl")
+    digest.update(" ".join(importlib.metadata.version(name) for name in libraries).encode())
+    return digest.hexdigest()
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -452,6 +452,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             # the adapter in training is no part of the reference: TRL keeps a copy of a continued one as "ref"
             self._weights = weights_digest(model, ".default." if hasattr(model, "peft_config") else None)
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+        precision += f" tf32 {self.args.tf32} {self.accelerator.device.type}"
         model = self.accelerator.unwrap_model(self.model)
         attention = base_model(model).config._attn_implementation
         forward = f"{precision} {attention} {'shared' if self.args.prefix_sharing else 'plain'} {forward_config(model)}"

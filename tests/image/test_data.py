@@ -1,14 +1,16 @@
 import io
+import struct
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.data import ImageDataConfig, load_images
+from resdpo_trl.image.data import ImageDataConfig, Images, load_images
+from resdpo_trl.image.pipeline import describe_images
 from tests.image.conftest import as_png, draw, write_parquet
 
 
@@ -20,7 +22,9 @@ def test_a_folder_of_parquet_files(image_folder):
     images = load(image_folder, validation_fraction=0.2)
     assert images.label_names == ["red", "green", "blue", "yellow"]
     assert images.counts == {
-        "source": str(image_folder), "classes": 4, "image_size": [16, 16], "train": 128, "validation": 32, "test": 60,
+        "source": str(image_folder), "splits_left_out": [], "copies_removed": {"train": 0, "validation": 0},
+        "classes": 4, "class_names": images.label_names, "classes_without_images": [],
+        "classes_without_training_images": [], "image_size": [16, 16], "train": 128, "validation": 32, "test": 60,
         "cut_by_limits": 0, "held_out_raised": [],
     }  # fmt: skip
     assert torch.equal(images["test"].pixels, draw(60, seed=1).pixels)
@@ -55,14 +59,77 @@ def test_a_limit_takes_images_of_every_class(tmp_path, split):
     assert load(tmp_path, **{flag: 60})[split].fingerprint() == whole.fingerprint()
 
 
-def test_training_files_of_any_name_are_one_split(tmp_path):
-    write_parquet(tmp_path / "data" / "train.parquet", draw(30))
-    write_parquet(tmp_path / "data" / "test.parquet", draw(12, seed=1))
-    both = load_dataset(str(tmp_path / "data"))
-    both["more"] = both["train"].select(range(20))
-    both.save_to_disk(str(tmp_path / "saved"))
-    images = load(tmp_path / "saved", validation_fraction=0.2)
-    assert [len(images[split]) for split in ("train", "validation", "test")] == [40, 10, 12]
+def saved(folder, **splits: Images):
+    """A data set of these splits as save_to_disk leaves it."""
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=["red", "green", "blue", "yellow"])})
+    rows = {
+        name: {
+            "img": [{"bytes": as_png(each), "path": None} for each in images.pixels],
+            "label": images.labels.tolist(),
+        }
+        for name, images in splits.items()
+    }
+    DatasetDict({name: Dataset.from_dict(each, features=features) for name, each in rows.items()}).save_to_disk(folder)
+    return folder
+
+
+def test_splits_of_unknown_names_are_not_trained_on(tmp_path):
+    """As of stanford_cars' siblings on the Hub: copies of the test images under other names."""
+    test = draw(12, seed=1)
+    darker = Images((test.pixels // 2), test.labels)
+    folder = saved(tmp_path / "d", train=draw(30), test=test, contrast=darker, gaussian_noise=draw(12, seed=2))
+    images = load(folder, validation_fraction=0.1)
+    assert [len(images[split]) for split in ("train", "validation", "test")] == [27, 3, 12]
+    assert images.counts["splits_left_out"] == ["contrast", "gaussian_noise"]
+    assert "splits left out: contrast, gaussian_noise (" in describe_images(images.counts)
+    both = torch.cat([images["train"].pixels, images["validation"].pixels]).flatten(1)
+    assert {bytes(row.numpy()) for row in both} == {bytes(row.numpy()) for row in draw(30).pixels.flatten(1)}
+    named = load(folder, validation_fraction=0.1, dataset_train_split=["train", "gaussian_noise"])
+    assert len(named["train"]) + len(named["validation"]) == 42
+    assert named.counts["splits_left_out"] == ["contrast"]
+    other = load(folder, dataset_test_split="contrast", dataset_validation_split="test")
+    assert torch.equal(other["test"].pixels, darker.pixels)
+    assert torch.equal(other["validation"].pixels, test.pixels)
+
+
+def test_an_image_of_a_held_out_split_is_not_trained_on(tmp_path):
+    """By the decoded pixels: here as another file, with another label."""
+    train, validation, test = draw(30), draw(10, seed=1), draw(10, seed=2)
+    train.pixels[[3, 4, 20]] = test.pixels[[0, 5, 9]]
+    train.pixels[7] = train.pixels[8] = validation.pixels[2]
+    validation.pixels[6] = test.pixels[1]
+    images = load(saved(tmp_path / "own", train=train, validation=validation, test=test))
+    assert images.counts["copies_removed"] == {"train": 5, "validation": 1}
+    assert [len(images[split]) for split in ("train", "validation", "test")] == [25, 9, 10]
+    assert "held-out split has them too: 5 from train, 1 from validation" in describe_images(images.counts)
+    # and where the splits are made here, of training images that are there twice
+    twice = Images(torch.cat([train.pixels, draw(30).pixels]), torch.cat([train.labels, draw(30).labels]))
+    images = load(saved(tmp_path / "one", train=twice), validation_fraction=0.2, test_fraction=0.2)
+    sets = [
+        {bytes(row.numpy()) for row in images[split].pixels.flatten(1)} for split in ("train", "validation", "test")
+    ]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert sum(images.counts["copies_removed"].values()) + sum(map(len, images.splits.values())) == 60
+    # the same images whatever the limits
+    less = load(tmp_path / "own", max_train_samples=9, max_test_samples=2)
+    assert torch.equal(less["train"].pixels, load(tmp_path / "own")["train"].pixels[:9])
+
+
+def test_the_copies_of_an_image_go_into_one_split(tmp_path):
+    """Twelve images, each twenty times: no split is left empty, and what is trained on is not what is tested on."""
+    twelve = draw(12)
+    every = Images(twelve.pixels.repeat(20, 1, 1, 1), twelve.labels.repeat(20))
+    images = load(saved(tmp_path / "d", train=every), validation_fraction=0.1, test_fraction=0.25)
+    sets = [{bytes(row.numpy()) for row in images[split].pixels.flatten(1)} for split in images.splits]
+    assert [len(images[split]) for split in ("test", "validation")] == [60, 24]
+    assert len(images["train"]) + images.counts["copies_removed"]["train"] == 156 and len(sets[0]) >= 7
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+
+
+def test_a_validation_split_that_is_the_test_split_is_refused(tmp_path):
+    folder = saved(tmp_path / "d", train=draw(30), validation=draw(10, seed=1), test=draw(10, seed=1))
+    with pytest.raises(UserError, match="nothing usable in its split validation; all its 10 rows are in a held-out"):
+        load(folder)
 
 
 def test_a_test_split_is_held_out_where_there_is_none(tmp_path):
@@ -82,16 +149,192 @@ def test_a_folder_of_one_folder_a_class(tmp_path):
     assert images["test"].labels.sum() == 3
 
 
-@pytest.mark.parametrize(("labels", "names"), [([0, 1, 2], ["0", "1", "2"]), (["b", "a", "c"], ["a", "b", "c"])])
-def test_labels_that_are_numbers_or_names(tmp_path, labels, names):
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([0, 1, 2], ["0", "1", "2"]),
+        ([1, 2, 3], ["1", "2", "3"]),
+        ([901, 9001, 101], ["101", "901", "9001"]),
+        (["b", "a", "c"], ["a", "b", "c"]),
+    ],
+)
+def test_classes_are_the_labels_that_occur(tmp_path, labels, names):
+    drawn = draw(30)
+    write_labelled(tmp_path / "train.parquet", drawn, labels * 10)
+    write_labelled(tmp_path / "test.parquet", draw(6, seed=1), labels[:2] * 3)
+    images = load(tmp_path, label_column="kind", validation_fraction=0.1)
+    assert images.label_names == images.counts["class_names"] == names
+    assert f"3 classes ({', '.join(names)})" in describe_images(images.counts)
+    assert [images.label_names[label] for label in images["test"].labels] == [str(each) for each in labels[:2] * 3]
+    of = {bytes(row.numpy()): str(label) for row, label in zip(drawn.pixels, labels * 10, strict=True)}
+    for split in ("train", "validation"):
+        for row, label in zip(images[split].pixels, images[split].labels, strict=True):
+            assert of[bytes(row.numpy())] == images.label_names[label]
+
+
+def write_labelled(path, images, labels):
     kind = Value("int64" if isinstance(labels[0], int) else "string")
-    rows = {"picture": [{"bytes": as_png(p), "path": None} for p in draw(30).pixels], "kind": labels * 10}
-    Dataset.from_dict(rows, features=Features({"picture": ImageFeature(), "kind": kind})).to_parquet(
-        str(tmp_path / "a.parquet")
-    )
-    images = load(tmp_path / "a.parquet", label_column="kind", validation_fraction=0.1)
-    assert images.label_names == names
-    assert set(torch.cat([images[split].labels for split in ("train", "validation", "test")]).tolist()) == {0, 1, 2}
+    rows = {"picture": [{"bytes": as_png(p), "path": None} for p in images.pixels], "kind": labels}
+    Dataset.from_dict(rows, features=Features({"picture": ImageFeature(), "kind": kind})).to_parquet(str(path))
+
+
+def test_a_name_that_no_image_has_is_no_class(tmp_path):
+    """Of 1,000 names two occur: a wrong class drawn among all would nearly always be one without images."""
+    images = draw(40, classes=2)
+    images.labels[:] = torch.where(images.labels == 0, 101, 901)
+    names = [f"class {number}" for number in range(1000)]
+    found = load(write_parquet(tmp_path / "train.parquet", images, names=names))
+    assert found.label_names == ["class 101", "class 901"]
+    assert found.counts["classes_without_images"] == [name for name in names if name not in found.label_names]
+    assert "998 of the data's class names have no image (class 0, class 1, " in describe_images(found.counts)
+    assert set(found["train"].labels.tolist()) == {0, 1}
+
+
+def test_a_class_without_training_images_is_named(tmp_path):
+    write_parquet(tmp_path / "train.parquet", draw(40, classes=2))
+    write_parquet(tmp_path / "test.parquet", draw(20, classes=3, seed=1))
+    images = load(tmp_path)
+    assert images.label_names == ["red", "green", "blue"]
+    assert images.counts["classes_without_training_images"] == ["blue"]
+    assert "1 of the data's class names have no training image (blue)" in describe_images(images.counts)
+
+
+def test_splits_that_number_their_class_names_differently(tmp_path):
+    """Each split's labels are read by its own names."""
+    splits = {}
+    for split, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        features = Features({"img": ImageFeature(), "label": ClassLabel(names=names)})
+        rows = {"img": [{"bytes": as_png(each), "path": None} for each in draw(20, seed=len(splits)).pixels]}
+        splits[split] = Dataset.from_dict(rows | {"label": [0, 1, 1, 1] * 5}, features=features)
+    DatasetDict(splits).save_to_disk(tmp_path / "d")
+    images = load(tmp_path / "d")
+    assert images.label_names == ["cat", "dog"]
+    assert images["test"].labels.tolist() == [1, 0, 0, 0] * 5
+
+
+def test_splits_with_labels_of_different_kinds_are_refused(tmp_path):
+    parts = {"train": [1, 2] * 5, "test": ["1", "2"] * 5}
+    splits = {}
+    for split, labels in parts.items():
+        kind = Value("int64" if split == "train" else "string")
+        rows = {"img": [{"bytes": as_png(each), "path": None} for each in draw(10).pixels], "label": labels}
+        splits[split] = Dataset.from_dict(rows, features=Features({"img": ImageFeature(), "label": kind}))
+    DatasetDict(splits).save_to_disk(tmp_path / "e")
+    with pytest.raises(UserError, match="--label_column label: whole numbers in train, texts in test; give"):
+        load(tmp_path / "e")
+
+
+# --- decoding ------------------------------------------------------------------------------------------------------
+
+
+def test_decoding_gives_what_datasets_gives(tmp_path):
+    """Phones store some photos upside down or on their side, with an EXIF tag: all eight values of it."""
+    place = tmp_path / "photos"
+    for number in range(40):
+        picture = Image.fromarray(draw(1, seed=number, size=24).pixels[0].permute(1, 2, 0).numpy())
+        tag = Image.Exif()
+        tag[0x0112] = number % 9  # 0 is no orientation
+        folder = place / ("even", "odd")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{number:02}.{('jpg', 'png', 'webp', 'tiff')[number // 9 % 4]}", exif=tag)
+    images = load(place, validation_fraction=0.1, test_fraction=0.1)
+    theirs = load_dataset(str(place), split="train")
+    expected = {bytes(np.asarray(row["image"].convert("RGB")).transpose(2, 0, 1).tobytes()) for row in theirs}
+    assert {bytes(row.numpy()) for images in images.splits.values() for row in images.pixels} == expected
+    turned = Image.open(sorted(place.rglob("*.jpg"))[1])
+    assert bytes(np.asarray(ImageOps.exif_transpose(turned)).transpose(2, 0, 1).tobytes()) in expected
+
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)  # every grey level once
+
+
+def as_file(picture, kind="png", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def grey_formats():
+    """The same grey picture in every format that Pillow reads: name -> (bytes, tolerance in grey levels)."""
+    grey, deep = Image.fromarray(GREY), Image.fromarray(GREY.astype(np.uint16) * 257)
+    rgba = grey.convert("RGB")
+    rgba.putalpha(Image.fromarray(GREY[::-1].copy()))
+    palette = grey.convert("P")
+    twelve_bits = tiff(np.frombuffer(twelve(GREY.astype(np.uint32) * 4095 // 255), np.uint8), bits=12)
+    pgm = b"P5\n16 16\n1023\n" + np.round(GREY * (1023 / 255)).astype(">u2").tobytes()
+    return {
+        "L": (as_file(grey), 0),
+        "LA": (as_file(grey.convert("LA")), 0),
+        "RGBA": (as_file(rgba), 0),
+        "P": (as_file(palette), 26),  # Pillow's palette has six levels of a channel
+        "P, transparent": (as_file(palette, transparency=bytes(range(256))), 26),
+        "gif": (as_file(grey, "gif"), 0),
+        "bmp": (as_file(grey, "bmp"), 0),
+        "CMYK": (as_file(grey.convert("RGB").convert("CMYK"), "tiff"), 1),
+        "YCbCr": (as_file(grey.convert("RGB").convert("YCbCr"), "tiff"), 1),
+        "16-bit PNG": (as_file(deep), 0),
+        "16-bit TIFF": (as_file(deep, "tiff"), 0),
+        "12-bit TIFF": (twelve_bits, 1),
+        "10-bit PGM": (pgm, 1),
+        "16-bit PGM": (as_file(deep, "ppm"), 0),
+    }
+
+
+def twelve(values) -> bytes:
+    """Two 12-bit values in three bytes."""
+    first, second = values.reshape(-1, 2).T.astype(np.uint32)
+    both = first << 12 | second
+    return np.stack([both >> 16, both >> 8 & 255, both & 255], 1).astype(np.uint8).tobytes()
+
+
+def tiff(pixels, bits: int, white_is_zero: bool = False) -> bytes:
+    """A grey 16×16 TIFF without compression, written by hand: little-endian, one strip."""
+    raw = pixels.tobytes()
+    tags = [
+        (256, 16),
+        (257, 16),
+        (258, bits),
+        (259, 1),
+        (262, 0 if white_is_zero else 1),
+        (273, 8),
+        (277, 1),
+        (278, 16),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (279, len(raw))])
+    return struct.pack("<2sHI", b"II", 42, 8 + len(raw)) + raw + struct.pack("<H", 9) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("name", list(grey_formats()))
+def test_every_pixel_format_keeps_its_range(tmp_path, name):
+    content, tolerance = grey_formats()[name]
+    file = write_parquet(tmp_path / "a.parquet", draw(20), encode=with_row(content))
+    images = load(file, convert_rgb=True)
+    every = torch.cat([images[split].pixels for split in ("train", "validation", "test")]).int()
+    off = (every - torch.from_numpy(GREY).int()).abs().flatten(1).max(1).values
+    assert off.min() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("content", "mode"),
+    [
+        (as_file(Image.fromarray(GREY.astype(np.float32) / 255), "tiff"), "TIFF of mode F"),
+        (as_file(Image.fromarray(GREY.astype(np.int32) * 1000), "tiff"), "TIFF of mode I"),
+        (b"Pf\n16 16\n-1.0\n" + (GREY / np.float32(255)).astype("<f4").tobytes(), "PPM of mode F"),
+        (tiff(GREY.astype("<u2") * 257, bits=16, white_is_zero=True), "TIFF of mode I;16"),
+    ],
+    ids=["float", "integer", "pfm", "white is zero"],
+)
+def test_a_pixel_format_of_unknown_range_is_refused_by_its_files_name(tmp_path, content, mode):
+    place = tmp_path / "photos"
+    for number, pixels in enumerate(draw(20).pixels):
+        (place / f"class {number % 2}").mkdir(parents=True, exist_ok=True)
+        (place / f"class {number % 2}" / f"{number:02}.png").write_bytes(as_png(pixels))
+    (place / "class 0" / "scan 07.png").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^.*class 0/scan 07.png \(.*\): a {mode}, of which nothing says .* 8 bits"):
+        load(place, convert_rgb=True)
+    (place / "class 0" / "scan 07.png").write_bytes(png("L"))
+    with pytest.raises(UserError, match=r"^.*class 0/scan 07.png \(.*\) has mode L, not RGB: pass --convert_rgb"):
+        load(place)
 
 
 def test_the_digits_of_scikit_learn():

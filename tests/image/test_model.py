@@ -8,10 +8,12 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.architecture import ImageClassifierConfig
+from resdpo_trl.image.data import Images, LabelledImages
 from resdpo_trl.image.model import (
     ImageClassifier,
     Whitening,
     architectures,
+    as_numbered_by,
     build_classifier,
     check_architecture,
     image_processor,
@@ -217,3 +219,19 @@ def test_whitening_of_grey_images_leaves_no_channel_that_never_varies():
     whitening.fit(grey)
     spread = whitening(grey).std(dim=(0, 2, 3))
     torch.testing.assert_close(spread, torch.ones(24), rtol=0.05, atol=0.0)
+
+
+def test_the_datas_classes_are_numbered_as_the_classifier_numbers_them():
+    """One data set lacks a class, one has another order, one has a class that the classifier does not know."""
+    model = ImageClassifier(config(id2label=dict(enumerate(["cat", "dog", "fish"])), label2id=None))
+    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    for names, labels, expected in (
+        (["cat", "fish"], [0, 1, 1, 0], [0, 2, 2, 0]),
+        (["fish", "dog", "cat"], [0, 1, 2, 2], [2, 1, 0, 0]),
+    ):
+        splits = {split: Images(pixels, torch.tensor(labels)) for split in ("train", "validation", "test")}
+        found = as_numbered_by(model, LabelledImages(splits, names, {}), "--model", "m")
+        assert found.label_names == ["cat", "dog", "fish"]
+        assert all(found[split].labels.tolist() == expected for split in splits)
+    with pytest.raises(UserError, match=r"--model m: the data has a class bird, .* its 3 classes \(cat, dog, fish\)"):
+        as_numbered_by(model, LabelledImages(splits, ["cat", "bird"], {}), "--model", "m")

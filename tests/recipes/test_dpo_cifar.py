@@ -197,14 +197,16 @@ def test_bad_input_is_one_line_and_status_2(recipe, tmp_path, image_folder, argu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": 3}, "it has 4 classes and the data 3"),
-        ({"names": ("red", "green", "cyan", "yellow")}, "its class 2 is blue and the data's cyan: pass"),
+        (
+            {"names": ("red", "green", "cyan", "yellow")},
+            "the data has a class cyan, which is none of its 4 classes (red, green, blue, yellow): pass",
+        ),
         ({"size": 24}, "it was made for 16×16 images and the data"),
     ],
 )
 def test_a_reference_of_another_shape(recipe, tmp_path, finished, options, message):
     folder, _ = finished
-    names = options.pop("names", ("red", "green", "blue", "yellow"))[: options.get("classes", 4)]
+    names = options.pop("names", ("red", "green", "blue", "yellow"))
     write_parquet(tmp_path / "a.parquet", draw(60, **options), names=names)
     for name, flag, more in (
         ("dpo_cifar.py", "--reference_model", ["--output_dir", tmp_path / "d"]),

@@ -60,6 +60,16 @@ def test_two_processes_follow_one(both, training):
     assert (first["weights"], first.get("reference")) == (second["weights"], second.get("reference"))
 
 
+def test_the_best_epoch_is_one_decision(both):
+    """The main process's, on every process; it comes before the last epoch, which is the other process's own."""
+    own = [{int(step): loss for step, loss in each["best epoch"]["losses"].items()} for each in both]
+    bests = [min(losses, key=losses.get) for losses in own]
+    assert bests == [min(own[0]), min(own[0]), max(own[0])]
+    for found in (each["best epoch"] for each in both):
+        best = bests[0]
+        assert found["best"] == f"checkpoint-{best}" and found["recorded"].endswith(found["best"]) and found["kept"]
+
+
 def test_a_moving_reference_has_the_main_processs_batch_norms(both):
     _, first, second = (found["images, batch norms"] for found in both)
     assert first["reference"] == second["reference"]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from trl.data_utils import apply_chat_template
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.sources import describe_left_out
 from resdpo_trl.text.data import (
     MARKER,
     DataConfig,
@@ -144,9 +145,13 @@ def test_splits_are_known_by_the_first_word_of_their_names(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("train", "heldout"), r"its split heldout is neither train nor .*found: train, heldout"),
-        (("train_prefs", "train_sft"), r"its split train_sft is not the only one for train .*--dataset_train_split"),
-        (("test", "validation"), r"no training split \(found: test, validation\)"),
+        (
+            ("train_prefs", "train_sft"),
+            r"its splits train_prefs and train_sft are both for train: name one with --data",
+        ),
+        (("train", "val", "dev"), r"val and dev are both for validation: name one with --dataset_validation_split"),
+        (("test", "validation"), r"no training split \(found: test, validation\): .*--dataset_train_split"),
+        (("default",), r"no training split \(found: default\)"),
     ],
 )
 def test_splits_that_are_not_clearly_named_are_refused(tmp_path, names, message):
@@ -155,11 +160,64 @@ def test_splits_that_are_not_clearly_named_are_refused(tmp_path, names, message)
         load(saved(tmp_path / "d", **dict.fromkeys(names, rows)))
 
 
+def test_splits_of_unknown_names_are_not_trained_on(tmp_path):
+    rows = write_pairs(90)
+    folder = saved(tmp_path / "d", train=rows[:50], train_more=rows[50:60], test=rows[60:75], rephrased=rows[75:])
+    pairs = load(folder, validation_fraction=0.1)
+    assert len(pairs["train"]) + len(pairs["validation"]) == 50 and len(pairs["test"]) == 15
+    assert pairs.counts["splits_left_out"] == ["train_more", "rephrased"]
+    assert "splits left out: train_more, rephrased (" in describe_left_out(pairs.counts)
+    flags = {"dataset_train_split": ["train", "train_more"], "dataset_validation_split": "rephrased"}
+    named = load(folder, **flags)
+    assert [len(named[split]) for split in ("train", "validation", "test")] == [60, 15, 15]
+    assert named.counts["splits_left_out"] == [] and describe_left_out(named.counts) == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"dataset_test_split": "heldout"}, r"--dataset_test_split heldout: no such split \(found: train, test\)"),
+        ({"dataset_train_split": ["test"], "dataset_test_split": "test"}, "--dataset_train_split test: .* two flags"),
+        ({"dataset_train_split": ["test", "test"]}, "--dataset_train_split test: .* two flags"),
+        ({"dataset_test_split": "train"}, "no training split"),
+    ],
+)
+def test_flags_that_name_splits_badly_are_refused(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        load(saved(tmp_path / "d", train=write_pairs(20), test=write_pairs(20, seed=1)), **flags)
+
+
+def test_training_splits_with_different_columns_are_refused(tmp_path):
+    texts = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    other = [{"prompt": [1], "chosen": "b", "rejected": "c"}]
+    with pytest.raises(UserError, match="--dataset_train_split train more: their columns differ"):
+        load(saved(tmp_path / "d", train=texts, more=other), dataset_train_split=["train", "more"])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_pair_of_a_held_out_split_is_not_trained_on(tmp_path, chat_tokenizer, chat):
+    """The same prompt and responses, whichever is chosen; another response to the prompt is another pair."""
+    rows = write_pairs(60)
+    test, validation = rows[40:50], rows[50:]
+    swapped = {"chosen": test[3]["rejected"], "rejected": test[3]["chosen"]}
+    another = {"chosen": test[4]["chosen"], "rejected": test[4]["chosen"].rpartition(A)[0] + f"{A} Another."}
+    train = [*rows[:30], test[0], test[0], swapped, validation[2], another]
+    folder = saved(tmp_path / "d", train=train, validation=[*validation, test[9]], test=test)
+    pairs = load_preferences(DataConfig(dataset_name=str(folder)), chat_tokenizer if chat else None)
+    assert pairs.counts["copies_removed"] == {"train": 4, "validation": 1}
+    assert [len(pairs[split]) for split in ("train", "validation", "test")] == [31, 10, 10]
+    assert "a held-out split has them too: 4 from train, 1 from validation" in describe_left_out(pairs.counts)
+    assert not set(pairs["train"]["pair"]) & {*pairs["validation"]["pair"], *pairs["test"]["pair"]}
+    # a limit on the test does not bring them back
+    few = load_preferences(DataConfig(dataset_name=str(folder), max_test_samples=1))
+    assert few.counts["copies_removed"] == pairs.counts["copies_removed"]
+
+
 def test_a_split_without_a_usable_pair_is_named(tmp_path):
     same = [{"chosen": f"{H}q{A} same", "rejected": f"{H}q{A} same"}] * 3
-    with pytest.raises(UserError, match="no usable pair in its split test; mend that split"):
+    with pytest.raises(UserError, match="nothing usable in its split test; fix that split"):
         load(saved(tmp_path / "d", train=write_pairs(40), test=same))
-    with pytest.raises(UserError, match="no usable pair in its split train"):
+    with pytest.raises(UserError, match="nothing usable in its split train"):
         load(saved(tmp_path / "e", train=same, validation=write_pairs(40), test=write_pairs(40)))
     with pytest.raises(UserError, match=r"--validation_fraction 0.0001 .* split validation"):
         load("chitchat", validation_fraction=0.0001)

@@ -68,6 +68,16 @@ def test_another_forward_is_another_key(tmp_path, tokenizer, first):
     assert again(tmp_path, tokenizer, model=model).reference_pairs_read == 0
 
 
+def test_another_precision_is_another_key(tmp_path, tokenizer, first):
+    assert again(tmp_path, tokenizer, bf16=True).reference_pairs_read == 0
+    assert again(tmp_path, tokenizer, bf16=False).reference_pairs_read > 0
+
+
+def test_other_code_is_another_key(tmp_path, tokenizer, first, monkeypatch):
+    monkeypatch.setattr(reference_cache, "code_version", lambda: "another")
+    assert again(tmp_path, tokenizer).reference_pairs_read == 0
+
+
 def test_another_configuration_of_the_same_weights_is_another_key(tmp_path, tokenizer, first):
     """RoPE's base, an epsilon: no weight shows them."""
     assert again(tmp_path, tokenizer, model=tiny_model("gpt2", layer_norm_epsilon=1e-3)).reference_pairs_read == 0

@@ -1,6 +1,8 @@
-import importlib
+import copy
+import functools
+import json
+import os
 import random
-import sys
 
 import pytest
 from datasets import Dataset
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from trl import DPOConfig, DPOTrainer
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.text import data, tokens
 from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, rendered_turns, turn_starts
 from resdpo_trl.text.tokens import (
-    cache_key,
     cap_counts,
     cap_prompt,
     encode,
@@ -28,6 +30,7 @@ from tests.conftest import (
     sentencepiece_tokenizer,
     tiny_model,
     train_tokenizer,
+    write_pairs,
 )
 
 
@@ -108,14 +111,68 @@ def test_cap_prompt_by_hand():
     assert cap_prompt([0, 1, 2, 0, 3, 4], [3], 4, [0]) == ([0, 3, 4], 1)
 
 
-def test_a_changed_function_is_another_key(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    rows, found = Dataset.from_list([{"a": 1}]), []
-    for source in ("def add(batch): return batch", "def add(batch): return {'a': [2]}"):
-        (tmp_path / "changing.py").write_text(source)
-        sys.modules.pop("changing", None)
-        found += [cache_key(importlib.import_module("changing").add, rows, option) for option in (1, 1, 2)]
-    assert found[0] == found[1] and len(set(found)) == 4
+@pytest.fixture
+def passes(monkeypatch):
+    """Which of the cached steps ran, in order: [] is a run that read everything."""
+    found = []
+    for module, name in ((data, "_parse_batch"), (tokens, "_tokenize_batch")):
+        function = getattr(module, name)
+
+        @functools.wraps(function)
+        def noted(*args, _function=function, **kwargs):
+            found.append(_function.__name__)
+            return _function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+    return found
+
+
+def test_what_is_cached_is_keyed_by_all_that_changes_it(tmp_path, chat_tokenizer, passes, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    rows = write_pairs(30)
+
+    def prepare(cap=64, **options):
+        passes.clear()
+        tokenizer = copy.deepcopy(chat_tokenizer)
+        pairs = load_preferences(DataConfig(dataset_name=str(path), **options), tokenizer)
+        tokenized = tokenize(pairs["train"], tokenizer, cap, ends_turns=pairs.ends_turns)
+        return set(passes), tokenized.to_list()
+
+    def write(rows):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.utime(path, (1e9, 1e9))
+
+    write(rows)
+    ran, first = prepare()
+    assert ran == {"_parse_batch", "_tokenize_batch"}
+    assert prepare() == (set(), first)
+    everything = {"_parse_batch", "_tokenize_batch"}
+    assert prepare(cap=32)[0] == {"_tokenize_batch"}
+    assert prepare(prefer="rejected")[0] == everything
+    assert prepare(dialogue_format="plain")[0] == everything
+    with monkeypatch.context() as changed:
+        changed.setattr(tokens, "code_version", lambda: "another")
+        assert prepare()[0] == everything
+    write([{side: row[side].replace("?", "!") for side in row} for row in rows])  # of the same size and time
+    ran, other = prepare()
+    assert ran == everything and other != first
+    write(rows)
+    assert prepare() == (set(), first)
+    chat_tokenizer.chat_template += " "
+    assert prepare()[0] == everything
+
+
+def test_the_codes_version_is_of_its_text(tmp_path, monkeypatch):
+    found = [tokens.code_version.__wrapped__()]
+    for name in ("tokens.py", "scoring.py"):
+        (tmp_path / name).write_text("x = 1")
+    monkeypatch.setattr(tokens, "__file__", str(tmp_path / "tokens.py"))
+    found.append(tokens.code_version.__wrapped__())
+    (tmp_path / "scoring.py").write_text("x = 2")
+    found.append(tokens.code_version.__wrapped__())
+    monkeypatch.setattr(tokens.importlib.metadata, "version", lambda name: "0")
+    found.append(tokens.code_version.__wrapped__())
+    assert len(set(found)) == 4 == len({*found, tokens.code_version.__wrapped__()})
 
 
 def test_counts_add_up(tokenizer, dialogues, tmp_path):
