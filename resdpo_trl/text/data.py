@@ -192,8 +192,8 @@ def load_preferences(
     for name, rows in sources.items():
         try:
             if config.dataset_name != QUICKSTART or (name == "test" and config.eval_dataset_name):
-                place = f"--dataset_name {config.dataset_name}"
-                rows, kind, layout, unread = _recognized(rows, mapped(config.columns), template, place)
+                flag = f"--dataset_name {config.dataset_name}"
+                rows, kind, layout, unread = _recognized(rows, mapped(config.columns), template, flag)
                 layouts[layout] = None
                 ignored |= unread
             table, found = _parse(rows, kind, template, config, name)

@@ -229,9 +229,10 @@ class PairTrainer(_TextTrainer, Trainer):
     ) -> dict[str, float]:
         """transformers' `evaluate`: of several data sets each under its name, `eval_NAME_loss` and so on."""
         started = time.perf_counter()
-        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
+        own: Any = self.eval_dataset
+        dataset: Any = (
+            own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        )
         if isinstance(dataset, dict):
             every: dict[str, float] = {}
             for name, rows in dataset.items():
