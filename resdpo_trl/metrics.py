@@ -133,7 +133,8 @@ def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding: it holds the share
 
 
 def extremes(margins: np.ndarray, count: int = 8) -> list[int]:

@@ -59,7 +59,7 @@ class DatasetConfig:
         default=None, metadata={"help": "Folder inside the data set: harmless-base, helpful-base, … of HH."}
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
-    dataset_train_split: list[str] | None = field(
+    dataset_train_split: list[str] | None = field(  # or one name
         default=None,
         metadata={
             "help": "The data's own splits to train on; by default the one that is named train or training, or whose "
@@ -83,6 +83,8 @@ class DatasetConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.dataset_train_split, str):
+            self.dataset_train_split = [self.dataset_train_split]
         for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -180,7 +180,10 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, image_folder):
         (["--rejected_sampling", "every"], "argument --rejected_sampling"),
         (["--gradient_checkpointing"], "--gradient_checkpointing is not supported here"),
         (["--crop_padding", "16"], "--crop_padding 16: must be below the images' size"),
-        (["--max_train_samples", "50"], "50 training images are no whole batch"),
+        (
+            ["--max_train_samples", "50", "--per_device_train_batch_size", "64"],
+            "50 training images are no whole batch",
+        ),
         (["--image_size", "8"], "--arch fast: --widths"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

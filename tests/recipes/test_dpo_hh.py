@@ -178,7 +178,7 @@ def test_the_model_card_tells_what_the_summary_says(finished):
     card = ModelCard.load(folder / "policy" / "README.md")
     test = json.loads((folder / "summary.json").read_text())["dpo"]["test"]
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    accuracy = results["pairs ranked right (rewards/accuracies)"]
+    accuracy = results["pairs ranked right"]
     assert accuracy == test["rewards/accuracies"]
     assert f"On {test['n']} held-out pairs" in card.text
     assert "β 0.1" in card.text

@@ -34,7 +34,7 @@ def test_from_sft_to_a_reward_model_and_its_evaluation(recipe, tmp_path, pairs_f
         "3e-3", "--num_train_epochs", "2", "--center_rewards_coefficient", "0.01",
     )  # fmt: skip
     assert status == 0, wrong
-    assert said.startswith(f"SFT and a reward model of {model_folder} on {pairs_file}")
+    assert said.startswith(f"SFT and a reward model of {model_folder} on {pairs_file.name}")
     assert {path.name for path in folder.iterdir()} == {
         "run.json", "reference", "reward_model", "checkpoints", "metrics.jsonl", "summary.json", "scores.jsonl",
         "report.html", "plots",

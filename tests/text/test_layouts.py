@@ -136,7 +136,7 @@ def test_a_table_is_text(tmp_path):
     ("name", "content", "message"),
     [
         ("p.csv", "prompt,chosen,rejected\na,b,c\na,b,c,d\n", r"p\.csv can't be read .*line 3, saw 4"),
-        ("p.csv", "", r"p\.csv can't be read"),
+        ("p.csv", "", r"p\.csv: the file is empty"),
         ("p.csv", b"prompt,chosen,rejected\n\xff,b,c\n", r"p\.csv can't be read .*utf-8"),
         ("p.json", '[{"chosen": "a"},\n {"chosen": }]', r"p\.json, line 2: not JSON"),
         ("p.json", '[{"chosen": "a"},\n 5]', r"p\.json, row 2: not a JSON object"),

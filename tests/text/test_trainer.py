@@ -438,7 +438,7 @@ def test_the_sft_stage_takes_what_both_stages_have(tmp_path):
         "logging_first_step": True, "dataloader_prefetch_factor": 3, "dataloader_num_workers": 1, "project": "p",
         "ddp_bucket_cap_mb": 5, "optim_target_modules": ["a"], "optim": "sgd", "optim_args": "momentum=0.9",
     }  # fmt: skip
-    own = {"max_steps": 7, "label_smoothing": 0.1, "label_smoothing_factor": 0.1, "loss_type": ["sigmoid"]}
+    own = {"max_steps": 7, "label_smoothing": 0.1, "loss_type": ["sigmoid"]}
     own |= {"push_to_hub": True, "hub_model_id": "a/b", "metric_for_best_model": "eval_rewards/margins"}
     stage = sft_stage(config(tmp_path, **options | own), SFTStageConfig(sft_epochs=3.0, sft_learning_rate=5e-4))
     plain = TextSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
@@ -446,7 +446,6 @@ def test_the_sft_stage_takes_what_both_stages_have(tmp_path):
     assert (stage.num_train_epochs, stage.learning_rate, stage.max_length, stage.seed) == (3.0, 5e-4, 128, 42)
     for name in (
         "max_steps",
-        "label_smoothing_factor",
         "loss_type",
         "push_to_hub",
         "hub_model_id",
