@@ -96,9 +96,9 @@ def test_a_log_file_has_our_lines_alone(log):
     _, out, err = log
     assert err == ""
     said = [
-        r"SFT and DPO of .*model on ", r"cpu, ", r"pairs: 48 train", r"SFT, epoch 0, step 0 of 6: validation loss \d",
-        r"SFT, epoch 1, step 6 of 6: validation loss \d", r"DPO, epoch 1, step 6 of 12: validation loss [\d.]+, acc",
-        r"DPO, epoch 2, step 12 of 12: validation loss [\d.]+, accuracies [\d.]+, margins", r"  accuracy, test ",
+        r"SFT and DPO of .*model on ", r"cpu, ", r"pairs: 40 train", r"SFT, epoch 0, step 0 of 5: validation loss \d",
+        r"SFT, epoch 1, step 5 of 5: validation loss \d", r"DPO, epoch 1, step 5 of 10: validation loss [\d.]+, acc",
+        r"DPO, epoch 2, step 10 of 10: validation loss [\d.]+, accuracies [\d.]+, margins", r"  accuracy, test ",
     ]  # fmt: skip
     places = [re.search(f"^{line}", out, re.MULTILINE) for line in said]
     assert None not in places, (said[places.index(None)], out)
@@ -149,7 +149,9 @@ def test_a_terminal_has_one_bar_a_stage_and_our_warnings(folder, log):
     assert all(len(rows[number]) <= 80 for number in bars)
     between = rows[bars[0] + 1 : bars[1]]
     assert between and all(re.fullmatch(r"/.* is damaged .*", row) for row in between)
-    assert rows[bars[1] + 1] == "" and rows[bars[1] + 2].startswith("  pairs ")  # the table, after a blank line
+    # the verdict after a blank line, then the table
+    assert rows[bars[1] + 1] == "" and "unseen pairs are ranked right" in rows[bars[1] + 2], rows[bars[1] :]
+    assert [row for row in rows[bars[1] + 3 :] if row.startswith("  pairs ")]
 
 
 def screen(text: str) -> list[str]:
