@@ -175,7 +175,7 @@ def test_splits_that_flags_name(tmp_path):
     assert {prompt.split()[0] for split in ("train", "validation") for prompt in pairs[split]["prompt"]} == {
         "train_prefs"
     }
-    with pytest.raises(UserError, match=r"test_prefs and test_sft are both for test: name one with --dataset_test_split"):
+    with pytest.raises(UserError, match=r"test_prefs and test_sft are both for test: .*--dataset_test_split"):
         load(tmp_path / "d", dataset_train_split="train_prefs")
     with pytest.raises(UserError, match=r"--dataset_test_split x: no such split \(found: train_prefs, train_sft"):
         load(tmp_path / "d", dataset_train_split="train_prefs", dataset_test_split="x")
