@@ -331,7 +331,7 @@ def _save_card(
 
 
 def _plots(run: RunFolder, folder: Path) -> str:
-    """Three of the report's plots, copied beside the card."""
+    """Three of the report's plots, copied into the card's folder."""
     shown: list[str] = []
     for name, caption in PLOTS:
         source = run.path / "plots" / f"{name}.png"

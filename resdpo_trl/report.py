@@ -29,7 +29,7 @@ LARGEST_NUMBER = 1e100  # a plot's; beyond it differences overflow
 # what a damaged file of a run leads to where it is read
 DAMAGE = (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
 
-# (metric, what stands on the axis)
+# (metric, the axis's label)
 CURVES = (
     ("loss", "loss"),
     ("rewards/margins", "margin of rewards"),

@@ -511,7 +511,7 @@ def _by_split(sources: dict[str, Dataset], config: DataConfig, held_out: bool) -
 
 
 def _template_columns(rows: Dataset, template: Any) -> list[str]:
-    """The columns that a chat template gets besides the messages, where there is one, and it reads them."""
+    """The columns other than the messages that a chat template reads, where there is one."""
     if template is None:
         return []
     column = rows["tools"] if "tools" in rows.column_names else []
@@ -532,7 +532,7 @@ def _reads_tools(template: Any, tools: Any) -> bool:
 
 
 def _template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row passes to the chat template besides its messages, as TRL reads it.
+    """What a row passes to the chat template in addition to its messages, as TRL reads it.
 
     Raises:
         ValueError: `tools` is a text and no JSON, or `chat_template_kwargs` is no mapping.

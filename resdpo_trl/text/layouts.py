@@ -8,7 +8,7 @@
     question       question (or instruction, input), chosen, rejected, and system or not Orca pairs
     turns          conversations, chosen, rejected: {from, value}                        ShareGPT, LLaMA-Factory
 
-A prompt column of another name is found by `PROMPTS` or given by --columns. What stands in a `system` column becomes
+A prompt column of another name is found by `PROMPTS` or given by --columns. The text of a `system` column becomes
 the conversation's system message.
 """
 

@@ -99,7 +99,7 @@ def cache_key(function: Callable[..., Any], rows: Dataset, *options: Any) -> str
 
     Args:
         function: what is mapped.
-        options: what the result depends on besides the rows and the code; their `repr` must say all of it.
+        options: what the result depends on other than the rows and the code; their `repr` must say all of it.
     """
     parts = (code_version(), function.__name__, rows._fingerprint, options)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
