@@ -73,7 +73,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
         length, key_heads = query.shape[2], key.shape[1]
         half = length // 2
-        causal = hidden[..., :half, half:].all()  # a mask may let a query see what comes after it
+        # a mask may let a query see what comes after it; a compiled graph cannot depend on what a tensor holds
+        causal = not torch.compiler.is_compiling() and bool(hidden[..., :half, half:].all())
         blocks = [(0, half), (half, length)] if causal else [(0, length)]
         outputs, kept = [], []
         for start, end in blocks:

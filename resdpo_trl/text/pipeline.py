@@ -487,7 +487,8 @@ class TextRun(Job):
 
     def _answers(self, name: str, model: Any, prompts: list[list[int]]) -> dict[str, list[str]]:
         if not getattr(model, "is_quantized", False):
-            model.to(self.training.device)
+            # autocast would convert float32 weights again at every token
+            model.to(self.training.device, torch.bfloat16 if self.training.bf16 else None)
         prompts = answerable(model, prompts, self.samples.max_new_tokens)
         return {
             kind: self.tokenizer.batch_decode(

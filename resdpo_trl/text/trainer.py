@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend
+from accelerate.utils.other import is_repeated_blocks
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -95,6 +97,22 @@ class _TextTrainer(EveryRowOnce, Resumable):
                     f"figure of one, e.g. eval_{next(iter(held_out))}_loss, or keep the last epoch (select last)"
                 )
         super().__init__(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With --torch_compile, compile the model's repeated blocks, each for all batch sizes and widths.
+
+        accelerate would compile the whole model, the response head included, once per shape until torch gives up and
+        runs it uncompiled. The blocks share one graph: one with gradients and one without.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend == DynamoBackend.NO:
+            return
+        options = plugin.to_kwargs() | {"dynamic": True}
+        plugin.backend = DynamoBackend.NO
+        for blocks in filter(is_repeated_blocks, base_model(self.model).modules()):
+            for block in blocks:
+                block.compile(**options)
 
     def _note_tokens(self, real: Tensor) -> None:
         """Count a step's (R, T) tokens; `real` is True where one is not padding."""
