@@ -17,8 +17,8 @@ from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
 from resdpo_trl.text.config import SFTStageConfig, TextDPOConfig, TextSFTConfig, sft_stage
 from resdpo_trl.text.data import SPLITS, DataConfig, load_preferences
-from resdpo_trl.text.tokens import sft_rows, tokenize
 from resdpo_trl.text.model import with_faster_parts
+from resdpo_trl.text.tokens import sft_rows, tokenize
 from resdpo_trl.text.trainer import LengthSampler, TextDPOTrainer, TextSFTTrainer
 from tests.conftest import random_pairs, tiny_model
 from tests.text.test_scoring import AFTER_THE_HEAD, SIZES, new_model, random_pair_of, with_large_weights
