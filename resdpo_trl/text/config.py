@@ -145,6 +145,13 @@ class TextModelConfig(ModelConfig):
             "needs no network."
         },
     )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the weights; by default float32, and bfloat16 for frozen ones under an adapter that "
+            "trains with --bf16."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -224,7 +224,7 @@ def loading_options(model: TextModelConfig, trust_remote_code: bool) -> dict[str
     """What `from_pretrained` of every model gets from the flags."""
     return {
         "revision": model.model_revision,
-        "dtype": model.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype),
+        "dtype": "auto" if model.dtype == "auto" else getattr(torch, model.dtype or "float32"),
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,

@@ -78,6 +78,8 @@ class TextRun(Job):
         self.base = model.model_name_or_path or (None if self.sft.sft_checkpoint else SMOLLM2)
         self.training: Any = training
         self._check_model_flags()
+        if model.dtype is None and model.use_peft and training.bf16 and not isinstance(training, TextRewardConfig):
+            model.dtype = "bfloat16"  # autocast would convert the frozen float32 weights again in every step
         config = {
             "data": dataclasses.asdict(data),
             "model": dataclasses.asdict(model),

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.hub import publish
@@ -110,3 +111,19 @@ def test_what_cannot_be_pushed_or_merged_is_refused_before_anything_is_loaded(re
         status, _, said = recipe(name, *flags, "--merge_adapter")
         assert status == 2 and "no adapter is trained: add --use_peft" in said
     assert not hub.requests and not (tmp_path / "run").exists()
+
+
+def test_frozen_weights_are_bfloat16_where_training_is(recipe, tmp_path, pairs_file, tokenizer):  # noqa: F811
+    save_model(tmp_path / "base", tokenizer, "llama")
+    flags = [*LORA[:-1], "--bf16", "true", "--sft_epochs", "0", "--merge_adapter", "--dataset_name", pairs_file]
+    flags[flags.index("base")] = tmp_path / "base"
+    for name, more in {"default": [], "float32": ["--dtype", "float32"]}.items():
+        status, _, said = recipe("dpo_hh.py", *flags, *more, "--output_dir", tmp_path / name)
+        assert status == 0, said
+    weights = {
+        name: load_file(tmp_path / name / "policy" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+        for name in ("default", "float32")
+    }
+    base = load_file(tmp_path / "base" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(weights["float32"], base)  # the adapter trains attention alone
+    assert torch.equal(weights["default"], base.bfloat16().float())
