@@ -13,23 +13,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from torchvision.transforms.v2 import functional
 from transformers import ViTImageProcessor
+from trl.trainer.utils import disable_dropout_in_model
 
 from resdpo_trl.arguments import preference_loss
-from resdpo_trl.errors import UserError
-from resdpo_trl.image.augment import Augmentation, AugmentConfig, hash_seed
-from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
-from resdpo_trl.image.data import Images
+from resdpo_trl.errors import UserError, renamed
+from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig
+from resdpo_trl.image.data import Augmentation, AugmentConfig, Images, hash_seed
 from resdpo_trl.image.model import ImageClassifier, share_statistics
 from resdpo_trl.image.muon import with_muon
-from resdpo_trl.image.rejected import RejectedClasses
-from resdpo_trl.losses import LogProbs, PreferenceLoss
-from resdpo_trl.metrics import RunningMeans, classifier_metrics, classifier_pairs
+from resdpo_trl.losses import LogProbs, PreferenceLoss, classifier_pairs, wrong_classes
+from resdpo_trl.metrics import RunningMeans, classifier_metrics
 from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
+from resdpo_trl.scorer import score_rows
 
 
 class EpochSampler(Sampler[int]):
@@ -62,7 +62,43 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
-class ClassifierTrainer(EveryRowOnce, Resumable):
+class RejectedClasses:
+    """Draws rejected classes: a function of (seed, epoch, image), and of the reference for `hard`.
+
+    Args:
+        sampling: one of `SAMPLING`.
+        labels: (N,) true classes of the training images.
+        classes: K.
+        seed: with the epoch and an image's number it determines the draw.
+    """
+
+    def __init__(self, sampling: str, labels: Tensor, classes: int, seed: int):
+        self.sampling, self.labels, self.classes, self.seed = sampling, labels, classes, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch, "rejected"))
+        self._uniform = torch.rand(len(self.labels), generator=generator).to(self.labels.device)
+
+    def __call__(self, index: Tensor, ref_logps: Tensor) -> Tensor:
+        """(B, T) rejected classes of the images numbered `index` (B,), given `ref_logps` (B, K) under the reference.
+
+        T is K−1 for `all` and 1 otherwise.
+        """
+        labels, draw = self.labels[index], self._uniform[index]
+        wrong = wrong_classes(labels, self.classes)
+        if self.sampling == "all":
+            return wrong
+        if self.sampling == "random":
+            return (draw * self.classes).long().clamp(max=self.classes - 1)[:, None]
+        if self.sampling == "uniform":
+            place = (draw * (self.classes - 1)).long()
+        else:  # hard: the inverse of the cumulative distribution at the image's own draw
+            place = (ref_logps.gather(1, wrong).softmax(1).cumsum(1) <= draw[:, None]).sum(1)
+        return wrong.gather(1, place.clamp(max=self.classes - 2)[:, None])
+
+
+class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
     """Cross-entropy on images in memory.
 
     Args:
@@ -83,7 +119,7 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
     def __init__(
         self,
         model: ImageClassifier,
-        args: CrossEntropyConfig | ClassifierDPOConfig,
+        args: ImageCrossEntropyConfig | ImageDPOConfig,
         train: Images,
         validation: Images | None,
         processor: ViTImageProcessor,
@@ -91,7 +127,7 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
     ):
         _check_images(train, args, augment)
         if args.channels_last:
-            _channels_last(model)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if args.world_size > 1 and args.device.type == "cuda":
             share_statistics(model)
         super().__init__(
@@ -158,25 +194,14 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         return {"loss": float(F.nll_loss(logps.double(), images.labels)), "accuracy": float(accuracy)}
 
     def _over_images(self, images: Images, function: Any, models: list[Any], description: str) -> list[Tensor]:
-        """Apply `function` to batches of normalized images, every model in eval mode; its outputs, in order."""
-        from tqdm.auto import tqdm
+        """`function` of batches of normalized images; its outputs on the CPU, in the order of the images."""
 
-        loader = self.accelerator.prepare_data_loader(
-            DataLoader(range(len(images)), batch_size=self.args.per_device_eval_batch_size, collate_fn=_number)  # type: ignore[arg-type]
-        )
-        training = [model.training for model in models]
-        for model in models:
-            model.eval()
-        parts = []
-        hidden = not self.is_world_process_zero() or None  # None: where stderr is no terminal
-        with torch.no_grad(), self.accelerator.autocast():
-            for inputs in tqdm(loader, desc=description, leave=False, disable=hidden, delay=2):
-                pixels = images.pixels[inputs["index"].cpu()].to(self.accelerator.device)
-                outputs = self.accelerator.gather_for_metrics(list(function(self.normalize(pixels))))
-                parts.append([value.cpu() for value in outputs])
-        for model, mode in zip(models, training, strict=True):
-            model.train(mode)
-        return [torch.cat(values) for values in zip(*parts, strict=True)]
+        def of_batch(pixels: Tensor) -> list[Tensor]:
+            with self.accelerator.autocast():
+                return [*function(self.normalize(pixels.to(self.accelerator.device)))]
+
+        rows, batch_size = range(len(images)), self.args.per_device_eval_batch_size
+        return score_rows(of_batch, rows, images.pixels.__getitem__, batch_size, models, description)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(name.startswith("eval_") for name in logs):
@@ -218,7 +243,7 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         return self._sampler
 
 
-class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
+class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
     """DPO for classifiers: the true class is preferred to wrong ones, and everything about a policy is exact.
 
     Policy and reference see the same augmented images in one step; the reference runs without gradient, in eval mode,
@@ -229,14 +254,14 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
     Args:
         model: the policy.
         ref_model: the reference; it is moved in place where `args.reference_update` says so.
-        args, train, validation, processor, augment: as for `ClassifierTrainer`.
+        args, train, validation, processor, augment: as for `ImageCrossEntropyTrainer`.
     """
 
     def __init__(
         self,
         model: ImageClassifier,
         ref_model: ImageClassifier,
-        args: ClassifierDPOConfig,
+        args: ImageDPOConfig,
         train: Images,
         validation: Images | None,
         processor: ViTImageProcessor,
@@ -246,10 +271,10 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
         self.ref_model: Any = ref_model
         if args.disable_dropout:
             for each in (model, ref_model):
-                _disable_dropout(each)
+                disable_dropout_in_model(each)
         super().__init__(model, args, train, validation, processor, augment)
         if args.channels_last:
-            _channels_last(ref_model)
+            ref_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         ref_model.requires_grad_(False).eval()
         self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -358,12 +383,6 @@ def _logps(model: Any, images: Tensor) -> Tensor:
     return model(images).logits.float().log_softmax(1)
 
 
-def _channels_last(model: torch.nn.Module) -> None:
-    for parameter in [*model.parameters(), *model.buffers()]:
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-
 def _number(index: list[int]) -> dict[str, Tensor]:
     return {"index": torch.tensor(index)}
 
@@ -372,7 +391,6 @@ def _select(pairs: LogProbs, kept: Tensor) -> LogProbs:
     return LogProbs(pairs.chosen[kept], pairs.rejected[kept], pairs.ref_chosen[kept], pairs.ref_rejected[kept])
 
 
-def _disable_dropout(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+__getattr__ = renamed(
+    __name__, {"ClassifierTrainer": "ImageCrossEntropyTrainer", "ClassifierDPOTrainer": "ImageDPOTrainer"}
+)

@@ -14,11 +14,12 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
 from resdpo_trl.provenance import FILE
 from resdpo_trl.report import write_report
-from resdpo_trl.text import compare
-from resdpo_trl.text.compare import Comparison
-from resdpo_trl.text.comparison_page import compared_words
-from resdpo_trl.text.config import CompareConfig, TextModelConfig
-from resdpo_trl.text.judges import Verdict
+from resdpo_trl.study import compare
+from resdpo_trl.study.compare import Comparison
+from resdpo_trl.study.comparison_page import compared_words
+from resdpo_trl.study.config import CompareConfig
+from resdpo_trl.study.judges import Verdict
+from resdpo_trl.text.config import TextModelConfig
 from tests.conftest import ANSWERS, TURN_END, TURNS, tiny_model, train_tokenizer
 from tests.test_report import HOSTILE
 from tests.text.test_generate import chain

@@ -30,11 +30,8 @@ from resdpo_trl.metrics import with_intervals
 from resdpo_trl.provenance import as_trained, loss_of, read_facts
 from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
-from resdpo_trl.text.config import CompareConfig, TextModelConfig, named_models
-from resdpo_trl.text.data import dialogue, end_of_turn
-from resdpo_trl.text.evaluate import distinct_ngrams, score_pairs
-from resdpo_trl.text.generate import answer, stop_tokens
-from resdpo_trl.text.judges import (
+from resdpo_trl.study.config import CompareConfig
+from resdpo_trl.study.judges import (
     KEY_VARIABLE,
     EndpointJudge,
     Judge,
@@ -44,8 +41,12 @@ from resdpo_trl.text.judges import (
     both_orders,
     win_rate,
 )
+from resdpo_trl.study.prompts import load_prompts
+from resdpo_trl.text.config import TextModelConfig, named_models
+from resdpo_trl.text.data import dialogue, end_of_turn
+from resdpo_trl.text.evaluate import distinct_ngrams, score_pairs
+from resdpo_trl.text.generate import Prompt, answer, answer_ids, prompt_ids, stop_tokens
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, local_model
-from resdpo_trl.text.prompts import Prompt, answer_ids, load_prompts, prompt_ids
 from resdpo_trl.text.reward import RewardModel
 from resdpo_trl.verdict import of_comparison
 
@@ -265,9 +266,7 @@ class Comparison:
             (tokens[: len(tokens) - replaced] + ids + end * one.ended)[-self.config.max_length :]
             for tokens, replaced, ids, one in zip(before, merged, after, answers, strict=True)
         ]
-        with self.state.split_between_processes(list(range(len(rows)))) as mine:
-            found = reward_model.score([rows[place] for place in mine], self.config.batch_size).tolist()
-        return gather_object(found)
+        return reward_model.score(rows, self.config.batch_size).tolist()
 
     def _implicit_rewards(self, reference: str) -> None:
         """β·(log π(y|x) − log π_ref(y|x)) of every answer y under every policy π (Eq. 5 of DPO, arXiv 2305.18290, up to
@@ -300,19 +299,13 @@ class Comparison:
         scored = Dataset.from_list([row | {"length": sum(map(len, row.values()))} for row in rows])
         logps: dict[str, dict[str, np.ndarray]] = {}
         for name in [reference, *policies]:
-            both = []
-            with self.state.split_between_processes(list(range(len(rows)))) as mine:
-                if mine:
-                    found = score_pairs(
-                        self._load(name), scored.select(mine), tokenizer, self.config, f"Rewards, {name}"
-                    )
-                    both = [*zip(found.chosen.tolist(), found.rejected.tolist(), strict=True)]
-            both = gather_object(both)
+            how = (self.config.batch_size, f"Rewards, {name}", self.config.prefix_sharing, self.config.bf16)
+            found = score_pairs(self._load(name), scored, tokenizer, *how)
             logps[name] = {}
             for number, (first, second) in enumerate(pairs):
-                part = both[number * len(prompts) : (number + 1) * len(prompts)]
-                logps[name][first] = np.array([chosen for chosen, _ in part])
-                logps[name][second] = np.array([rejected for _, rejected in part])
+                part = slice(number * len(prompts), (number + 1) * len(prompts))
+                logps[name][first] = found.chosen[part].double().numpy()
+                logps[name][second] = found.rejected[part].double().numpy()
         self.rewards = {
             policy: {name: (self.beta * (logps[policy][name] - logps[reference][name])).tolist() for name in names}
             for policy in policies

@@ -112,7 +112,7 @@ class Point:
     def flags(self) -> list[str]:
         return [
             "--beta", repr(self.beta), "--learning_rate", repr(self.learning_rate), "--seed", str(self.seed),
-            "--output_dir", str(self.folder), "--sft_checkpoint", str(self.reference),
+            "--output_dir", str(self.folder), "--reference", str(self.reference),
         ]  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def points_of(
     no SFT to run.
     """
     if reference and config.sft_epochs_list:
-        raise UserError("--sft_epochs_list runs SFT and --sft_checkpoint skips it: drop either")
+        raise UserError("--sft_epochs_list runs SFT and --reference skips it: drop either")
     grid = itertools.product(
         dict.fromkeys(config.sft_epochs_list or [sft_epochs]),
         dict.fromkeys(config.betas),
