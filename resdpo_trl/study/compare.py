@@ -1,7 +1,7 @@
 """The same prompts answered by several models: answers, rewards under each policy, win rates, one page.
 
-The steps in order; the recipe calls them. One model is in memory at a time, and each model's answers and each verdict
-are on disk as soon as they are there: `--resume_from_checkpoint` makes and asks only what is missing.
+The recipe calls the steps in order. One model is in memory at a time. Each model's answers (answers/DIGEST.json) and
+each verdict (verdicts.jsonl) are written at once: `--resume_from_checkpoint` draws and asks only what is missing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError, printable
+from resdpo_trl.files import write_whole
 from resdpo_trl.metrics import with_intervals
 from resdpo_trl.provenance import as_trained, loss_of, read_facts
 from resdpo_trl.report import write_report
@@ -107,14 +110,11 @@ class Comparison:
             config.seed,
         )
         self.answers: dict[str, list[Answer]] = {}
-        self.made_from: dict[str, str] = {}  # what the answers of each name depend on, as a digest
         self.rewards: dict[str, dict[str, list[float]]] = {}  # policy -> whose answers -> (N,) β·log(π/π_ref)
         # (judge, model, against) -> (N,) 1.0 won, 0.5 tie, 0.0 lost, None no verdict
         self.outcomes: dict[tuple[str, str, str], list[float | None]] = {}
         self.verdicts: list[dict[str, Any]] = []  # the lines of verdicts.jsonl
         self.answer_seconds, self.answer_tokens = 0.0, 0  # of all that was drawn, chosen among or not
-        if resume:
-            self._restore()
 
     def _judges(self) -> dict[str, Judge]:
         """The judges of pairs; an endpoint that does not answer is said before any model is loaded."""
@@ -162,20 +162,17 @@ class Comparison:
     # --- answers -------------------------------------------------------------------------------------------------
 
     def answer(self) -> None:
-        """Every model's answers, in batches; samples.jsonl is written anew after each model."""
+        """Every model's answers; samples.jsonl is written again after each model."""
         shortened = {}
         for name, path in self.models.items():
             prompts, lost = prompt_ids(self.prompts, self.tokenizers[name], self._prompt_tokens)
             shortened[name] = sum(tokens > 0 for tokens in lost)
-            if name not in self.answers:
-                drawn = self._drawn(name, self._load(name), prompts, self.config.do_sample, 1, name)
-                self.answers[name] = [first for (first,) in drawn]
-                self._save(name, self._key(path))
-        self.answers = {name: self.answers[name] for name in [*self.models, *self.answers]}  # in the order asked for
+            draw = partial(self._drawn, name, prompts, self.config.do_sample, name)
+            self._keep(name, name, self._digest(path), draw)
         self.run.summarize(data=self.counts | {"prompts_shortened": shortened})
 
     def add_best_of_n(self, reward_model: RewardModel) -> None:
-        """One more model: of n sampled answers to a prompt the one that the reward model scores highest,
+        """One more model: of n sampled answers to a prompt, the one that the reward model scores highest,
 
             y* = argmax_{i ≤ n} r(x, y_i),   y_1 … y_n ~ π(·|x)
 
@@ -183,53 +180,57 @@ class Comparison:
         footnote bounds its KL from π: log n − (n−1)/n).
         """
         count = self.config.best_of_n
-        if count is None or self._best_name in self.answers:
+        if count is None:
             return
-        source = self._best_source
-        prompts, _ = prompt_ids(self.prompts, self.tokenizers[source], self._prompt_tokens)
-        drawn = self._drawn(source, self._load(source), prompts, True, count, self._best_name)
-        repeated = [prompt for prompt in self.prompts for _ in range(count)]
-        flat = [candidate for candidates in drawn for candidate in candidates]
-        scores = self._scores(reward_model, repeated, flat)
-        best = [max(range(at, at + count), key=scores.__getitem__) for at in range(0, len(flat), count)]
-        self.answers[self._best_name] = [dataclasses.replace(flat[at], score=scores[at]) for at in best]
-        self._save(self._best_name, self._best_key())
+        source = self.config.best_of_n_model or next(iter(self.models))
+        name = f"{source}, best of {count}"
 
-    @property
-    def _best_source(self) -> str:
-        return self.config.best_of_n_model or next(iter(self.models))
+        def best() -> list[list[int]]:
+            repeated = [prompt for prompt in self.prompts for _ in range(count)]
+            prompts, _ = prompt_ids(repeated, self.tokenizers[source], self._prompt_tokens)
+            drawn = self._drawn(source, prompts, True, name)
+            scores = self._scores(reward_model, repeated, self._read(source, drawn))
+            return [drawn[max(range(at, at + count), key=scores.__getitem__)] for at in range(0, len(drawn), count)]
 
-    @property
-    def _best_name(self) -> str:
-        return f"{self._best_source}, best of {self.config.best_of_n}"
+        self._keep(name, source, self._digest(self.models[source], name, _files(self.config.reward_model or "")), best)
 
-    def _best_key(self) -> str:
-        return self._key(self.models[self._best_source], self._best_name, _files(self.config.reward_model or ""))
+    def _keep(self, name: str, source: str, digest: str, draw: Callable[[], list[list[int]]]) -> None:
+        """Set the answers of a name: those on disk if they would come out the same, or else what `draw` returns."""
+        path = self.run.path / "answers" / f"{digest}.json"
+        if path.exists():
+            ids = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            ids = draw()
+            if self.state.is_main_process:
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, json.dumps(ids))
+        self.answers[name] = self._read(source, ids)
+        self._write_samples()
+
+    def _read(self, name: str, ids: list[list[int]]) -> list[Answer]:
+        tokenizer = self.tokenizers[name]
+        texts, stops = tokenizer.batch_decode(ids, skip_special_tokens=True), stop_tokens(tokenizer)
+        return [Answer(tokens, text, tokens[-1] in stops, name) for tokens, text in zip(ids, texts, strict=True)]
 
     @property
     def _prompt_tokens(self) -> int:
         """Tokens of a prompt, at most."""
         return self.config.max_length - self.config.max_new_tokens
 
-    def _drawn(
-        self, name: str, model: Any, prompts: list[list[int]], sampled: bool, count: int, description: str
-    ) -> list[list[Answer]]:
-        """`count` answers to each prompt; every process answers its share of the prompts."""
+    def _drawn(self, name: str, prompts: list[list[int]], sampled: bool, description: str) -> list[list[int]]:
+        """Token ids of an answer per prompt; every process answers its share of the prompts."""
+        model = self._load(name)
         started = time.perf_counter()
-        tokenizer = self.tokenizers[name]
-        with self.state.split_between_processes(list(range(len(prompts)))) as mine:
-            rows = [prompts[place] for place in mine for _ in range(count)]
+        with self.state.split_between_processes(prompts) as mine:
             ids = answer(
-                model, tokenizer, rows, self.config.max_new_tokens, sampled=sampled,
+                model, self.tokenizers[name], mine, self.config.max_new_tokens, sampled=sampled,
                 seed=self.config.seed + self.state.process_index, batch_size=self.config.batch_size,
                 description=f"Answers, {description}", temperature=self.config.temperature, top_p=self.config.top_p,
             )  # fmt: skip
-        found = gather_object(ids)
+        found: list[list[int]] = gather_object(ids)
         self.answer_seconds += time.perf_counter() - started
         self.answer_tokens += sum(map(len, found))
-        texts, stops = tokenizer.batch_decode(found, skip_special_tokens=True), stop_tokens(tokenizer)
-        answers = [Answer(tokens, text, tokens[-1] in stops, name) for tokens, text in zip(found, texts, strict=True)]
-        return [answers[start : start + count] for start in range(0, len(answers), count)]
+        return found
 
     # --- rewards -------------------------------------------------------------------------------------------------
 
@@ -239,12 +240,8 @@ class Comparison:
             reward_model = RewardModel(self.config.reward_model, self.model, self.config.trust_remote_code)
             self.add_best_of_n(reward_model)
             for answers in self.answers.values():
-                missing = [place for place, one in enumerate(answers) if one.score is None]
-                scores = self._scores(
-                    reward_model, [self.prompts[place] for place in missing], [answers[place] for place in missing]
-                )
-                for place, score in zip(missing, scores, strict=True):
-                    answers[place].score = score
+                for one, score in zip(answers, self._scores(reward_model, self.prompts, answers), strict=True):
+                    one.score = score
             del reward_model
         if self.reference is not None:
             self._implicit_rewards(self.reference)
@@ -252,8 +249,6 @@ class Comparison:
 
     def _scores(self, reward_model: RewardModel, prompts: list[Prompt], answers: list[Answer]) -> list[float]:
         tokenizer = reward_model.tokenizer
-        if not answers:
-            return []
         before, _ = prompt_ids(prompts, tokenizer, self._prompt_tokens)
         if tokenizer.chat_template is None:
             texts, end = [one.text for one in answers], [tokenizer.eos_token_id]
@@ -463,13 +458,7 @@ class Comparison:
             )  # fmt: skip
         self.run.write_rows("samples.jsonl", rows)
 
-    def _save(self, name: str, key: str) -> None:
-        """What is there so far, and what it was made from."""
-        self.made_from[name] = key
-        self._write_samples()
-        self.run.summarize(made_from=self.made_from)
-
-    def _key(self, path: str, *more: Any) -> str:
+    def _digest(self, path: str, *more: Any) -> str:
         """A digest of what answers depend on: the model's files, the prompts, and how they are drawn."""
         config = {
             name: getattr(self.config, name)
@@ -485,24 +474,6 @@ class Comparison:
             *more,
         ]
         return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
-
-    def _restore(self) -> None:
-        """The answers that an interrupted comparison left and that would come out the same."""
-        path = self.run.path / "samples.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        keys = {name: self._key(path) for name, path in self.models.items()}
-        if self.config.best_of_n is not None:
-            keys[self._best_name] = self._best_key()
-        for name, key in keys.items():
-            if len(rows) != len(self.prompts) or self.run.summary.get("made_from", {}).get(name) != key:
-                continue
-            source = name if name in self.models else self._best_source
-            stops = stop_tokens(self.tokenizers[source])
-            self.answers[name] = []
-            for row in rows:
-                ids, (text,) = row["answer_ids"][name], row["answers"][name].values()
-                self.answers[name].append(Answer(ids, text, ids[-1] in stops, source))
-            self.made_from[name] = key
 
     def _kept_verdicts(self) -> list[dict[str, Any]]:
         path = self.run.path / "verdicts.jsonl"
