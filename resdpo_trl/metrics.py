@@ -34,6 +34,22 @@ def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.nd
     return {name: value.detach().cpu().numpy() for name, value in figures.items()}
 
 
+def training_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tensor]:
+    """Figures of a training step's pairs under TRL's names, without gradient, each in the shape of the pairs."""
+    chosen, rejected = loss.rewards(pairs)
+    weights_chosen, weights_rejected = loss.gradient_weights(pairs)
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "logps/chosen": pairs.chosen.detach(),
+        "logps/rejected": pairs.rejected.detach(),
+        "gradient_weights/chosen": weights_chosen,
+        "gradient_weights/rejected": weights_rejected,
+    }
+
+
 def raw_accuracy(pairs: LogProbs) -> dict[str, np.ndarray]:
     """(N,) 1 where a model's own log-likelihood, with no reference, is larger for the chosen response."""
     return {

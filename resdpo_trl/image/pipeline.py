@@ -449,10 +449,7 @@ def describe_comparison(summary: dict[str, Any]) -> str:
                 f"{figures['images_per_second']:.0f}" if "seconds" in figures else "-",
             )
         )
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-    )
+    return as_table(table).strip("\n")
 
 
 def _with_interval(test: dict[str, Any], name: str) -> str:

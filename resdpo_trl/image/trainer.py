@@ -25,7 +25,7 @@ from resdpo_trl.image.data import Augmentation, AugmentConfig, Images, hash_seed
 from resdpo_trl.image.model import ImageClassifier, share_statistics
 from resdpo_trl.image.muon import with_muon
 from resdpo_trl.losses import LogProbs, PreferenceLoss, classifier_pairs, wrong_classes
-from resdpo_trl.metrics import RunningMeans, classifier_metrics
+from resdpo_trl.metrics import RunningMeans, classifier_metrics, training_figures
 from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
@@ -329,18 +329,7 @@ class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
 
         Pairs without a signal add nothing here, and `_take_means` divides by the share of the others.
         """
-        chosen, rejected = self.preference_loss.rewards(pairs)
-        weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
-        figures = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": chosen > rejected,
-            "logps/chosen": pairs.chosen.detach(),
-            "logps/rejected": pairs.rejected.detach(),
-            "gradient_weights/chosen": weights_chosen,
-            "gradient_weights/rejected": weights_rejected,
-        }
+        figures = training_figures(pairs, self.preference_loss)
         self._means.add(
             {name: value.float().where(signal, 0.0).mean(1) for name, value in figures.items()}
             | {

@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,6 @@ class Comparison:
         self.rewards: dict[str, dict[str, list[float]]] = {}  # policy -> whose answers -> (N,) β·log(π/π_ref)
         # (judge, model, against) -> (N,) 1.0 won, 0.5 tie, 0.0 lost, None no verdict
         self.outcomes: dict[tuple[str, str, str], list[float | None]] = {}
-        self.verdicts: list[dict[str, Any]] = []  # the lines of verdicts.jsonl
         self.answer_seconds, self.answer_tokens = 0.0, 0  # of all that was drawn, chosen among or not
 
     def _judges(self) -> dict[str, Judge]:
@@ -312,18 +312,22 @@ class Comparison:
         """Every pair of models, judged in both orders; each verdict is in verdicts.jsonl as soon as it is there."""
         if not self.state.is_main_process:
             return
-        outcomes = self.outcomes
         if self.config.reward_model is not None:
+            scores = {name: np.array([one.score for one in found]) for name, found in self.answers.items()}
             for first, second in self._pairs():
-                scores = zip(self.answers[first], self.answers[second], strict=True)
-                outcomes["reward model", first, second] = [_better(one.score, other.score) for one, other in scores]
+                better = np.sign(scores[first] - scores[second])
+                self.outcomes["reward model", first, second] = ((1 + better) / 2).tolist()
         earlier = {(row["judge"], row["key"]): row for row in self._kept_verdicts()} if self.judges else {}
-        first_places: dict[str, Counter[str]] = {}
+        judges = {}
         for name, judge in self.judges.items():
             found = self._ask(name, judge, earlier)
-            first_places[name] = Counter(str(verdict.choice) for verdict in found.values())
+            judges[name] = {
+                "asked": len(found),
+                "verdicts": dict(Counter(str(verdict.choice) for verdict in found.values())),
+                "no_verdict_because": dict(Counter(verdict.reason for verdict in found.values() if verdict.reason)),
+            }
             for first, second in self._pairs():
-                outcomes[name, first, second] = [
+                self.outcomes[name, first, second] = [
                     0.5
                     if self._text(first, place) == self._text(second, place)
                     else both_orders(
@@ -335,57 +339,42 @@ class Comparison:
         self._write_samples()
         rates = [
             {"judge": judge, "model": first, "against": second, **win_rate(found)}
-            for (judge, first, second), found in outcomes.items()
+            for (judge, first, second), found in self.outcomes.items()
         ]
-        reasons = {
-            name: dict(Counter(row["reason"] for row in self.verdicts if row["judge"] == name and row["reason"]))
-            for name in self.judges
-        }
-        self.run.summarize(
-            win_rates=rates,
-            judges={
-                name: {"asked": sum(counts.values()), "verdicts": dict(counts), "no_verdict_because": reasons[name]}
-                for name, counts in first_places.items()
-            },
-        )
+        self.run.summarize(win_rates=rates, judges=judges)
 
     def _ask(self, name: str, judge: Judge, earlier: dict[Any, dict[str, Any]]) -> dict[Question, Verdict]:
-        """The verdict on every question of this judge, from an earlier run's file or from the judge."""
+        """The verdict on every question for this judge, from an earlier run's file or from the judge."""
         asked: dict[Question, dict[str, Any]] = {}
-        for first, second in self._pairs():
-            for place in range(len(self.prompts)):
-                if self._text(first, place) == self._text(second, place):
-                    continue  # a tie that nobody needs to judge
-                for one, other in ((first, second), (second, first)):
-                    question = self._question(place, one, other)
-                    asked.setdefault(question, {"judge": name, "prompt": place, "first": one, "second": other})
         found: dict[Question, Verdict] = {}
-        for question in asked:
-            kept = earlier.get((name, question.digest()))
-            if kept is not None and Verdict(kept["verdict"], kept["reason"]).final:
-                found[question] = Verdict(kept["verdict"], kept["reason"])
-                self.verdicts.append(kept)
+        for pair in self._pairs():
+            for place in range(len(self.prompts)):
+                if self._text(pair[0], place) == self._text(pair[1], place):
+                    continue  # a tie that nobody needs to judge
+                for one, other in (pair, pair[::-1]):
+                    question = self._question(place, one, other)
+                    key = question.digest()
+                    asked.setdefault(
+                        question, {"judge": name, "prompt": place, "first": one, "second": other, "key": key}
+                    )
+                    kept = earlier.get((name, key))
+                    if kept is not None and (verdict := Verdict(kept["verdict"], kept["reason"])).final:
+                        found[question] = verdict
         missing = [question for question in asked if question not in found]
-        path = self.run.path / "verdicts.jsonl"
-        with open(path, "a", encoding="utf-8") as file:
-            progress = tqdm(judge.verdicts(missing), total=len(missing), desc=f"Judging, {name}", leave=False)
-            for place, verdict in progress:
-                question = missing[place]
-                found[question] = verdict
-                row = asked[question] | {
-                    "verdict": verdict.choice, "reason": verdict.reason, "key": question.digest()
-                }  # fmt: skip
-                self.verdicts.append(row)
+        with open(self.run.path / "verdicts.jsonl", "a", encoding="utf-8") as file:
+            answers = judge.verdicts(missing)
+            for place, verdict in tqdm(answers, total=len(missing), desc=f"Judging, {name}", leave=False):
+                found[missing[place]] = verdict
+                row = asked[missing[place]] | {"verdict": verdict.choice, "reason": verdict.reason}
                 file.write(to_json(row) + "\n")
                 file.flush()
         return found
 
     def _pairs(self) -> list[tuple[str, str]]:
         """The pairs of models that are judged."""
-        pairs = itertools.combinations(self.answers, 2)
         baseline = self.config.baseline
         if baseline is None:
-            return list(pairs)
+            return list(itertools.combinations(self.answers, 2))
         return [(name, baseline) for name in self.answers if name != baseline]
 
     def _question(self, place: int, first: str, second: str) -> Question:
@@ -464,25 +453,16 @@ class Comparison:
             name: getattr(self.config, name)
             for name in ("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "seed", "batch_size")
         }
-        parts = [
-            path,
-            _files(path),
-            self.prompts,
-            config,
-            dataclasses.asdict(self.model),
-            self.state.num_processes,
-            *more,
-        ]
+        processes = self.state.num_processes
+        parts = [path, _files(path), self.prompts, config, dataclasses.asdict(self.model), processes, *more]
         return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
 
     def _kept_verdicts(self) -> list[dict[str, Any]]:
         path = self.run.path / "verdicts.jsonl"
         rows: list[dict[str, Any]] = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
+            with suppress(json.JSONDecodeError):  # torn by a crash: it is asked again
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:  # torn by a crash: it is asked again
-                continue
         self.run.write_rows("verdicts.jsonl", rows)  # without a torn end that the next line would run into
         return rows
 
@@ -539,13 +519,6 @@ def _files(path: str) -> list[tuple[str, int, int]]:
         for file in sorted(Path(path).glob("*"))
         if file.is_file() and file.suffix != ".md"
     ]
-
-
-def _better(first: float | None, second: float | None) -> float | None:
-    """The outcome of two scores, which do not depend on an order."""
-    if first is None or second is None:
-        return None
-    return 0.5 if first == second else float(first > second)
 
 
 def _mean(values: list[float]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.metrics import with_intervals
-from resdpo_trl.study.sweep import FRONTIER_COLUMNS, Point, read_rows, write_rows
+from resdpo_trl.study.sweep import AXES, FRONTIER_COLUMNS, Point, read_rows, write_rows
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.evaluate import EvaluateConfig, answer_logps, texts_of
@@ -122,8 +122,7 @@ class Frontier:
 
 
 def _row(name: str, point: Point) -> dict[str, Any]:
-    axes = {axis: getattr(point, axis) for axis in ("beta", "learning_rate", "seed", "sft_epochs")}
-    return dict.fromkeys(FRONTIER_COLUMNS, "") | axes | {"point": name}
+    return dict.fromkeys(FRONTIER_COLUMNS, "") | {axis: getattr(point, axis) for axis in AXES} | {"point": name}
 
 
 def _checkpoints(point: Point) -> list[tuple[Path, int, float]]:

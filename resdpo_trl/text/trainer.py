@@ -21,7 +21,7 @@ from resdpo_trl.arguments import preference_loss
 from resdpo_trl.callbacks import TIMINGS
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs
-from resdpo_trl.metrics import RunningMeans, preference_metrics
+from resdpo_trl.metrics import RunningMeans, preference_metrics, training_figures
 from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
@@ -493,18 +493,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
     def _note(self, pairs: LogProbs, losses: Tensor, inputs: dict[str, Tensor], router_loss: Tensor | None) -> None:
         """Keep this step's figures for `log`."""
-        rewards_chosen, rewards_rejected = self.preference_loss.rewards(pairs)
-        weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
-        figures = {
-            "rewards/chosen": rewards_chosen,
-            "rewards/rejected": rewards_rejected,
-            "rewards/margins": rewards_chosen - rewards_rejected,
-            "rewards/accuracies": (rewards_chosen > rewards_rejected).to(losses.dtype),
-            "logps/chosen": pairs.chosen.detach(),
-            "logps/rejected": pairs.rejected.detach(),
-            "gradient_weights/chosen": weights_chosen,
-            "gradient_weights/rejected": weights_rejected,
-        }
+        figures = training_figures(pairs, self.preference_loss)
         if router_loss is not None:
             figures["aux_loss"] = router_loss.detach().expand(len(losses))
         self._means.add(figures)
