@@ -1,6 +1,6 @@
 """Image classifiers: torchvision's ResNets and a small fast network, as models of transformers.
 
-A saved folder holds the weights (safetensors), the architecture, the label names and the preprocessing, so that after
+A saved folder holds the weights (safetensors), the architecture, the label names and the preprocessing. After
 `import resdpo_trl.image`
 
     transformers.pipeline("image-classification", model=FOLDER)

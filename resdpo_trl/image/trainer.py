@@ -1,7 +1,10 @@
 """transformers' Trainer on images in memory: by cross-entropy, and by DPO with this project's loss.
 
-The data loader carries image numbers alone. The images wait on the device as uint8; a step gathers its own, augments
-and normalizes them there, and reads no figure back, so that nothing stands between two steps.
+The data loader yields image numbers. The images are on the device as uint8. A step gathers its images, augments and
+normalizes them there, and reads no figure back, so that no step waits for the device.
+
+An image goes from its file to its loss through four files: `data` (decoding, splits, augmentation), `model` (logits),
+this one (log-probabilities, rejected classes) and `resdpo_trl.losses`.
 """
 
 from __future__ import annotations
@@ -33,15 +36,15 @@ from resdpo_trl.scorer import score_rows
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of `count` numbers, drawn anew each epoch from seed and epoch: the same on every process.
+    """A permutation of `count` numbers per epoch, drawn from seed and epoch: the same on every process.
 
-    What else is drawn once an epoch hears of a new one from here: the Trainer tells its loader's sampler (and so does
-    `resdpo_trl.resume`, where the Trainer's call does not arrive), often more than once.
+    The Trainer calls `set_epoch` of its loader's sampler, often more than once per epoch, and so does
+    `resdpo_trl.resume`. This sampler passes a new epoch on to everything else that is drawn once per epoch.
 
     Args:
         count: how many numbers.
         seed: with the epoch's number it determines the order.
-        others: objects with a `set_epoch`, which have drawn epoch 0 already.
+        others: objects with a `set_epoch` method that have already drawn epoch 0.
     """
 
     def __init__(self, count: int, seed: int, others: list[Any]):
@@ -63,13 +66,20 @@ class EpochSampler(Sampler[int]):
 
 
 class RejectedClasses:
-    """Draws rejected classes: a function of (seed, epoch, image), and of the reference for `hard`.
+    """Rejected classes: what makes a preference pair of a label. The true class is chosen; a rejected class is
+
+        random    any of the K classes; a pair whose rejected class is the true one has no signal and is masked
+        uniform   any of the K−1 wrong classes, with equal probability
+        hard      a wrong class, with the reference's probabilities renormalized over the wrong classes
+        all       every wrong class at once: the exact expectation of `uniform`, with nothing drawn
+
+    A draw is a function of (seed, epoch, image), and for `hard` of the reference.
 
     Args:
         sampling: one of `SAMPLING`.
         labels: (N,) true classes of the training images.
         classes: K.
-        seed: with the epoch and an image's number it determines the draw.
+        seed: determines the draw, with the epoch and the image's number.
     """
 
     def __init__(self, sampling: str, labels: Tensor, classes: int, seed: int):
@@ -110,10 +120,10 @@ class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
         augment: augmentation of the training images.
 
     Raises:
-        UserError: too few images for a batch, or a crop that is wider than the images.
+        UserError: there are too few images for a batch, or a crop is wider than the images.
 
-    On several GPUs the batch norms see the images of all of them, as one GPU's would. torch has no such batch norm for
-    the CPU: there each process normalizes by its own images, and the main process's running statistics are kept.
+    On several GPUs the batch norms use the statistics of the global batch (SyncBatchNorm). torch has no SyncBatchNorm
+    for the CPU: there each process normalizes by its own images, and the main process's running statistics are kept.
     """
 
     def __init__(
@@ -224,7 +234,7 @@ class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """`--optim` with biases and norms at their own rate, and the convolutions' weights by Muon where asked for."""
+        """`--optim` with a separate rate for biases and norms, and Muon for the convolutions' weights if asked for."""
         created = self.optimizer is None
         if created and self.args.muon_learning_rate:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -244,16 +254,16 @@ class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
 
 
 class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
-    """DPO for classifiers: the true class is preferred to wrong ones, and everything about a policy is exact.
+    """DPO for classifiers: the true class is preferred to wrong ones, and every figure of a policy is exact.
 
-    Policy and reference see the same augmented images in one step; the reference runs without gradient, in eval mode,
-    so that its batch norms stand still. The rejected classes are those of `RejectedClasses`; with `all` a pair's loss
-    is the mean over the K−1 wrong classes. Evaluation takes every wrong class whatever training samples, without
-    augmentation: means over images of means over their wrong classes.
+    In a step, policy and reference see the same augmented images. The reference runs without gradient in eval mode, so
+    that its batch norms do not change. The rejected classes are those of `RejectedClasses`; with `all` the loss of an
+    image is the mean over the K−1 wrong classes. Evaluation always takes every wrong class, without augmentation: means
+    over images of means over their wrong classes.
 
     Args:
         model: the policy.
-        ref_model: the reference; it is moved in place where `args.reference_update` says so.
+        ref_model: the reference; `args.reference_update` may change it in place.
         args, train, validation, processor, augment: as for `ImageCrossEntropyTrainer`.
     """
 
@@ -300,7 +310,7 @@ class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
         pairs = classifier_pairs(logps, ref_logps, labels, rejected)
         signal = rejected != labels[:, None]
         if self.args.rejected_sampling == "random":
-            # a "pair" of the true class with itself teaches nothing: its loss is a constant
+            # a "pair" of the true class with itself has a constant loss
             kept = signal[:, 0]
             everywhere = self.accelerator.reduce(kept.sum().float(), "mean") if self.args.world_size > 1 else kept.sum()
             loss = self.preference_loss(_select(pairs, kept)).sum() / everywhere.clamp(min=1 / self.args.world_size)
@@ -340,7 +350,7 @@ class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
         )
 
     def _take_means(self) -> dict[str, float]:
-        """Those of pairs over the pairs with a signal; where no pair of these steps had one they are left out."""
+        """Figures of pairs are means over the pairs with a signal; they are left out if no pair has one."""
         means = super()._take_means()
         share = 1 - means.get("masked_pairs", 0.0)
         of_images = ("accuracy", "kl", "masked_pairs")
@@ -352,7 +362,7 @@ class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
 
 
 def _check_images(train: Images, args: Any, augment: AugmentConfig) -> None:
-    """Raise a UserError where the training images make no batch, or can't be cropped as asked."""
+    """Raise a UserError if the training images do not fill a batch, or can't be cropped as asked."""
     rows = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < rows:
         processes = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
