@@ -137,7 +137,7 @@ class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
     ):
         _check_images(train, args, augment)
         if args.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         if args.world_size > 1 and args.device.type == "cuda":
             share_statistics(model)
         super().__init__(
@@ -284,7 +284,7 @@ class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
                 disable_dropout_in_model(each)
         super().__init__(model, args, train, validation, processor, augment)
         if args.channels_last:
-            ref_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            ref_model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         ref_model.requires_grad_(False).eval()
         self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         seed = args.seed if args.data_seed is None else args.data_seed

@@ -261,7 +261,8 @@ class PairTrainer(_TextTrainer, Trainer):
         `batch_size` is the number of pairs per device; --per_device_eval_batch_size by default.
         """
         self._set_signature_columns_if_needed()
-        columns = [name for name in self._signature_columns or [] if name in dataset.column_names]
+        signature: list[str] = self._signature_columns or []
+        columns = [name for name in signature if name in dataset.column_names]
         model = self.model_wrapped
         found = score_rows(
             lambda batch: [*vars(function(model, self._prepare_inputs(batch))).values()],
