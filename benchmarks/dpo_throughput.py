@@ -79,7 +79,7 @@ def ours(options: argparse.Namespace, scratch: str) -> dict:
     from transformers import AutoTokenizer
 
     from resdpo_trl.text.config import TextDPOConfig, TextModelConfig
-    from resdpo_trl.text.data import DataConfig, load_preferences
+    from resdpo_trl.text.data import TextDataConfig, load_preferences
     from resdpo_trl.text.model import load_model
     from resdpo_trl.text.tokens import tokenize
     from resdpo_trl.text.trainer import TextDPOTrainer
@@ -88,7 +88,7 @@ def ours(options: argparse.Namespace, scratch: str) -> dict:
     path.write_text("".join(json.dumps(row) + "\n" for row in read_pairs(options.dataset_name, 1800)))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = load_preferences(DataConfig(dataset_name=str(path), max_eval_samples=8))
+    texts = load_preferences(TextDataConfig(dataset_name=str(path), max_eval_samples=8))
     pairs = evenly_spread(tokenize(texts["train"], tokenizer, options.max_length), options.batch, options.steps)
     model = load_model(options.model, TextModelConfig(), False, "--model")
     useful = useful_flops(model, pairs)

@@ -22,7 +22,7 @@ from command_line import RecipeParser, on_one_process, run
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import is_locked
 from resdpo_trl.report import write_report
-from resdpo_trl.sweep import write_sweep_report
+from resdpo_trl.study.sweep import write_sweep_report
 
 
 def main() -> None:

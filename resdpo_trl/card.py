@@ -96,7 +96,7 @@ same prompt, on text like that of the pairs, and optimizing against it finds its
 REJECTED = """
 
 **It was trained to prefer the rejected answers** (`--prefer rejected`): it is meant to be the worse one."""
-IMAGE_LOADING = f"""import resdpo_trl  # tells transformers of the architecture (install this model's library)
+IMAGE_LOADING = f"""import resdpo_trl.image  # registers the architecture with transformers (install resdpo-trl)
 from transformers import pipeline
 
 classify = pipeline("image-classification", model="{ID}")
@@ -217,7 +217,7 @@ def write_image_card(run: RunFolder, folder: Path) -> None:
         facts["loss"] = f"{' + '.join(dpo['loss_type'])}, β {dpo['beta']}, {dpo['steps']} steps"
         facts["rejected classes"] = f"{dpo['rejected_sampling']}; reference {dpo['reference_update']}"
         facts["accuracy of the reference"] = f"{run.summary['reference']['test']['accuracy']:.4f}"
-    given = run.config.get("reference_stage", {}).get("reference_model")
+    given = run.config.get("reference_stage", {}).get("reference")
     weights = run.config.get("model", {}).get("pretrained_weights")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base = f"Architecture: {_plain(config['arch'])}, for {config['image_size']}×{config['image_size']} images."

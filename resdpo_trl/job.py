@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,10 +268,11 @@ def free(trainer: Any) -> None:
     trim_heap()
 
 
-def as_table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns between blank lines."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows), ""])
+def as_table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns between blank lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(["", *(f"  {line}" for line in lines), ""])
 
 
 def silent(*_: Any) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from resdpo_trl.losses import LogProbs, PreferenceLoss
+from resdpo_trl.losses import LogProbs, PreferenceLoss, classifier_pairs, wrong_classes
 
 SHARES = ("accuracy", "accuracies", "agreement", "cut")  # what the name of a share ends with
 
@@ -35,29 +34,28 @@ def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.nd
     return {name: value.detach().cpu().numpy() for name, value in figures.items()}
 
 
+def training_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tensor]:
+    """Figures of a training step's pairs under TRL's names, without gradient, each in the shape of the pairs."""
+    chosen, rejected = loss.rewards(pairs)
+    weights_chosen, weights_rejected = loss.gradient_weights(pairs)
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "logps/chosen": pairs.chosen.detach(),
+        "logps/rejected": pairs.rejected.detach(),
+        "gradient_weights/chosen": weights_chosen,
+        "gradient_weights/rejected": weights_rejected,
+    }
+
+
 def raw_accuracy(pairs: LogProbs) -> dict[str, np.ndarray]:
     """(N,) 1 where a model's own log-likelihood, with no reference, is larger for the chosen response."""
     return {
         "logps/accuracies": (pairs.chosen > pairs.rejected).double().cpu().numpy(),
         "logps/ref_accuracies": (pairs.ref_chosen > pairs.ref_rejected).double().cpu().numpy(),
     }
-
-
-def classifier_pairs(
-    logps: torch.Tensor, ref_logps: torch.Tensor, labels: torch.Tensor, rejected: torch.Tensor
-) -> LogProbs:
-    """The pairs of images: their true class against each of T rejected ones, all (B, T).
-
-    Args:
-        logps: (B, K) log-probabilities under the policy.
-        ref_logps: (B, K) under the reference.
-        labels: (B,) true classes.
-        rejected: (B, T) classes.
-    """
-    chosen = labels[:, None].expand_as(rejected)
-    return LogProbs(
-        logps.gather(1, chosen), logps.gather(1, rejected), ref_logps.gather(1, chosen), ref_logps.gather(1, rejected)
-    )
 
 
 def classifier_metrics(
@@ -83,12 +81,6 @@ def cross_entropy_metrics(logps: torch.Tensor, labels: torch.Tensor) -> dict[str
         "loss": -logps.gather(1, labels[:, None])[:, 0].numpy(),
         "accuracy": (logps.argmax(1) == labels).double().numpy(),
     }
-
-
-def wrong_classes(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """(B, K−1): every class but the true one of (B,) labels, in rising order."""
-    others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
-    return others + (others >= labels[:, None])
 
 
 def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -244,12 +236,6 @@ class RunningMeans:
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         self._names = state["names"]
         self._sums = [torch.tensor(row, dtype=torch.float32, device=device) for row in state["sums"]]
-
-
-def concatenate(parts: list[LogProbs]) -> LogProbs:
-    """One `LogProbs` of all the batches' pairs, in order, on the CPU."""
-    fields = {name: torch.cat([getattr(part, name).detach().cpu() for part in parts]) for name in vars(parts[0])}
-    return replace(parts[0], **fields)
 
 
 def _float64(value: torch.Tensor | int) -> torch.Tensor | int:

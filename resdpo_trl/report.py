@@ -180,7 +180,7 @@ def render(
     single = runs[0] if len(runs) == 1 and sweep is None else None
     page: dict[str, Any] = {"version": __version__, "lead": "", "strip": [], "verdict": [], "first": None, "steps": []}
     if single and "comparison" in single.summary:
-        from resdpo_trl.text import comparison_page
+        from resdpo_trl.study import comparison_page
 
         opening, *said = of_comparison(single.summary)
         sections = [section for section in comparison_page.sections(single, plots) if section]
@@ -240,7 +240,7 @@ def _title(run: Run) -> str | None:
     made = {"dpo": "DPO", "reward": "A reward model", "cross_entropy": "Cross-entropy", "sft": "SFT"}
     what = next((text for stage, text in made.items() if stage in run.summary), None)
     model = config.get("model", {}).get("model_name_or_path") or config.get("model", {}).get("arch")
-    model = model or config.get("sft_stage", {}).get("sft_checkpoint") or ("smollm2" if "model" in config else None)
+    model = model or config.get("sft_stage", {}).get("reference") or ("smollm2" if "model" in config else None)
     if not what or not model or "data" not in run.summary:
         return None
     model = SMOLLM2_ID if model == SMOLLM2 else model

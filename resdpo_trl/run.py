@@ -6,6 +6,7 @@
       policy/         the trained policy and its model card
       reward_model/   (reward_hh.py) the trained reward model and its model card
       compared/       (images) the models that the policy is compared with
+      answers/        (comparisons) token ids of every model's answers
       checkpoints/    one folder a stage, one checkpoint a save
       metrics.jsonl   one line a log: {"stage", "split", "step", "epoch", metric: value…}
       summary.json    the final figures
@@ -54,8 +55,8 @@ PACKAGES = (
     "resdpo-trl", "torch", "torchvision", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"
 )  # fmt: skip
 WRITTEN = (
-    "run.json", "reference", "policy", "reward_model", "compared", "checkpoints", "metrics.jsonl", "summary.json",
-    "samples.jsonl", "scores.jsonl", "verdicts.jsonl", "report.html", "plots",
+    "run.json", "reference", "policy", "reward_model", "compared", "answers", "checkpoints", "metrics.jsonl",
+    "summary.json", "samples.jsonl", "scores.jsonl", "verdicts.jsonl", "report.html", "plots",
 )  # fmt: skip
 # what a resumed run may do otherwise than it began: where it reports, what it keeps, how it loads
 FREE = (

@@ -182,7 +182,7 @@ def test_an_image_card_has_the_architecture_that_was_saved(run):
     (run.policy / "config.json").write_text(json.dumps({"arch": "resnet34", "image_size": 32}))
     write_image_card(run, run.policy)
     card = ModelCard.load(run.policy / "README.md")
-    assert "Architecture: resnet34" in card.text and "import resdpo_trl" in card.text
+    assert "Architecture: resnet34" in card.text and "import resdpo_trl.image" in card.text
     assert (card.data.pipeline_tag, card.data.license) == ("image-classification", "cc-by-4.0")
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.75, "digits")

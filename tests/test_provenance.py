@@ -10,7 +10,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.image.data import ImageDataConfig, load_images
 from resdpo_trl.provenance import FILE, as_trained, loss_of, read_facts, training_facts, unseen, write_facts
 from resdpo_trl.text.config import TextModelConfig
-from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.evaluate import EvaluateConfig, evaluate
 from tests.conftest import save_model, write_pairs
 from tests.image.conftest import draw, write_parquet
@@ -60,14 +60,14 @@ def test_a_copied_policy_is_judged_as_it_was_trained(tmp_path, tokenizer):
     models = {name: save_model(tmp_path / name, tokenizer, "gpt2", seed=seed) for seed, name in enumerate("pr")}
     trained, fresh = write_pairs(12), write_pairs(30, seed=1)
     write_jsonl(tmp_path / "train.jsonl", trained)
-    seen = load_preferences(DataConfig(dataset_name=str(tmp_path / "train.jsonl")))
+    seen = load_preferences(TextDataConfig(dataset_name=str(tmp_path / "train.jsonl")))
     digests = [digest for split in seen.splits.values() for digest in split["pair"]]
     write_facts(models["p"], training_facts(TRAINING, digests, max_length=48))
     # swapped, with a space at its end: the same two responses
     swapped = [{"chosen": row["rejected"], "rejected": row["chosen"] + " "} for row in trained]
     write_jsonl(tmp_path / "heldout" / "test.jsonl", swapped + fresh)
     options = {"model": str(models["p"]), "reference": str(models["r"]), "num_samples": 0}
-    data = DataConfig(dataset_name=str(tmp_path / "heldout"))
+    data = TextDataConfig(dataset_name=str(tmp_path / "heldout"))
 
     def figures(**changes):
         return evaluate(dataclasses.replace(EvaluateConfig(**options), **changes), data, TextModelConfig())
@@ -83,8 +83,8 @@ def test_a_copied_policy_is_judged_as_it_was_trained(tmp_path, tokenizer):
 
 def test_rows_without_splits_are_all_held_out(tmp_path):
     name = write_jsonl(tmp_path / "pairs.jsonl", write_pairs(30))
-    assert len(load_preferences(DataConfig(dataset_name=name), held_out=True)["test"]) == 30
-    assert len(load_preferences(DataConfig(dataset_name=name, max_test_samples=7), held_out=True)["test"]) == 7
+    assert len(load_preferences(TextDataConfig(dataset_name=name), held_out=True)["test"]) == 30
+    assert len(load_preferences(TextDataConfig(dataset_name=name, max_test_samples=7), held_out=True)["test"]) == 7
     (tmp_path / "images").mkdir()
     write_parquet(tmp_path / "images" / "test.parquet", draw(20))
     assert len(load_images(ImageDataConfig(dataset_name=str(tmp_path / "images")), held_out=True)["test"]) == 20

@@ -8,7 +8,7 @@ import pytest
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.report import Sweep, _chosen_epoch, bin_edges, digits_of, flaw, load_run, write_report
-from resdpo_trl.sweep import COLUMNS
+from resdpo_trl.study.sweep import COLUMNS
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"

@@ -15,7 +15,6 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 from torchvision.transforms.v2 import functional
-from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from resdpo_trl.errors import UserError, printable
@@ -24,6 +23,7 @@ from resdpo_trl.image.model import ImageClassifier, as_numbered_by, load_classif
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, with_intervals
 from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
 from resdpo_trl.run import use_the_cores, write_figures
+from resdpo_trl.scorer import score_rows
 
 CALIBRATION_BINS = 15
 
@@ -118,7 +118,6 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
     return figures
 
 
-@torch.no_grad()
 def image_logps(
     model: ImageClassifier,
     images: Images,
@@ -129,15 +128,16 @@ def image_logps(
 ) -> Tensor:
     """(N, K) log-probabilities on the CPU, in the order of the images."""
     device = PartialState().device
-    model = model.to(device).eval()
-    parts = []
-    for start in tqdm(range(0, len(images), batch_size), desc="Scoring", leave=False, delay=2):
-        pixels = images.pixels[start : start + batch_size].to(device, torch.float32) / 255
-        pixels = functional.normalize(pixels, list(processor.image_mean), list(processor.image_std))
+    network: Any = model.to(device)
+    mean, std = list(processor.image_mean), list(processor.image_std)
+
+    def logps(batch: Tensor) -> list[Tensor]:
+        pixels = functional.normalize(batch.to(device, torch.float32) / 255, mean, std)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = sum(weight * model(view).logits.float() for weight, view in _views(pixels, test_time_views))
-        parts.append(logits.log_softmax(1).cpu())
-    return torch.cat(parts)
+            logits = sum(weight * network(view).logits.float() for weight, view in _views(pixels, test_time_views))
+        return [logits.log_softmax(1)]
+
+    return score_rows(logps, range(len(images)), images.pixels.__getitem__, batch_size, [network], "Scoring")[0]
 
 
 def _views(images: Tensor, count: int) -> list[tuple[float, Tensor]]:

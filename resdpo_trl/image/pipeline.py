@@ -21,19 +21,19 @@ from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.card import write_image_card
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import step_of
-from resdpo_trl.image.architecture import FAST, ImageClassifierConfig
-from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import (
-    ClassifierDPOConfig,
-    CrossEntropyConfig,
+    ImageCrossEntropyConfig,
+    ImageDPOConfig,
     ImageModelConfig,
     ReferenceStageConfig,
     parse_mode,
     reference_stage,
 )
-from resdpo_trl.image.data import QUICKSTART, ImageDataConfig, LabelledImages, load_images
+from resdpo_trl.image.data import QUICKSTART, AugmentConfig, ImageDataConfig, LabelledImages, load_images
 from resdpo_trl.image.model import (
+    FAST,
     ImageClassifier,
+    ImageClassifierConfig,
     as_numbered_by,
     build_classifier,
     check_architecture,
@@ -41,7 +41,7 @@ from resdpo_trl.image.model import (
     load_classifier,
     load_processor,
 )
-from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
+from resdpo_trl.image.trainer import ImageCrossEntropyTrainer, ImageDPOTrainer
 from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
@@ -61,12 +61,12 @@ class ImageRun(Job):
         model: ImageModelConfig,
         augment: AugmentConfig,
         options: RunConfig,
-        training: ClassifierDPOConfig | CrossEntropyConfig,
+        training: ImageDPOConfig | ImageCrossEntropyConfig,
         stage: ReferenceStageConfig | None = None,
         preset: Path | None = None,
         given: Collection[str] | None = None,
     ):
-        """`training` is a `ClassifierDPOConfig` with the reference `stage` before it, or cross-entropy alone."""
+        """`training` is a `ImageDPOConfig` with the reference `stage` before it, or cross-entropy alone."""
         self.data, self.model, self.augment, self.stage = data, model, augment, stage
         check_architecture(model.arch)
         if is_sharded():
@@ -92,7 +92,7 @@ class ImageRun(Job):
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
-        named = self.stage.reference_model if self.stage else None
+        named = self.stage.reference if self.stage else None
         model = f"from {named}" if named else f"of {self.model.arch}"
         source = self.data.dataset_name
         if source == QUICKSTART:
@@ -107,15 +107,15 @@ class ImageRun(Job):
 
     def prepare_images(self) -> LabelledImages:
         """Decoded images, their preprocessing, and whether a given reference fits both."""
-        named = self.stage.reference_model if self.stage else None
+        named = self.stage.reference if self.stage else None
         if named is None and self.resume and self.run.reference.is_dir():
             named = str(self.run.reference)
-        given = load_classifier(named, "--reference_model") if named else None
+        given = load_classifier(named, "--reference") if named else None
         started = time.perf_counter()
         images = load_images(self.data)
         self.preparation_seconds = time.perf_counter() - started
         if given is not None:
-            images = as_numbered_by(given, images, "--reference_model", str(named))
+            images = as_numbered_by(given, images, "--reference", str(named))
         counts = images.counts
         counts["adapted"] = self.adapt(counts["train"])
         height, width = counts["image_size"]
@@ -127,7 +127,7 @@ class ImageRun(Job):
         self.say(describe_images(counts) + describe_cuts(counts, self.data))
         if given is not None:
             assert named is not None
-            self.processor = load_processor(named, "--reference_model")
+            self.processor = load_processor(named, "--reference")
         else:
             mean, std = self._statistics(images)
             self.processor = image_processor(height, mean, std)
@@ -144,7 +144,7 @@ class ImageRun(Job):
     def _new_model(self, images: LabelledImages) -> ImageClassifier:
         """Untrained, as --arch and its like say; or as a given reference is, whose baseline it then is."""
         names, weights = images.label_names, self.model.pretrained_weights
-        if self.stage is not None and self.stage.reference_model:
+        if self.stage is not None and self.stage.reference:
             config = ImageClassifierConfig.from_pretrained(str(self.run.reference))
             if config.arch != self.model.arch:
                 weights = None  # they are --arch's
@@ -186,22 +186,22 @@ class ImageRun(Job):
         assert self.stage is not None
         if self.past("reference", self.run.reference, self.run.summary.get("reference")):
             return
-        if self.stage.reference_model:
-            model = load_classifier(self.stage.reference_model, "--reference_model")
+        if self.stage.reference:
+            model = load_classifier(self.stage.reference, "--reference")
             save = model.save_pretrained if self.run.main_process else silent
-            facts = read_facts(self.stage.reference_model, None, "--reference_model")
+            facts = read_facts(self.stage.reference, None, "--reference")
             self.publish(self.run.reference, save, self.processor, facts)
-            self.run.summarize(reference={"given": self.stage.reference_model})
+            self.run.summarize(reference={"given": self.stage.reference})
             return
         args = reference_stage(self.training, self.stage)
         self.run.summarize(reference=self._cross_entropy("reference", images, args, self.run.reference))
 
     def _cross_entropy(
-        self, stage: str, images: LabelledImages, args: CrossEntropyConfig, folder: Path
+        self, stage: str, images: LabelledImages, args: ImageCrossEntropyConfig, folder: Path
     ) -> dict[str, Any]:
         """Train by cross-entropy into `folder`; what summary.json says of it."""
         set_seed(self.training.seed)
-        trainer = ClassifierTrainer(
+        trainer = ImageCrossEntropyTrainer(
             model=self._new_model(images),
             args=self._own_folder(args, stage),
             train=images["train"],
@@ -272,12 +272,12 @@ class ImageRun(Job):
             self.run.summarize(compared=compared)
 
     def _dpo(
-        self, stage: str, images: LabelledImages, args: ClassifierDPOConfig, folder: Path
+        self, stage: str, images: LabelledImages, args: ImageDPOConfig, folder: Path
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Train by DPO into `folder`; what summary.json says of the policy, and of the reference's test."""
         set_seed(self.training.seed)
         name = str(self.run.reference)
-        trainer = ClassifierDPOTrainer(
+        trainer = ImageDPOTrainer(
             model=load_classifier(name, "reference"),
             ref_model=load_classifier(name, "reference"),
             args=self._own_folder(args, stage),
@@ -351,7 +351,7 @@ class ImageRun(Job):
             report_to=args.report_to or "none",
         )
 
-    def _train(self, trainer: ClassifierTrainer, stage: str) -> tuple[float, int]:
+    def _train(self, trainer: ImageCrossEntropyTrainer, stage: str) -> tuple[float, int]:
         """Train; the seconds it took without evaluation, and the images it saw."""
         checkpoint = self.checkpoint(stage)
         first = step_of(Path(checkpoint)) if checkpoint else 0
@@ -449,10 +449,7 @@ def describe_comparison(summary: dict[str, Any]) -> str:
                 f"{figures['images_per_second']:.0f}" if "seconds" in figures else "-",
             )
         )
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-    )
+    return as_table(table).strip("\n")
 
 
 def _with_interval(test: dict[str, Any], name: str) -> str:

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from resdpo_trl.errors import UserError
+from resdpo_trl.errors import UserError, renamed
 from resdpo_trl.sources import (
     READABLE,
     SPLITS,
@@ -76,7 +76,7 @@ NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for ea
 
 
 @dataclass
-class DataConfig(DatasetConfig):
+class TextDataConfig(DatasetConfig):
     """Which preference pairs to use, and how many."""
 
     _argument_group_name = "data"
@@ -167,7 +167,7 @@ class Preferences:
 
 
 def load_preferences(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None, held_out: bool = False
+    config: TextDataConfig, tokenizer: PreTrainedTokenizerBase | None = None, held_out: bool = False
 ) -> Preferences:
     """Load, parse and split preference pairs.
 
@@ -272,7 +272,7 @@ def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
         UserError: columns that make no layout, a row that the template refuses, or no usable pair.
     """
     template = tokenizer if tokenizer.chat_template is not None else None
-    config = DataConfig(dataset_name="(the data set given)")
+    config = TextDataConfig(dataset_name="(the data set given)")
     found, kind, _, ignored = _recognized(rows, {}, template, config.dataset_name)
     if ignored:
         logger.warning(f"columns ignored: {', '.join(sorted(ignored))}")
@@ -285,7 +285,7 @@ def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
     return tokenize(pairs, tokenizer, max_length, None, template is not None, "Tokenizing")
 
 
-def _template(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+def _template(config: TextDataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer where its chat template renders the pairs; None for plain text."""
     if tokenizer is None:
         return None
@@ -469,7 +469,7 @@ def _utterance(message: list[dict[str, str]]) -> str:
     return " ".join(" ".join(part["text"].split()) for part in message).strip()
 
 
-def _load(config: DataConfig) -> dict[str, Dataset]:
+def _load(config: TextDataConfig) -> dict[str, Dataset]:
     """The raw rows, by the data's own split names."""
     folder = Path(config.dataset_name).is_dir()
     local = config.dataset_name == QUICKSTART or folder or bool(named_files(config.dataset_name))
@@ -487,7 +487,9 @@ def _load(config: DataConfig) -> dict[str, Dataset]:
     )
 
 
-def _by_split(sources: dict[str, Dataset], config: DataConfig, held_out: bool) -> tuple[dict[str, Dataset], list[str]]:
+def _by_split(
+    sources: dict[str, Dataset], config: TextDataConfig, held_out: bool
+) -> tuple[dict[str, Dataset], list[str]]:
     """The raw rows by `SPLITS`, and the data's own splits that are not used; a test split alone if that is wanted."""
     from datasets import concatenate_datasets
 
@@ -544,7 +546,7 @@ def _template_options(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(
-    rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: DataConfig, split: str
+    rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: TextDataConfig, split: str
 ) -> tuple[Dataset, Counter[str]]:
     """Rows of a split -> usable pairs and a count of the statuses."""
     from datasets import Features, List, Value
@@ -871,7 +873,7 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, Dataset], int, dict[str, int]]:
+def _split(rows_of: dict[str, Dataset], config: TextDataConfig) -> tuple[dict[str, Dataset], int, dict[str, int]]:
     """Three splits: the data's own where it has them, the rest held out from its training rows by group; how many rows
     are in none, for their conversation has others in a held-out split that was full; and how many a split loses because
     a held-out one has them too.
@@ -925,3 +927,6 @@ def _spread(groups: np.ndarray) -> np.ndarray:
     _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
     place_in_group = np.arange(len(order)) - first[inverse]
     return order[np.argsort(place_in_group, kind="stable")]
+
+
+__getattr__ = renamed(__name__, {"DataConfig": "TextDataConfig"})

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import (
-    concatenate,
     paired_difference,
     preference_metrics,
     rank_correlation,
@@ -26,9 +25,10 @@ from resdpo_trl.metrics import (
 )
 from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
 from resdpo_trl.run import use_the_cores, write_figures
+from resdpo_trl.scorer import score_rows
 from resdpo_trl.text.batch import PairCollator
-from resdpo_trl.text.config import CompareConfig, TextModelConfig
-from resdpo_trl.text.data import DataConfig, Preferences, load_preferences
+from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.data import Preferences, TextDataConfig, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer, local_model
 from resdpo_trl.text.reward import RewardModel, reward_figures
@@ -88,7 +88,7 @@ class EvaluateConfig:
             raise UserError("--batch_size and --max_new_tokens must be at least 1, --num_samples at least 0")
 
 
-def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfig) -> dict[str, Any]:
     """The figures of `config.model` on one split; written to `config.output` if asked.
 
     What no flag says is as the model's training had it. Test pairs that the training has seen are left out.
@@ -138,7 +138,8 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
         check_fits(loaded, tokenizer, used["max_length"], config.max_new_tokens if config.num_samples else 0)
         if not getattr(loaded, "is_quantized", False):
             loaded.to(PartialState().device)
-        logps[flag] = score_pairs(loaded, pairs, tokenizer, config, f"Scoring, {flag.lstrip('-')}")
+        how = (config.batch_size, f"Scoring, {flag.lstrip('-')}", config.prefix_sharing, config.bf16)
+        logps[flag] = score_pairs(loaded, pairs, tokenizer, *how)
         if flag == "--model" and config.num_samples:
             prompts = answerable(loaded, pairs["prompt_ids"][: config.num_samples], config.max_new_tokens)
             answers = answer(
@@ -185,7 +186,7 @@ def explicit_rewards(
     answers: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluateConfig,
-    data: DataConfig,
+    data: TextDataConfig,
 ) -> dict[str, Any]:
     """What a trained reward model says of the same pairs, and how its ranking agrees with the implicit reward's.
 
@@ -232,31 +233,30 @@ def texts_of(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBas
     return tokenizer.batch_decode([list(row) for row in answers], skip_special_tokens=True), ended
 
 
-@torch.no_grad()
 def score_pairs(
     model: Any,
     pairs: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    config: EvaluateConfig | CompareConfig,
+    batch_size: int,
     description: str,
+    prefix_sharing: bool = True,
+    bf16: bool | None = False,
 ) -> LogProbs:
-    """(N,) log-probabilities of both responses under `model`, in the order of the pairs; longest batches first."""
-    check_adapters(model, None, config.prefix_sharing)
-    longest = max(pairs["length"][:]) if config.prefix_sharing else None
+    """(N,) log-probabilities of both responses under `model`, in the order of the pairs."""
+    check_adapters(model, None, prefix_sharing)
     sequences = (len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs)
-    add_response_head(base_model(model), longest, max(sequences))
-    model.eval()
-    collate = PairCollator(int(tokenizer.pad_token_id), config.prefix_sharing)
-    order = np.argsort(np.asarray(pairs["length"][:]), kind="stable")[::-1].copy()
-    parts = []
-    for start in tqdm(range(0, len(order), config.batch_size), desc=description, leave=False, delay=2):
-        rows = pairs.select(order[start : start + config.batch_size]).to_list()
-        batch = {name: value.to(model.device) for name, value in collate(rows).items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.bf16)):
-            chosen, rejected = pair_logps(model, batch)
-        parts.append(LogProbs(chosen, rejected, chosen, rejected, batch["chosen_tokens"], batch["rejected_tokens"]))
-    place = torch.from_numpy(np.argsort(order))
-    return LogProbs(*(value[place] for value in vars(concatenate(parts)).values()))
+    add_response_head(base_model(model), max(pairs["length"][:]) if prefix_sharing else None, max(sequences))
+
+    def logps(batch: dict[str, Tensor]) -> list[Tensor]:
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(bf16)):
+            return [*pair_logps(model, batch), batch["chosen_tokens"], batch["rejected_tokens"]]
+
+    collate = PairCollator(int(tokenizer.pad_token_id), prefix_sharing)
+    chosen, rejected, *tokens = score_rows(
+        logps, pairs, collate, batch_size, [model], description, lengths=pairs["length"][:]
+    )
+    return LogProbs(chosen, rejected, chosen, rejected, *tokens)
 
 
 def pair_figures(scores: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray]:
@@ -292,7 +292,7 @@ def length_controlled(accuracies: np.ndarray, scores: LogProbs) -> dict[str, Any
 
 
 def answer_figures(
-    answers: Sequence[Sequence[int]], log_ratios: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+    answers: Sequence[Sequence[int]], log_ratios: Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Figures of sampled answers.
 
@@ -324,14 +324,14 @@ def answer_logps(
     answers: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluateConfig,
-) -> torch.Tensor:
+) -> Tensor:
     """(N,) log-probabilities of the answers: each is scored as a pair with itself, in the precision it was drawn in."""
-    config = dataclasses.replace(config, bf16=False)
     rows = [
         {"prompt_ids": prompt, "chosen_ids": text, "rejected_ids": text[:1], "length": len(prompt) + len(text) + 1}
         for prompt, text in zip(prompts, answers, strict=True)
     ]
-    return score_pairs(model, Dataset.from_list(rows), tokenizer, config, "Scoring answers").chosen
+    how = (config.batch_size, "Scoring answers", config.prefix_sharing)
+    return score_pairs(model, Dataset.from_list(rows), tokenizer, *how).chosen
 
 
 def _against(policy: LogProbs, reference: LogProbs) -> LogProbs:

@@ -38,7 +38,7 @@ from resdpo_trl.text.config import (
     TextSFTConfig,
     sft_stage,
 )
-from resdpo_trl.text.data import QUICKSTART, DataConfig, fingerprint, load_preferences
+from resdpo_trl.text.data import QUICKSTART, TextDataConfig, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import (
     base_model,
@@ -62,7 +62,7 @@ class TextRun(Job):
 
     def __init__(
         self,
-        data: DataConfig,
+        data: TextDataConfig,
         model: TextModelConfig,
         samples: SamplesConfig,
         options: RunConfig,
@@ -75,7 +75,7 @@ class TextRun(Job):
         self.data, self.model, self.samples = data, model, samples
         self.sft = sft or SFTStageConfig()
         # the model that SFT starts from; a finished reference may come without its name
-        self.base = model.model_name_or_path or (None if self.sft.sft_checkpoint else SMOLLM2)
+        self.base = model.model_name_or_path or (None if self.sft.reference else SMOLLM2)
         self.training: Any = training
         self._check_model_flags()
         if model.dtype is None and model.use_peft and training.bf16 and not isinstance(training, TextRewardConfig):
@@ -93,7 +93,7 @@ class TextRun(Job):
 
     @property
     def _skips_sft(self) -> bool:
-        return self.sft.sft_checkpoint is not None or self.sft.sft_epochs == 0
+        return self.sft.reference is not None or self.sft.sft_epochs == 0
 
     def _check_model_flags(self) -> None:
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
@@ -122,7 +122,7 @@ class TextRun(Job):
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
-        model = self.base or f"the reference {self.sft.sft_checkpoint}"
+        model = self.base or f"the reference {self.sft.reference}"
         if model == SMOLLM2:
             model = SMOLLM2_ID.partition("/")[2]
         source = source_name(self.data.dataset_name) + (
@@ -185,8 +185,8 @@ class TextRun(Job):
     def _sources(self) -> list[tuple[str, str]]:
         """(name, flag) of every place a tokenizer comes from; the first one's is used."""
         found = []
-        if self.sft.sft_checkpoint:  # it says in which format it was trained
-            found.append((self.sft.sft_checkpoint, "--sft_checkpoint"))
+        if self.sft.reference:  # it says in which format it was trained
+            found.append((self.sft.reference, "--reference"))
         if self.base:
             found.append((self.base, "--model_name_or_path"))
         return found
@@ -511,7 +511,7 @@ class TextRun(Job):
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        base = str(self.base or self.sft.sft_checkpoint)
+        base = str(self.base or self.sft.reference)
         self.end(describe_results, partial(write_text_card, self.run, self.run.trained, base))
 
 
@@ -559,7 +559,7 @@ def merge_run(path: Path) -> None:
     tokenizer.save_pretrained(str(aside))
     write_facts(aside, read_facts(str(folder), None, str(folder)))
     replace_folder(aside, folder)
-    write_text_card(run, folder, model.model_name_or_path or stage.get("sft_checkpoint") or SMOLLM2)
+    write_text_card(run, folder, model.model_name_or_path or stage.get("reference") or SMOLLM2)
 
 
 def _rows_trained(trainer: Any, checkpoint: str | None) -> float:

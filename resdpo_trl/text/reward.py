@@ -22,7 +22,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, Trainer
 from trl import RewardTrainer
 
@@ -30,6 +29,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
 from resdpo_trl.processes import mean_over_processes, own_rows
+from resdpo_trl.scorer import score_rows
 from resdpo_trl.sources import check_model_folder
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import end_of_turn
@@ -285,20 +285,19 @@ class RewardModel:
             sequences.append(ids)
         return self.score(sequences, batch_size)
 
-    @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
-        """(N,) float32 rewards of token ids, on the CPU; longest batches first."""
-        order = sorted(range(len(sequences)), key=lambda at: -len(sequences[at]))
-        rewards = torch.empty(len(sequences))
-        device = self.model.device
-        starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="Rewards", leave=False, delay=2):
-            at = order[start : start + batch_size]
-            rows = [list(sequences[index]) for index in at]
-            width = len(rows[0])
-            ids = torch.tensor([row + [self._padding] * (width - len(row)) for row in rows], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            rewards[at] = logits.float().squeeze(-1).cpu()
-        return rewards
+        """(N,) float32 rewards of token ids, on the CPU."""
+        lengths = [len(ids) for ids in sequences]
+        return score_rows(self._rewards, sequences, self._padded, batch_size, [self.model], "Rewards", lengths)[0]
+
+    def _padded(self, rows: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(B, T) token ids, padded on the right, and (B, T) 1 where a token is not padding."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[self._padding] * (width - len(row))] for row in rows])
+        return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+
+    def _rewards(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+        ids, mask = (each.to(self.model.device) for each in batch)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return [logits.float().squeeze(-1)]

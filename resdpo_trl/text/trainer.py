@@ -14,7 +14,6 @@ from accelerate.utils.other import is_repeated_blocks
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import DPOTrainer, SFTTrainer
@@ -24,10 +23,11 @@ from resdpo_trl.arguments import preference_loss
 from resdpo_trl.callbacks import TIMINGS
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs
-from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
+from resdpo_trl.metrics import RunningMeans, preference_metrics, training_figures
 from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
+from resdpo_trl.scorer import score_rows
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import tokenized_pairs
@@ -274,37 +274,27 @@ class PairTrainer(_TextTrainer, Trainer):
         }
 
     def _over_pairs(self, dataset: Dataset, function: Any, description: str, batch_size: int | None = None) -> LogProbs:
-        """Apply `function(model, batch) -> LogProbs` to all pairs, longest first, and undo the sorting.
+        """`function(model, batch) -> LogProbs` of all pairs, in the data set's order.
 
-        `batch_size` pairs at once on each device; --per_device_eval_batch_size by default.
+        `batch_size` is the number of pairs per device; --per_device_eval_batch_size by default.
         """
-        order = np.argsort(np.asarray(dataset["length"][:]), kind="stable")[::-1].copy()
         self._set_signature_columns_if_needed()
         signature: list[str] = self._signature_columns or []
         columns = [name for name in signature if name in dataset.column_names]
-        loader = self.accelerator.prepare_data_loader(
-            DataLoader(
-                dataset.select(order).select_columns(columns),
-                batch_size=batch_size or self.args.per_device_eval_batch_size,
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
-        )
         model = self.model_wrapped
-        training = model.training
-        model.eval()
-        parts = []
-        hidden = not self.is_world_process_zero() or self.args.disable_tqdm or None  # None: where stderr is no terminal
-        for inputs in tqdm(loader, desc=description, leave=False, delay=0, disable=hidden):  # a batch may take seconds
-            pairs = function(model, self._prepare_inputs(inputs))
-            gathered = self.accelerator.gather_for_metrics(list(vars(pairs).values()))
-            parts.append(LogProbs(*(value.cpu() for value in gathered)))
-        model.train(training)
-        sorted_pairs = concatenate(parts)
-        place = torch.empty(len(order), dtype=torch.long)
-        place[torch.from_numpy(order)] = torch.arange(len(order))
-        return LogProbs(*(value[place] for value in vars(sorted_pairs).values()))
+        found = score_rows(
+            lambda batch: [*vars(function(model, self._prepare_inputs(batch))).values()],
+            dataset.select_columns(columns),
+            self.data_collator,
+            batch_size or self.args.per_device_eval_batch_size,
+            [model],
+            description,
+            dataset["length"][:],
+            workers=self.args.dataloader_num_workers,
+            delay=0,  # a batch may take seconds
+            quiet=self.args.disable_tqdm,
+        )
+        return LogProbs(*found)
 
 
 class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
@@ -522,18 +512,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
     def _note(self, pairs: LogProbs, losses: Tensor, inputs: dict[str, Tensor], router_loss: Tensor | None) -> None:
         """Keep this step's figures for `log`."""
-        rewards_chosen, rewards_rejected = self.preference_loss.rewards(pairs)
-        weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
-        figures = {
-            "rewards/chosen": rewards_chosen,
-            "rewards/rejected": rewards_rejected,
-            "rewards/margins": rewards_chosen - rewards_rejected,
-            "rewards/accuracies": (rewards_chosen > rewards_rejected).to(losses.dtype),
-            "logps/chosen": pairs.chosen.detach(),
-            "logps/rejected": pairs.rejected.detach(),
-            "gradient_weights/chosen": weights_chosen,
-            "gradient_weights/rejected": weights_rejected,
-        }
+        figures = training_figures(pairs, self.preference_loss)
         if router_loss is not None:
             figures["aux_loss"] = router_loss.detach().expand(len(losses))
         self._means.add(figures)

@@ -78,9 +78,9 @@ def test_flags_of_other_tools_get_the_name_that_works_here(recipe, command_line)
 
 
 def test_several_files_are_taken(command_line):
-    from resdpo_trl.text.data import DataConfig
+    from resdpo_trl.text.data import TextDataConfig
 
-    parser = command_line.RecipeParser((DataConfig,))
+    parser = command_line.RecipeParser((TextDataConfig,))
     words = ["--dataset_name", "a b.jsonl", "c.csv", "--columns", "chosen=x", "rejected=y"]
     ((data,), _) = parser.parse(given=words)
     assert data.dataset_name == "'a b.jsonl' c.csv" and data.columns == ["chosen=x", "rejected=y"]

@@ -7,7 +7,7 @@ import pytest
 from resdpo_trl.report import write_report
 from tests.conftest import TURNS, tiny_model
 from tests.recipes.conftest import rows_of
-from tests.text.test_judges import SECRET, endpoint, longer, reply
+from tests.study.test_judges import SECRET, endpoint, longer, reply
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import runpy
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +22,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.image.data import LARGEST_IMAGE, ImageDataConfig, load_images
 from resdpo_trl.report import write_report
 from resdpo_trl.run import LONGEST_LINE, RunFolder, read_rows, to_json
-from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, parse_dialogue
+from resdpo_trl.text.data import MARKER, TextDataConfig, load_preferences, parse_dialogue
 from tests.conftest import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +53,7 @@ def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path, monkeypa
         file.truncate(200_000_000)
     tracemalloc.start()
     with pytest.raises(UserError, match=r"p\.jsonl, line 2: longer than 4 MiB"):
-        load_preferences(DataConfig(dataset_name=str(path)))
+        load_preferences(TextDataConfig(dataset_name=str(path)))
     assert tracemalloc.get_traced_memory()[1] < 10 * LONGEST_LINE
     tracemalloc.stop()
 
@@ -63,7 +62,7 @@ def test_a_gzip_that_unpacks_to_much_more_is_refused(tmp_path):
     row = (json.dumps(write_pairs(1)[0]) + "\n").encode()
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(row * 50_000))
     with pytest.raises(UserError, match=r"unpacks to more than 200 times its size"):
-        load_preferences(DataConfig(dataset_name=str(tmp_path)))
+        load_preferences(TextDataConfig(dataset_name=str(tmp_path)))
 
 
 def test_a_damaged_deflate_stream_is_named(tmp_path):
@@ -71,24 +70,24 @@ def test_a_damaged_deflate_stream_is_named(tmp_path):
     packed[200:260] = b"\xff" * 60
     (tmp_path / "p.jsonl.gz").write_bytes(packed)
     with pytest.raises(UserError, match="gzip stream is damaged"):
-        load_preferences(DataConfig(dataset_name=str(tmp_path / "p.jsonl.gz")))
+        load_preferences(TextDataConfig(dataset_name=str(tmp_path / "p.jsonl.gz")))
 
 
 def test_rows_nested_too_deeply_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(write_pairs(1)[0]) + "\n" + '{"a":' * 100_000 + "\n")
     with pytest.raises(UserError, match=r"line 2: (nested too deeply|not JSON)"):
-        load_preferences(DataConfig(dataset_name=str(tmp_path / "p.jsonl")))
+        load_preferences(TextDataConfig(dataset_name=str(tmp_path / "p.jsonl")))
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
     row = json.dumps(write_pairs(1)[0]).encode()
     (tmp_path / "p.jsonl").write_bytes(row + b"\n" + row.replace(b"Human", b"H\xed\xa0\x80man", 1) + b"\n")
     with pytest.raises(UserError, match=r"p\.jsonl, line 2: not UTF-8"):
-        load_preferences(DataConfig(dataset_name=str(tmp_path / "p.jsonl")))
+        load_preferences(TextDataConfig(dataset_name=str(tmp_path / "p.jsonl")))
     texts = pa.array([b"\n\nHuman: hi\n\nAssistant: \xd0"] * 3, pa.binary()).view(pa.string())
     pq.write_table(pa.table({"chosen": texts, "rejected": texts}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match=r"p\.parquet: a text is not UTF-8"):
-        load_preferences(DataConfig(dataset_name=str(tmp_path / "p.parquet")))
+        load_preferences(TextDataConfig(dataset_name=str(tmp_path / "p.parquet")))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def test_a_row_that_is_null_is_named(tmp_path, content):
     path = tmp_path / "p.jsonl"
     path.write_text(content.replace("{row}", json.dumps(write_pairs(1)[0])), encoding="utf-8")
     with pytest.raises(UserError, match=r"p\.jsonl, (line|row) [12]: null is no row"):
-        load_preferences(DataConfig(dataset_name=str(path)))
+        load_preferences(TextDataConfig(dataset_name=str(path)))
 
 
 def test_two_dialogues_of_a_hundred_thousand_markers_are_parted_at_once():
@@ -132,18 +131,6 @@ def parquet(path, images, labels):
 def test_an_image_of_too_many_pixels_is_refused_from_its_header(tmp_path, size):
     config = parquet(tmp_path / "a.parquet", [{"bytes": png_of_size(*size), "path": None}] * 4, [0] * 4)
     with pytest.raises(UserError, match=r"train row 0(:| is).*pixels"):
-        load_images(config)
-
-
-def test_images_that_do_not_fit_in_memory_are_refused_with_the_flag(tmp_path, monkeypatch):
-    import psutil
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(buffer, "png")
-    config = parquet(tmp_path / "a.parquet", [{"bytes": buffer.getvalue(), "path": None}] * 30, [0] * 30)
-    free = psutil.virtual_memory()._replace(available=300_000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    with pytest.raises(UserError, match=r"64×64 pixels: 30 such images take .* pass a smaller --image_size"):
         load_images(config)
 
 
@@ -282,7 +269,7 @@ def preset_parser(tmp_path_factory):
 
     from resdpo_trl.text.config import TextDPOConfig
 
-    return tmp_path_factory.mktemp("presets") / "preset.yaml", RecipeParser((DataConfig, TextDPOConfig))
+    return tmp_path_factory.mktemp("presets") / "preset.yaml", RecipeParser((TextDataConfig, TextDPOConfig))
 
 
 # --- a run's files ---------------------------------------------------------------------------------------------------

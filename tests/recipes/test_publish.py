@@ -19,7 +19,7 @@ SMALL = ["--widths", "24", "24", "--use_cpu", "--per_device_train_batch_size", "
 def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub, tmp_path, image_folder, monkeypatch):  # noqa: F811
     from transformers import pipeline
 
-    import resdpo_trl  # noqa: F401  (the one import that the card names)
+    import resdpo_trl.image  # noqa: F401  (the one import that the card names)
 
     arguments = ["dpo_cifar.py", "--dataset_name", image_folder, "--num_train_epochs", "2", *SMALL]
     hub.make_trouble("POST", "/commit/", 1, 403)  # of the first checkpoint

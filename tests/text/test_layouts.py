@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from trl.data_utils import apply_chat_template, extract_prompt
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.data import SPLITS, DataConfig, load_preferences
+from resdpo_trl.text.data import SPLITS, TextDataConfig, load_preferences
 from resdpo_trl.text.layouts import recognize
 
 FILES = Path(__file__).parent / "layouts"
@@ -24,7 +24,7 @@ GREETING = [
 
 def load(*names, **options):
     tokenizer = options.pop("tokenizer", None)
-    return load_preferences(DataConfig(dataset_name=[str(name) for name in names], **options), tokenizer)
+    return load_preferences(TextDataConfig(dataset_name=[str(name) for name in names], **options), tokenizer)
 
 
 def texts(pairs):
@@ -106,7 +106,7 @@ def test_columns_of_other_names(tmp_path, chat_tokenizer):
 @pytest.mark.parametrize("columns", [["better"], ["=x"], ["chosen="], ["answer=x"], ["chosen=a", "chosen=b"]])
 def test_a_mapping_that_is_none(columns):
     with pytest.raises(UserError, match=r"--columns .*: needs each of prompt, chosen, rejected, system at most once"):
-        DataConfig(columns=columns)
+        TextDataConfig(columns=columns)
 
 
 def test_several_files_are_one_data_set(tmp_path):
@@ -190,7 +190,7 @@ def test_other_pairs_for_the_test(tmp_path):
     with pytest.raises(UserError, match=r"--eval_dataset_name .*nowhere\.jsonl: no such file"):
         load(FILES / "plain.jsonl", eval_dataset_name=str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(UserError, match="both name the test pairs"):
-        DataConfig(eval_dataset_name="a.jsonl", dataset_test_split="b")
+        TextDataConfig(eval_dataset_name="a.jsonl", dataset_test_split="b")
 
 
 def test_a_shared_system_message_is_no_conversation(chat_tokenizer):

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextRewardConfig, TextSFTConfig
-from resdpo_trl.text.data import DataConfig
+from resdpo_trl.text.data import TextDataConfig
 from resdpo_trl.text.model import load_model
 from resdpo_trl.text.pipeline import TextRun, adapter_refusals
 from resdpo_trl.text.trainer import TextDPOTrainer
@@ -58,7 +58,7 @@ def test_other_errors_are_not_taken_for_pefts():
 def test_a_figure_that_no_evaluation_has_is_refused(tmp_path, training, figure):
     options = training(output_dir=str(tmp_path), metric_for_best_model=figure)
     with pytest.raises(UserError, match=f"--metric_for_best_model {figure}: no such figure; evaluation has loss"):
-        TextRun(DataConfig(), TextModelConfig(), SamplesConfig(), RunConfig(), options)
+        TextRun(TextDataConfig(), TextModelConfig(), SamplesConfig(), RunConfig(), options)
 
 
 def test_the_figures_that_are_offered_are_those_of_evaluation(tmp_path, tokenizer):

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2For
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.text.config import TextModelConfig, TextRewardConfig
-from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.reward import (
     RewardModel,
     TextRewardTrainer,
@@ -155,7 +155,7 @@ def test_text_is_read_as_in_training(tmp_path, tokenizer, dialogues):
     tokenizer.save_pretrained(tmp_path / "r")
     reward = RewardModel(str(tmp_path / "r"), MODEL)
     Dataset.from_list(dialogues[:40]).to_json(tmp_path / "pairs.jsonl")
-    texts = load_preferences(DataConfig(dataset_name=str(tmp_path / "pairs.jsonl")))["train"]
+    texts = load_preferences(TextDataConfig(dataset_name=str(tmp_path / "pairs.jsonl")))["train"]
     chosen, rejected = reward.pair_rewards(texts, 48, None, False, batch_size=5)
     rows = reward_rows(tokenize(texts, tokenizer, 48))
     assert chosen.tolist() == pytest.approx([by_hand(model, ids) for ids in rows["chosen_ids"]], abs=1e-5)
@@ -209,7 +209,7 @@ def test_an_answer_ends_as_its_chat_template_ended_it_in_training(tmp_path, toke
     ]
     Dataset.from_list(rows).to_json(tmp_path / "pairs.jsonl")
     reward = RewardModel(str(tmp_path / "r"), MODEL)
-    pairs = load_preferences(DataConfig(dataset_name=str(tmp_path / "pairs.jsonl")), reward.tokenizer)
+    pairs = load_preferences(TextDataConfig(dataset_name=str(tmp_path / "pairs.jsonl")), reward.tokenizer)
     texts = pairs["train"]
     said = [text.removesuffix("<end>\n") for text in texts["chosen"]]
     assert said[0].endswith(".")
