@@ -28,8 +28,8 @@ from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError, printable
 from resdpo_trl.metrics import with_intervals
 from resdpo_trl.provenance import as_trained, loss_of, read_facts
-from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
+from resdpo_trl.text.comparison_page import write_comparison_page
 from resdpo_trl.text.config import CompareConfig, TextModelConfig, named_models
 from resdpo_trl.text.data import dialogue, end_of_turn
 from resdpo_trl.text.evaluate import distinct_ngrams, score_pairs
@@ -432,7 +432,7 @@ class Comparison:
                 throughput=speed | {"total_seconds": time.perf_counter() - self.started},
             )
             self.run.end()
-            write_report([self.run.path])
+            write_comparison_page(self.run.path)
             self.say(describe(self.run.summary, self.run.path))
 
     def _answer_figures(self, found: list[Answer]) -> dict[str, Any]:
