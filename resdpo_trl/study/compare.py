@@ -32,8 +32,8 @@ from resdpo_trl.errors import UserError, printable
 from resdpo_trl.files import write_whole
 from resdpo_trl.metrics import with_intervals
 from resdpo_trl.provenance import as_trained, loss_of, read_facts
-from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
+from resdpo_trl.study.comparison_page import write_comparison_page
 from resdpo_trl.study.config import CompareConfig
 from resdpo_trl.study.judges import (
     KEY_VARIABLE,
@@ -409,7 +409,7 @@ class Comparison:
                 throughput=speed | {"total_seconds": time.perf_counter() - self.started},
             )
             self.run.end()
-            write_report([self.run.path])
+            write_comparison_page(self.run.path)
             self.say(describe(self.run.summary, self.run.path))
 
     def _answer_figures(self, found: list[Answer]) -> dict[str, Any]:
