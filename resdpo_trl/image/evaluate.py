@@ -22,7 +22,7 @@ from resdpo_trl.errors import UserError, printable
 from resdpo_trl.image.data import ImageDataConfig, Images, load_images
 from resdpo_trl.image.model import ImageClassifier, as_numbered_by, load_classifier, load_processor
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, with_intervals
-from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
+from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.run import use_the_cores, write_figures
 
 CALIBRATION_BINS = 15
@@ -96,7 +96,8 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
             "order: name the reference that it was trained from"
         )
     rows = images[config.split]
-    split = rows[unseen(rows.digests(), seen_by(*known) if held_out else set(), f"--dataset_name {data.dataset_name}")]
+    kept, left_out = unseen(rows.digests(), known if held_out else (), f"--dataset_name {data.dataset_name}")
+    split = rows[kept]
     how = (split, processor, config.batch_size, bf16, config.test_time_views)
     logps = image_logps(model, *how)
     ref_logps = image_logps(reference, *how) if reference else None
@@ -105,7 +106,7 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
         "reference": config.reference,
         "data": images.counts,
         "split": config.split,
-        "seen_in_training_left_out": len(rows) - len(split),
+        "left_out": left_out,
         "settings": {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()},
         "test_time_views": config.test_time_views,
         **classification_figures(logps, split.labels, images.label_names),
@@ -182,7 +183,7 @@ def describe(figures: dict[str, Any]) -> str:
         "",
         f"  {figures['model']} on {figures['n']} {figures['split']} images"
         + (f", {views} views of each" if (views := figures["test_time_views"]) > 1 else ""),
-        *describe_settings(settings, figures["seen_in_training_left_out"]),
+        *describe_settings(settings, figures["left_out"]),
         "",
         f"  accuracy           {figures['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}",
         f"  loss               {figures['loss']:.4f}",

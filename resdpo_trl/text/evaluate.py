@@ -24,7 +24,7 @@ from resdpo_trl.metrics import (
     raw_accuracy,
     with_intervals,
 )
-from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
+from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import CompareConfig, TextModelConfig
@@ -119,9 +119,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
     held_out = config.split == "test"
     texts = load_preferences(data, tokenizer, held_out)
     rows = texts[config.split]
-    kept = unseen(
-        rows["pair"][:], seen_by(*known.values()) if held_out else set(), f"--dataset_name {data.dataset_name}"
-    )
+    kept, left_out = unseen(rows["pair"][:], known.values() if held_out else (), f"--dataset_name {data.dataset_name}")
     pairs = tokenize(
         rows.select(kept), tokenizer, used["max_length"], data.max_response_length, texts.ends_turns, "Tokenizing"
     )
@@ -156,7 +154,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
         "reference": config.reference,
         "data": texts.counts,
         "split": config.split,
-        "seen_in_training_left_out": len(rows) - len(kept),
+        "left_out": left_out,
         "settings": {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()},
         "dialogue_format": texts.counts["dialogue_format"],
         "pairs": with_intervals(per_pair),
@@ -381,7 +379,7 @@ def describe(figures: dict[str, Any]) -> str:
             rows.append(("reward of an answer", found["answers"]["reward"], found["answers"]["interval_95"]["reward"]))
     settings = {name: (each["value"], each["from"]) for name, each in figures["settings"].items()}
     lines = ["", f"  {figures['model']} on {pairs['n']} {figures['split']} pairs"]
-    lines += [*describe_settings(settings, figures["seen_in_training_left_out"]), ""]
+    lines += [*describe_settings(settings, figures["left_out"]), ""]
     lines += [f"  {text:<34}{value:>9.4f}   {low:.4f} to {high:.4f}" for text, value, (low, high) in rows]
     if "answers" in figures:
         distinct = (f"{figures['answers'][f'distinct_{n}'] or 0:.3f}" for n in (1, 2, 3))
