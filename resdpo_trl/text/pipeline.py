@@ -137,8 +137,8 @@ class TextRun(Job):
             alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
             sft = "" if alone else f", SFT {self.sft.sft_learning_rate:g}"
             self.say(
-                f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft} (about ten "
-                "times the rate of full fine-tuning)"
+                f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft} (--use_peft "
+                "multiplies the default by ten)"
             )
 
     # --- pairs ---------------------------------------------------------------------------------------------------
