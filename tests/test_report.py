@@ -215,7 +215,7 @@ def test_a_sweeps_page_marks_the_best_and_names_what_failed(tmp_path):
     assert (tmp_path / "plots" / "frontier.png").stat().st_size > 5000
 
 
-@pytest.mark.filterwarnings("ignore:'resdpo_trl.sweep' found in sys.modules")
+@pytest.mark.filterwarnings("ignore:'resdpo_trl.study.sweep' found in sys.modules")
 def test_a_new_figure_is_one_row(tmp_path, monkeypatch):
     """With the value that a function of metrics.py returns, it is in tables, curves, the card's words and table.csv."""
     from resdpo_trl import metrics
@@ -235,7 +235,7 @@ def test_a_new_figure_is_one_row(tmp_path, monkeypatch):
     assert ["pairs ranked right with odds of 3", "0.2500", "0.1400 to 0.4000"] in metrics.figure_rows(
         summary["dpo"]["test"]
     )
-    assert "sure" in runpy.run_module("resdpo_trl.sweep")["COLUMNS"]
+    assert "sure" in runpy.run_module("resdpo_trl.study.sweep")["COLUMNS"]
 
 
 def test_accuracy_against_kl_of_an_image_run(tmp_path):

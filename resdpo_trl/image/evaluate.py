@@ -29,7 +29,7 @@ from resdpo_trl.metrics import (
     table,
     with_intervals,
 )
-from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
+from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.scorer import score_rows
 
@@ -104,7 +104,8 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
             "order: name the reference that it was trained from"
         )
     rows = images[config.split]
-    split = rows[unseen(rows.digests(), seen_by(*known) if held_out else set(), f"--dataset_name {data.dataset_name}")]
+    kept, left_out = unseen(rows.digests(), known if held_out else (), f"--dataset_name {data.dataset_name}")
+    split = rows[kept]
     how = (split, processor, config.batch_size, bf16, config.test_time_views)
     logps = image_logps(model, *how)
     ref_logps = image_logps(reference, *how) if reference else None
@@ -113,7 +114,7 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
         "reference": config.reference,
         "data": images.counts,
         "split": config.split,
-        "seen_in_training_left_out": len(rows) - len(split),
+        "left_out": left_out,
         "settings": {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()},
         "test_time_views": config.test_time_views,
         **classification_figures(logps, split.labels, images.label_names),
@@ -196,6 +197,6 @@ def describe(figures: dict[str, Any]) -> str:
         for name, row in zip(by_class, figures["confusion_matrix"], strict=True)
     ]
     columns = ("predictions (rows: true class)", "accuracy", *map(str, range(1, len(classes) + 1)))
-    settings_used = describe_settings(settings, figures["seen_in_training_left_out"])
+    settings_used = describe_settings(settings, figures["left_out"])
     tables = ["", table(rows, (head, "mean", "95% interval")), "", table(classes, columns), ""]
     return "\n".join(["", f"  {figures['model']}", *settings_used, *tables])

@@ -169,10 +169,11 @@ class ImageRun(Job):
         return build_classifier(config, self.training.seed, some, weights)
 
     def _facts(self, args: Any, images: LabelledImages) -> dict[str, Any]:
-        seen = {*images["train"].digests(), *images["validation"].digests()}
-        if self.run.reference.is_dir():
-            seen |= seen_by(read_facts(str(self.run.reference), None, "reference"))
-        return training_facts(args, seen)
+        reference = [read_facts(str(self.run.reference), None, "reference")] if self.run.reference.is_dir() else []
+        trained, validated = seen_by(*reference)
+        trained.update(images["train"].digests())
+        validated.update(images["validation"].digests())
+        return training_facts(args, trained, validated)
 
     # --- cross-entropy -------------------------------------------------------------------------------------------
 

@@ -153,6 +153,8 @@ class TextModelConfig(ModelConfig):
         },
     )
 
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         unset = {each.name: each.default for each in fields(ModelConfig)}
@@ -238,6 +240,9 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
     output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Peak learning rate of DPO; ten times that with --use_peft."}
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "How strongly the loss ties the policy to the reference; IPO's τ."}
     )
     prefix_sharing: bool = field(
         default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}

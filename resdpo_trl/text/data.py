@@ -929,4 +929,4 @@ def _spread(groups: np.ndarray) -> np.ndarray:
     return order[np.argsort(place_in_group, kind="stable")]
 
 
-__getattr__ = renamed(__name__, {"DataConfig": "TextDataConfig"})
+__getattr__ = renamed(__name__, {"TextDataConfig": "TextDataConfig"})

@@ -28,7 +28,7 @@ from resdpo_trl.metrics import (
     table,
     with_intervals,
 )
-from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
+from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.scorer import score_rows
 from resdpo_trl.text.batch import PairCollator
@@ -124,9 +124,7 @@ def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfi
     held_out = config.split == "test"
     texts = load_preferences(data, tokenizer, held_out)
     rows = texts[config.split]
-    kept = unseen(
-        rows["pair"][:], seen_by(*known.values()) if held_out else set(), f"--dataset_name {data.dataset_name}"
-    )
+    kept, left_out = unseen(rows["pair"][:], known.values() if held_out else (), f"--dataset_name {data.dataset_name}")
     pairs = tokenize(
         rows.select(kept), tokenizer, used["max_length"], data.max_response_length, texts.ends_turns, "Tokenizing"
     )
@@ -162,7 +160,7 @@ def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfi
         "reference": config.reference,
         "data": texts.counts,
         "split": config.split,
-        "seen_in_training_left_out": len(rows) - len(kept),
+        "left_out": left_out,
         "settings": {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()},
         "dialogue_format": texts.counts["dialogue_format"],
         "pairs": with_intervals(per_pair),
@@ -368,7 +366,7 @@ def describe(figures: dict[str, Any]) -> str:
             rows.append(["reward of an answer", *shown(explicit["answers"], "reward", 3)])
         rows += [[f"distinct {n}-grams of the answers", number(answers[f"distinct_{n}"]), ""] for n in (1, 2, 3)]
     settings = {name: (each["value"], each["from"]) for name, each in figures["settings"].items()}
-    lines = ["", f"  {figures['model']}", *describe_settings(settings, figures["seen_in_training_left_out"]), ""]
+    lines = ["", f"  {figures['model']}", *describe_settings(settings, figures["left_out"]), ""]
     lines.append(table(rows, (f"on {pairs['n']} {figures['split']} pairs", "mean", "95% interval")))
     if "difference" in figures:
         rows = [

@@ -130,17 +130,18 @@ class TextRun(Job):
         )
         if source == QUICKSTART:
             source = "people's chit-chat (no network needed)"
-        last = {TextDPOConfig: "SFT and DPO", TextRewardConfig: "SFT and a reward model", TextSFTConfig: "SFT"}
+        last = {TextDPOConfig: "DPO", TextRewardConfig: "a reward model", TextSFTConfig: "SFT"}[type(self.training)]
+        sft_first = not self._skips_sft and not isinstance(self.training, TextSFTConfig)
         self.say(
-            f"{last[type(self.training)]} of {model} on {source}; for GPT-2 on Anthropic HH: "
+            f"{'SFT and ' if sft_first else ''}{last} of {model} on {source}; for GPT-2 on Anthropic HH: "
             "--config recipes/configs/hh/gpt2.yaml\n" + self.hardware_line()
         )
         if self.model.use_peft:
             alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
             sft = "" if alone else f", SFT {self.sft.sft_learning_rate:g}"
             self.say(
-                f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft} (about ten "
-                "times the rate of full fine-tuning)"
+                f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft} (--use_peft "
+                "multiplies the default by ten)"
             )
 
     # --- pairs ---------------------------------------------------------------------------------------------------
@@ -176,11 +177,12 @@ class TextRun(Job):
         return pairs
 
     def _facts(self, args: Any) -> dict[str, Any]:
-        seen = {*self.texts["train"]["pair"][:], *self.texts["validation"]["pair"][:]}
-        if self.run.reference.is_dir():
-            seen |= seen_by(read_facts(str(self.run.reference), None, "reference"))
+        reference = [read_facts(str(self.run.reference), None, "reference")] if self.run.reference.is_dir() else []
+        trained, validated = seen_by(*reference)
+        trained.update(self.texts["train"]["pair"][:])
+        validated.update(self.texts["validation"]["pair"][:])
         cap = {"max_length": args.max_length, "max_response_length": self.data.max_response_length}
-        return training_facts(args, seen, **cap)
+        return training_facts(args, trained, validated, **cap)
 
     def _sources(self) -> list[tuple[str, str]]:
         """(name, flag) of every place a tokenizer comes from; the first one's is used."""

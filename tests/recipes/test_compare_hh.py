@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from resdpo_trl.text.comparison_page import write_comparison_page
 
+from resdpo_trl.study.comparison_page import write_comparison_page
 from tests.conftest import TURNS, tiny_model
 from tests.recipes.conftest import rows_of
 from tests.study.test_judges import SECRET, endpoint, longer, reply

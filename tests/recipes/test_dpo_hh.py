@@ -148,8 +148,8 @@ def test_evaluate_gives_the_runs_own_figures(finished, recipe, tmp_path, pairs_f
     summary = json.loads((folder / "summary.json").read_text())
     test, data = summary["dpo"]["test"], summary["data"]
     # of the whole file, what the run trained on and validated on is left out; β, cap and precision are the run's
-    assert figures["seen_in_training_left_out"] == data["train"] + data["validation"]
-    assert f"left out: {data['train'] + data['validation']} rows that" in said
+    assert figures["left_out"] == {"trained_on": data["train"], "validated_on": data["validation"]}
+    assert f"left out: {data['train']} rows that these models were trained on, {data['validation']} of their" in said
     assert "as trained: β 0.3, loss sigmoid, cap 64, float32\n" in said
     for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/ref_accuracies"):
         assert figures["pairs"][name] == pytest.approx(test[name], abs=1e-5), name

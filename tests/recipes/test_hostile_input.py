@@ -178,7 +178,7 @@ def test_names_of_classes_are_printed_without_control_characters():
         "model": "m", "n": 2, "split": "test", "test_time_views": 1, "accuracy": 0.5, "loss": 1.0,
         "calibration_error": 0.1, "interval_95": {"accuracy": [0.4, 0.6]},
         "accuracy_by_class": {f"cat{ORDERS}": 0.5, "dog": None},
-        "confusion_matrix": [[1, 0], [1, 0]], "settings": {}, "seen_in_training_left_out": 0,
+        "confusion_matrix": [[1, 0], [1, 0]], "settings": {}, "left_out": {},
     }  # fmt: skip
     assert all(character.isprintable() for character in describe(figures).replace("\n", ""))
 

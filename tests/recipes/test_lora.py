@@ -69,8 +69,9 @@ def test_a_policy_loads_wherever_it_is_moved(recipe, tmp_path, pairs_file, token
     runs = {"sft": ["--sft_epochs", "1"], "none": ["--sft_epochs", "0"]}
     runs["merged"] = [*runs["none"], "--merge_adapter"]
     for name, flags in runs.items():
-        status, _, said = recipe("dpo_hh.py", *LORA, pairs_file, "--output_dir", f"run/{name}", *flags)
+        status, out, said = recipe("dpo_hh.py", *LORA, pairs_file, "--output_dir", f"run/{name}", *flags)
         assert status == 0, said
+        assert out.startswith("SFT and DPO of base on " if name == "sft" else "DPO of base on ")
     folders = ["sft/reference", "sft/policy", "none/reference", "none/policy", "merged/policy"]
     before = [logp_before(tmp_path / "run" / folder) for folder in folders]
     (tmp_path / "far" / "away").mkdir(parents=True)

@@ -47,7 +47,7 @@ def rendered(tokenizer, *messages):
         ("plain.jsonl", "TRL's plain texts", (QUESTION, f" {GOOD}", f" {BAD}")),
         # TRL parts where the texts differ, not where a word begins
         ("implicit.jsonl", "TRL's plain texts with an implicit prompt", (f"{QUESTION} A", GOOD[1:], BAD[1:])),
-        ("orca.jsonl", "Orca's questions and answers (question as prompt)", HH),
+        ("orca.jsonl", "texts in columns question (prompt), chosen, rejected, system", HH),
         ("array.json", "TRL's plain texts", (QUESTION, f" {GOOD}", f" {BAD}")),
         ("table.csv", "TRL's plain texts", (QUESTION, GOOD, BAD)),
         ("table.tsv", "TRL's plain texts", (QUESTION, GOOD, BAD)),
@@ -66,7 +66,7 @@ def test_layouts_of_texts(file, layout, expected):
         ("messages.jsonl", "TRL's lists of messages", []),
         ("messages_implicit.jsonl", "TRL's lists of messages with an implicit prompt", []),
         ("ultrafeedback.jsonl", "UltraFeedback's prompts and lists of messages", []),
-        ("orca.jsonl", "Orca's questions and answers (question as prompt)", []),
+        ("orca.jsonl", "texts in columns question (prompt), chosen, rejected, system", []),
         (
             "sharegpt.jsonl",
             "ShareGPT's turns (conversations as prompt)",
@@ -97,7 +97,7 @@ def test_columns_of_other_names(tmp_path, chat_tokenizer):
     pairs = load(tmp_path / "p.jsonl", columns=columns, tokenizer=chat_tokenizer)
     assert texts(pairs) == texts(load(FILES / "orca.jsonl", tokenizer=chat_tokenizer))
     assert pairs.counts["layouts"] == [
-        "Orca's questions and answers (ask as prompt, better as chosen, worse as rejected, role_card as system)"
+        "texts in columns ask (prompt), better (chosen), worse (rejected), role_card (system)"
     ]
     with pytest.raises(UserError, match=r"--columns chosen=best: .*no such column \(found: ask, better, chosen"):
         load(tmp_path / "p.jsonl", columns=["chosen=best"])
