@@ -526,7 +526,8 @@ class TextRun(Job):
         """One line where a pipeline would end the answers of an adapter where its base ends them: transformers reads
         no generation_config.json of an adapter's folder.
         """
-        folder, place = self.run.trained, {"revision": self.model.model_revision}
+        folder = self.run.trained
+        place: dict[str, Any] = {"revision": self.model.model_revision}
         if not (folder / "adapter_config.json").is_file():
             return
         base, end = full_model(str(folder), "the adapter"), stop_tokens(self.tokenizer)[-1]

@@ -144,6 +144,7 @@ def test_an_adapter_of_a_mixtures_experts(tmp_path, tokenizer, there):
     assert changed and all("lora_" in name and ".ref." not in name for name in changed)
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # PEFT's own call of the model
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"])
 def test_the_loss_of_sft_with_virtual_tokens(tmp_path, tokenizer, method):
     job = build("sft", tmp_path, tokenizer, tiny_model("llama"), config_of(method), rows=sft_rows(tokenized(4), True))
