@@ -224,6 +224,8 @@ class ShortDialogues(OneMachine):
             raise UserError("--do_eval is not supported here: pass --eval_strategy epoch or steps")
         if args.liger_kernel_config is not None and not args.use_liger_kernel:
             raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
+        if self.metric_for_best_model is not None and args.greater_is_better is None:  # transformers knows losses alone
+            args.greater_is_better = not self.metric_for_best_model.endswith(("loss", "rejected"))
         super().__post_init__()
 
 

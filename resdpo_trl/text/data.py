@@ -10,8 +10,8 @@ One row becomes
     shown        the prompt as people read it, in HH's form, whatever the format
     group        a digest of the conversation's opening turn: what keeps a conversation's pairs in one split
     whole        a digest of the whole prompt
-    pair         a digest of the prompt and the two responses, whichever is chosen: what no two splits may share
-
+    pair         a digest of the prompt and the two responses, whichever is chosen: what no two splits may share; the
+                 same in whatever layout a file has them
 
 or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt (a message without text
 or role counts as one), or `no_marker`, a dialogue whose two sides share no "\\n\\nAssistant:". The digests are of the
@@ -684,10 +684,10 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
         return "empty"
     starts = turn_starts(prompt)
     early = kind == "dialogue" and (MARKER in chosen or MARKER in rejected)
+    said = _pair_digest(messages_of(prompt), _answer(chosen), _answer(rejected))
     return _Pair(
         prompt, chosen, rejected, starts, shown=prompt, group=_digest(_opening(prompt, starts)), whole=_digest(prompt),
-        pair=_digest(json.dumps([prompt, *sorted([chosen.strip(), rejected.strip()])])),
-        status="parted_early" if early else "kept",
+        pair=said, status="parted_early" if early else "kept",
     )  # fmt: skip
 
 
@@ -733,9 +733,30 @@ def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Me
     if not messages or not good or not bad:
         return "empty"
     said = next((at for at, message in enumerate(messages) if message["role"] != "system"), 0)
-    told = [json.dumps(part, default=str) for part in (messages[: said + 1], messages, good, bad)]
-    opening, whole, pair = map(_digest, (told[0], told[1], "\n".join([told[1], *sorted(told[2:])])))
+    opening, whole = (_digest(json.dumps(part, default=str)) for part in (messages[: said + 1], messages))
+    pair = _pair_digest(messages, good, bad)
     return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole, pair=pair)
+
+
+def _answer(text: str) -> Messages:
+    """A response of text as messages."""
+    return messages_of(MARKER + text) if MARKER in text else [{"role": "assistant", "content": text.strip()}]
+
+
+def _pair_digest(prompt: Messages, chosen: Messages, rejected: Messages) -> str:
+    """A digest of a pair's messages, without the spaces around a content, keys without a value and their order."""
+    told = [
+        json.dumps(
+            [
+                {name: each.strip() if isinstance(each, str) else each for name, each in turn.items() if each}
+                for turn in part
+            ],
+            sort_keys=True,
+            default=str,
+        )
+        for part in (prompt, chosen, rejected)
+    ]
+    return _digest("\n".join([told[0], *sorted(told[1:])]))
 
 
 def _render(pair: _Pair, template: Any, options: dict[str, Any]) -> _Pair:
@@ -746,10 +767,7 @@ def _render(pair: _Pair, template: Any, options: dict[str, Any]) -> _Pair:
     messages, (chosen, rejected) = pair.messages, pair.responses
     if not messages:  # a row of text
         messages = messages_of(pair.prompt)
-        chosen, rejected = (
-            messages_of(MARKER + text) if MARKER in text else [{"role": "assistant", "content": text.strip()}]
-            for text in (pair.chosen, pair.rejected)
-        )
+        chosen, rejected = _answer(pair.chosen), _answer(pair.rejected)
     status = pair.status
     try:
         texts = _rendered(messages, chosen, rejected, template, options)

@@ -24,12 +24,14 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.quantizers.auto import get_hf_quantizer
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.provenance import read_facts
@@ -196,6 +198,22 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return with_faster_parts(loaded, chosen=model.attn_implementation is None)
+
+
+def is_quantized(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> bool:
+    """Whether the weights of a checkpoint stay quantized once they are loaded, by its config.json alone.
+
+    Where the hardware has no kernels for its format, transformers dequantizes some formats.
+    """
+    name = local_model(name, flag)
+    if (Path(name) / "adapter_config.json").is_file():
+        name = full_model(name, flag)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust_remote_code)
+        quantizer, *_ = get_hf_quantizer(config, None, None, True, {})
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise not_a_model(name, flag, error) from None
+    return quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
 
 
 def with_faster_parts(model: PreTrainedModel, chosen: bool = True) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, set_seed
 from trl import get_peft_config
 
 from resdpo_trl.arguments import RunConfig
@@ -45,6 +45,7 @@ from resdpo_trl.text.model import (
     check_fits,
     check_same_tokenizer,
     full_model,
+    is_quantized,
     load_model,
     load_tokenizer,
     local_model,
@@ -111,14 +112,25 @@ class TextRun(Job):
             raise UserError(
                 "--reference_update moves a full reference model, which --use_peft does not keep: drop either"
             )
-        trains_adapter = self.model.use_peft or any(
-            (Path(name) / "adapter_config.json").is_file() for name, _ in self._sources()[:1]
-        )
+        trains_adapter = self._trains_adapter
         if self.training.merge_adapter and not trains_adapter:
             raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or drop the flag")
         merges = self.training.merge_adapter or isinstance(self.training, TextRewardConfig)  # which always is
         if self.training.push_to_hub and trains_adapter and not merges:
             check_public_base(full_model(*self._sources()[0]))
+
+    @property
+    def _trains_adapter(self) -> bool:
+        return self.model.use_peft or (Path(self._sources()[0][0]) / "adapter_config.json").is_file()
+
+    def _check_weights(self, name: str, flag: str) -> None:
+        """Refuse a checkpoint with quantized weights where these would be trained."""
+        reward = isinstance(self.training, TextRewardConfig)
+        if self._trains_adapter and not reward:
+            return
+        if is_quantized(name, self.model, self.training.trust_remote_code, flag):
+            fix = "name a checkpoint that is not quantized" if reward else "add --use_peft to train adapters"
+            raise UserError(f"{flag} {name}: its weights are quantized, which freezes them: {fix}")
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
@@ -152,6 +164,7 @@ class TextRun(Job):
         found = [load_tokenizer(name, self.model, self.training.trust_remote_code, flag) for name, flag in flags]
         for tokenizer, (_, flag) in zip(found[1:], flags[1:], strict=True):
             check_same_tokenizer(found[0], flags[0][1], tokenizer, flag)
+        self._check_weights(*flags[0])
         self.tokenizer = found[0]
         with PartialState().main_process_first():
             started = time.perf_counter()
@@ -271,9 +284,6 @@ class TextRun(Job):
 
     def _prepare(self, model: Any) -> None:
         """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""
-        adapter = self.model.use_peft or hasattr(model, "peft_config")
-        if getattr(base_model(model), "is_quantized", False) and not adapter:
-            raise UserError("the model's weights are quantized, which freezes them: add --use_peft to train adapters")
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
         end_answers(model, self.tokenizer)
@@ -514,7 +524,30 @@ class TextRun(Job):
     def finish(self) -> None:
         """The end of the run, with the model card."""
         base = str(self.base or self.sft.reference)
+        if self.run.main_process:
+            self._say_where_answers_end()
         self.end(describe_results, partial(write_card, self.run, self.run.trained, base))
+
+    def _say_where_answers_end(self) -> None:
+        """One line where a pipeline would end the answers of an adapter where its base ends them: transformers reads
+        no generation_config.json of an adapter's folder.
+        """
+        folder = self.run.trained
+        place: dict[str, Any] = {"revision": self.model.model_revision}
+        if not (folder / "adapter_config.json").is_file():
+            return
+        base, end = full_model(str(folder), "the adapter"), stop_tokens(self.tokenizer)[-1]
+        try:
+            ends: Any = GenerationConfig.from_pretrained(base, **place).eos_token_id
+        except OSError:  # it has no such file, and transformers reads its config.json
+            trust = self.training.trust_remote_code
+            ends = AutoConfig.from_pretrained(base, **place, trust_remote_code=trust).get_text_config().eos_token_id
+        if end not in (ends if isinstance(ends, list) else [ends]):
+            self.say(
+                f"{folder} is an adapter: transformers' pipeline ends its answers at its base's end of text and not at "
+                f"{self.tokenizer.convert_ids_to_tokens(end)}; pass generation_config=GenerationConfig.from_pretrained("
+                f"'{folder}') with each call, or train with --merge_adapter"
+            )
 
 
 @contextmanager

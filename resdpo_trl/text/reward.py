@@ -31,7 +31,7 @@ from resdpo_trl.metrics import preference_metrics
 from resdpo_trl.processes import mean_over_processes, own_rows
 from resdpo_trl.scorer import score_rows
 from resdpo_trl.sources import check_model_folder
-from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.config import TextModelConfig, TextRewardConfig
 from resdpo_trl.text.data import end_of_turn
 from resdpo_trl.text.model import (
     check_fits,
@@ -42,7 +42,7 @@ from resdpo_trl.text.model import (
     with_faster_parts,
 )
 from resdpo_trl.text.tokens import cache_key, tokenize
-from resdpo_trl.text.trainer import PairTrainer
+from resdpo_trl.text.trainer import PairTrainer, check_arguments
 
 # TRL's names of a reward model's training figures, and the names that pairs have everywhere in a run's files
 RENAMED = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
@@ -111,13 +111,29 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
     that pairs have in the rest of a run (`rewards/accuracies` for TRL's `accuracy`).
     """
 
-    def __init__(self, *args: Any, peft_config: Any = None, **options: Any):
+    columns = ("chosen_ids", "rejected_ids", "length")
+
+    def __init__(self, model: str | PreTrainedModel, args: TextRewardConfig, peft_config: Any = None, **options: Any):
+        """As TRL's, with keywords.
+
+        Raises:
+            UserError: an argument that has no place here, rows without their columns, or a PEFT method of virtual
+                tokens.
+        """
+        names = ("compute_metrics", "preprocess_logits_for_metrics", "quantization_config")
+        check_arguments(self, args, TextRewardConfig, options, names)
         if peft_config is not None and peft_config.is_prompt_learning:
             raise UserError(
                 f"the PEFT method {peft_config.peft_type.value} puts virtual tokens before a row, and transformers "
                 "finds no row's last token then, where the reward is read: use LoRA (--use_peft)"
             )
-        super().__init__(*args, peft_config=peft_config, **options)
+        super().__init__(model=model, args=args, peft_config=peft_config, **options)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        rows = super()._prepare_dataset(dataset, *args, **kwargs)
+        if "margin" in rows.column_names:
+            raise UserError("the column margin is not supported: drop it, or train with trl.RewardTrainer")
+        return rows
 
     def compute_loss(
         self,

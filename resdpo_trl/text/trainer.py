@@ -83,19 +83,19 @@ class _TextTrainer(EveryRowOnce, Resumable):
     model: Any
     train_dataset: Any
     _total_train_tokens: int  # TRL's
+    columns: tuple[str, ...]  # that rows must have
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._tokens: list[Tensor] = []  # (real, padded) tokens of the steps since the last log
-        held_out, config = kwargs.get("eval_dataset"), kwargs.get("args")
-        if isinstance(held_out, dict) and config is not None:
-            best = config.metric_for_best_model
+        held_out, config = kwargs.get("eval_dataset"), kwargs["args"]
+        figures: list[str] = list(config.figures)
+        if isinstance(held_out, dict):
+            figures = [f"{name}_{figure}" for name in held_out for figure in figures]
             if not config.load_best_model_at_end:
                 config.metric_for_best_model = None
-            elif not any(str(best).removeprefix("eval_").startswith(f"{name}_") for name in held_out):
-                raise UserError(
-                    f"metric_for_best_model {best}: there are several evaluation sets ({', '.join(held_out)}); name a "
-                    f"figure of one, e.g. eval_{next(iter(held_out))}_loss, or keep the last epoch (select last)"
-                )
+        best = config.metric_for_best_model
+        if best is not None and best.removeprefix("eval_") not in figures:
+            raise UserError(f"metric_for_best_model {best}: no such figure; evaluation has {', '.join(figures)}")
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -155,7 +155,7 @@ class _TextTrainer(EveryRowOnce, Resumable):
         return LengthSampler(batch, dataset["length"][:], seed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        _check_tokenized(dataset)
+        _check_rows(dataset, self.columns)
         return dataset  # tokenized and capped already
 
 
@@ -167,7 +167,18 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
     over all tokens with a label, not over batches, without the router loss of a mixture of experts.
     """
 
-    def __init__(self, model: PreTrainedModel, args: TextSFTConfig, **options: Any):
+    columns = ("input_ids", "labels", "length")
+
+    def __init__(self, model: str | PreTrainedModel, args: TextSFTConfig, **options: Any):
+        """As TRL's, with keywords. `model` may be a folder, a Hub id or `smollm2`.
+
+        Raises:
+            UserError: an argument that has no place here, or rows without their columns.
+        """
+        names = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "quantization_config")
+        check_arguments(self, args, TextSFTConfig, options, (*names, "formatting_func"))
+        if isinstance(model, str):
+            model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
         # a loss of another kind is TRL's own
         self._plain = args.loss_type == "nll" and not args.label_smoothing_factor and not args.use_liger_kernel
         add_response_head(base_model(model))
@@ -278,6 +289,7 @@ class PairTrainer(_TextTrainer, Trainer):
 
         `batch_size` is the number of pairs per device; --per_device_eval_batch_size by default.
         """
+        _check_rows(dataset, self.columns)
         self._set_signature_columns_if_needed()
         signature: list[str] = self._signature_columns or []
         columns = [name for name in signature if name in dataset.column_names]
@@ -307,6 +319,8 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
     mean logits, token accuracy) are left out, for they cost a pass over the logits each.
     """
 
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -327,43 +341,39 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         Raises:
             UserError: an argument that has no place here, or pairs that can't be used.
         """
-        for name, value in (
-            ("data_collator", data_collator),
-            ("compute_metrics", compute_metrics),
-            ("quantization_config", quantization_config),
-        ):
-            if value is not None:
-                raise UserError(f"{name} is not supported by TextDPOTrainer: leave it out")
         args = args or TextDPOConfig()
+        refused = {
+            "data_collator": data_collator, "compute_metrics": compute_metrics,
+            "quantization_config": quantization_config,
+        }  # fmt: skip
+        check_arguments(self, args, TextDPOConfig, refused, tuple(refused))
+        if train_dataset is None:
+            raise UserError("train_dataset is required")
         if processing_class is None:
             name = model if isinstance(model, str) else base_model(model).config._name_or_path
             processing_class = load_tokenizer(name, TextModelConfig(), args.trust_remote_code, "model")
         if isinstance(model, str):
             model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
-        cap, tokenizer = args.max_length or 0, processing_class
-
-        def prepared(rows: Any) -> Any:
-            if isinstance(rows, dict):
-                return {name: prepared(each) for name, each in rows.items()}
-            if rows is None or "prompt_ids" in rows.column_names:
-                return rows
-            return tokenized_pairs(rows, tokenizer, cap)
-
-        train_dataset, eval_dataset = prepared(train_dataset), prepared(eval_dataset)
+        train_dataset = _tokenized(train_dataset, processing_class, args)
+        eval_dataset = (
+            {name: _tokenized(rows, processing_class, args) for name, rows in eval_dataset.items()}
+            if isinstance(eval_dataset, dict)
+            else _tokenized(eval_dataset, processing_class, args)
+        )
         self.preference_loss = preference_loss(args)
         adapter = peft_config is not None or hasattr(model, "peft_config")
         if ref_model is None and not adapter and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)  # the policy as it starts
         held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         splits = [rows for rows in (train_dataset, *held_out.values()) if rows is not None]
-        for rows in splits:
-            _check_tokenized(rows)
         self._longest_row = max(max(rows["length"][:]) for rows in splits)
         for each in (model, ref_model):
             if each is not None:
                 longest = self._longest_row if args.prefix_sharing else None
                 add_response_head(base_model(each), longest, args.max_length)
         check_adapters(model, peft_config, args.prefix_sharing)
+        if ref_model is None:
+            _check_base_stays(model, peft_config)
         check_router_loss(base_model(model), args.router_aux_loss_coef)
         self._means = RunningMeans()  # of the steps since the last log
         self._evaluated: tuple[int, LogProbs] | None = None  # the step of the last evaluation, and its scores
@@ -395,6 +405,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         Raises:
             UserError: the rows have no such columns, and training has changed the only model there is.
         """
+        dataset = _tokenized(dataset, self.processing_class, self.args)
         self._check_longest(dataset)
         if "ref_chosen_logps" not in dataset.column_names:
             self._check_reference_is_here()
@@ -423,6 +434,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
     def add_reference(self, dataset: Dataset, description: str = "Reference log-probabilities") -> Dataset:
         """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
+        dataset = _tokenized(dataset, self.processing_class, self.args)
         self._check_reference_is_here()
         self._check_longest(dataset)
         started = time.perf_counter()
@@ -533,10 +545,45 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         super().log(logs, start_time)
 
 
-def _check_tokenized(rows: Dataset) -> None:
-    if "length" not in rows.column_names:
+def check_arguments(trainer: Any, args: Any, config: type, options: dict[str, Any], refused: tuple[str, ...]) -> None:
+    """Raise a UserError for a configuration of another class, and for arguments that a trainer does not honor."""
+    name = type(trainer).__name__
+    if not isinstance(args, config):
+        raise UserError(f"args is of class {type(args).__name__}: {name} takes {config.__name__}")
+    for each in refused:
+        if options.get(each) is not None:
+            raise UserError(f"{each} is not supported by {name}: leave it out")
+
+
+def _tokenized(rows: Any, tokenizer: Any, args: TextDPOConfig) -> Any:
+    """Pairs as they are where they are tokenized, and tokenized where they are raw."""
+    if isinstance(rows, Dataset) and "prompt_ids" not in rows.column_names:
+        return tokenized_pairs(rows, tokenizer, args.max_length or 0)
+    if rows is not None:
+        _check_rows(rows, TextDPOTrainer.columns)
+    return rows
+
+
+def _check_base_stays(model: Any, new: Any) -> None:
+    """Raise a UserError for an adapter whose initialization takes a part out of the base model's weights (PiSSA, OLoRA,
+    CorDA, LoftQ, LoRA-GA): the base without the adapter is then not the reference.
+    """
+    for config in (new, *getattr(model, "peft_config", {}).values()):
+        start = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
+            raise UserError(
+                f"init_lora_weights {start} changes the weights of the base model, which is the reference: leave it "
+                "out, or pass a ref_model"
+            )
+
+
+def _check_rows(rows: Any, columns: tuple[str, ...]) -> None:
+    if not isinstance(rows, Dataset):
+        raise UserError(f"the rows are of class {type(rows).__name__}: pass a datasets.Dataset, which can be sorted")
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
         raise UserError(
-            f"the rows have no column length (found: {', '.join(rows.column_names)}): make them with "
+            f"the rows have no column {', '.join(missing)} (found: {', '.join(rows.column_names)}): make them with "
             "resdpo_trl.text.tokens.tokenize, and sft_rows or reward_rows after it"
         )
 

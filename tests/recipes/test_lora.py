@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig, LogitsProcessor, pipeline
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.hub import Hub, publish
@@ -72,6 +73,7 @@ def test_a_policy_loads_wherever_it_is_moved(recipe, tmp_path, pairs_file, token
         status, out, said = recipe("dpo_hh.py", *LORA, pairs_file, "--output_dir", f"run/{name}", *flags)
         assert status == 0, said
         assert out.startswith("SFT and DPO of base on " if name == "sft" else "DPO of base on ")
+        assert "is an adapter" not in out  # answers end where its base ends them
     folders = ["sft/reference", "sft/policy", "none/reference", "none/policy", "merged/policy"]
     before = [logp_before(tmp_path / "run" / folder) for folder in folders]
     (tmp_path / "far" / "away").mkdir(parents=True)
@@ -101,6 +103,39 @@ def test_a_policy_loads_wherever_it_is_moved(recipe, tmp_path, pairs_file, token
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "pushed" / name).write_bytes(files[name])
     assert logp_before(tmp_path / "pushed") == pytest.approx(policy, abs=1e-4)
+
+
+def test_where_the_answers_of_an_adapter_end_in_a_pipeline(recipe, tmp_path, pairs_file, chat_model_folder):  # noqa: F811
+    """At its base's end of text, which is not the template's end of turn: transformers reads the base's file alone."""
+    arguments = [
+        "--model_name_or_path",
+        chat_model_folder,
+        "--dataset_name",
+        pairs_file,
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    arguments += ["--use_peft", "--max_length", "64", "--max_train_samples", "8", "--num_samples", "0", "--use_cpu"]
+    status, printed, said = recipe("sft_hh.py", *arguments)
+    assert status == 0, said
+    folder = str(tmp_path / "run" / "reference")
+    (line,) = [line for line in printed.splitlines() if "is an adapter" in line]
+    advice = f"generation_config=GenerationConfig.from_pretrained('{folder}')"
+    assert line.startswith(f"{folder} is an adapter") and "not at <|im_end|>" in line and advice in line
+
+    pipe = pipeline("text-generation", model=folder)
+    end = pipe.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    class Ends(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([end]), 0.0)
+
+    asked = {"max_new_tokens": 3, "logits_processor": [Ends()], "return_tensors": True}
+    lengths = [
+        len(pipe("hello", **asked, **more)[0]["generated_token_ids"]) - len(pipe.tokenizer("hello")["input_ids"])
+        for more in ({}, {"generation_config": GenerationConfig.from_pretrained(folder)})
+    ]
+    assert lengths == [3, 1]
 
 
 def test_what_cannot_be_pushed_or_merged_is_refused_before_anything_is_loaded(recipe, tmp_path, pairs_file, hub):  # noqa: F811

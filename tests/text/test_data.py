@@ -213,6 +213,42 @@ def test_a_pair_of_a_held_out_split_is_not_trained_on(tmp_path, chat_tokenizer, 
     assert few.counts["copies_removed"] == pairs.counts["copies_removed"]
 
 
+def in_layout(layout, number):
+    """The same pair in the layouts that files have."""
+    question, good, bad = f"Is {number} even?", f"It is {number % 2}.", "Who knows?"
+    order = reversed if layout == "keys in another order" else list
+
+    def turn(role, content, **more):
+        if layout == "parts of text":
+            content = [{"type": "text", "text": content}]
+        return dict(order(list({"role": role, "content": content, **more}.items())))
+
+    if layout == "dialogues":
+        return {"chosen": f"{H}{question}{A} {good}", "rejected": f"{H}{question}{A} {bad}"}
+    if layout == "prompts of one turn":
+        return {"prompt": question, "chosen": good, "rejected": bad}
+    name = {"name": None if number else "a"} if layout == "a key without a value" else {}
+    asked, answers = [turn("user", question, **name)], [[turn("assistant", text)] for text in (good, bad)]
+    if layout == "messages without a prompt":
+        return {"chosen": asked + answers[0], "rejected": asked + answers[1]}
+    return {"prompt": asked, "chosen": answers[0], "rejected": answers[1]}
+
+
+@pytest.mark.parametrize("train", ["dialogues", "messages"])
+@pytest.mark.parametrize(
+    "test",
+    ["dialogues", "prompts of one turn", "messages", "messages without a prompt", "parts of text",
+     "keys in another order", "a key without a value"],
+)  # fmt: skip
+def test_a_pair_is_the_same_in_every_layout(tmp_path, chat_tokenizer, train, test):
+    files = [
+        write_jsonl(tmp_path / f"{number}.jsonl", [in_layout(layout, row) for row in rows])
+        for number, (layout, rows) in enumerate([(train, range(30)), (test, range(1, 11))])
+    ]
+    pairs = load_preferences(TextDataConfig(dataset_name=files[0], eval_dataset_name=files[1]), chat_tokenizer)
+    assert sum(pairs.counts["copies_removed"].values()) == 10 and len(pairs["test"]) == 10
+
+
 def test_a_split_without_a_usable_pair_is_named(tmp_path):
     same = [{"chosen": f"{H}q{A} same", "rejected": f"{H}q{A} same"}] * 3
     with pytest.raises(UserError, match="nothing usable in its split test; fix that split"):
