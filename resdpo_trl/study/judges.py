@@ -252,12 +252,12 @@ class PythonJudge:
 
 def check_url(url: str) -> str:
     """The address without its final slash. The UserError for an address that holds a secret does not repeat it."""
-    parts: Any = None
-    with suppress(ValueError):  # half of an IPv6 address, or a port above 65535
+    try:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            parts = None
-    if parts is None:
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # half of an IPv6 address, or a port above 65535
+        usable = False
+    if not usable:
         raise UserError("--judge_url: needs an address like https://api.openai.com/v1 or http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(

@@ -947,4 +947,4 @@ def _spread(groups: np.ndarray) -> np.ndarray:
     return order[np.argsort(place_in_group, kind="stable")]
 
 
-__getattr__ = renamed(__name__, {"TextDataConfig": "TextDataConfig"})
+__getattr__ = renamed(__name__, {"DataConfig": "TextDataConfig"})
