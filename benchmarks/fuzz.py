@@ -310,22 +310,6 @@ def metrics(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple
         done += count
 
 
-def report(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    from resdpo_trl.report import write_report
-
-    done = 0
-    while done < rows:
-        path = folder / str(done)
-        count = _write_run(generator, path)
-
-        def call(path: Path = path) -> None:
-            page = write_report([path]).read_text(encoding="utf-8")
-            assert not any(bad in page for bad in ("\x1b", "\x9b", "\u202e", "<script", "</script>"))
-
-        yield count, call
-        done += count
-
-
 def _write_run(generator: random.Random, path: Path) -> int:
     """A run's folder in which everything may be changed; gives its number of rows."""
     path.mkdir()
@@ -377,7 +361,7 @@ def _write_run(generator: random.Random, path: Path) -> int:
     return count
 
 
-KINDS = {kind.__name__: kind for kind in (pairs, cap, config, images, metrics, report)}
+KINDS = {kind.__name__: kind for kind in (pairs, cap, config, images, metrics)}
 
 
 def fuzz(kind: str, rows: int, seed: int) -> dict[str, Any]:

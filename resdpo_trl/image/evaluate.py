@@ -20,7 +20,15 @@ from transformers import ViTImageProcessor
 from resdpo_trl.errors import UserError, printable
 from resdpo_trl.image.data import ImageDataConfig, Images, load_images
 from resdpo_trl.image.model import ImageClassifier, as_numbered_by, load_classifier, load_processor
-from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, with_intervals
+from resdpo_trl.metrics import (
+    FIGURES,
+    classifier_metrics,
+    cross_entropy_metrics,
+    figure_rows,
+    number,
+    table,
+    with_intervals,
+)
 from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
 from resdpo_trl.run import use_the_cores, write_figures
 from resdpo_trl.scorer import score_rows
@@ -176,31 +184,18 @@ def classification_figures(logps: Tensor, labels: Tensor, names: list[str]) -> d
 
 def describe(figures: dict[str, Any]) -> str:
     """The figures as tables for the terminal."""
-    low, high = figures["interval_95"]["accuracy"]
     settings = {name: (each["value"], each["from"]) for name, each in figures["settings"].items()}
-    lines = [
-        "",
-        f"  {figures['model']} on {figures['n']} {figures['split']} images"
-        + (f", {views} views of each" if (views := figures["test_time_views"]) > 1 else ""),
-        *describe_settings(settings, figures["seen_in_training_left_out"]),
-        "",
-        f"  accuracy           {figures['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}",
-        f"  loss               {figures['loss']:.4f}",
-        f"  calibration error  {figures['calibration_error']:.4f}",
+    views = figures["test_time_views"]
+    head = f"on {figures['n']} {figures['split']} images" + (f", {views} views of each" if views > 1 else "")
+    rows = [*figure_rows(figures), ["calibration error", number(figures["calibration_error"], 4), ""]]
+    if "dpo" in figures:  # its loss and accuracy would be a second row of the same name
+        rows += figure_rows(figures["dpo"], [name for name in FIGURES if name not in figures])
+    by_class = figures["accuracy_by_class"]
+    classes = [
+        [printable(name), number(by_class[name]), *row]
+        for name, row in zip(by_class, figures["confusion_matrix"], strict=True)
     ]
-    if "dpo" in figures:
-        dpo = figures["dpo"]
-        lines += [
-            f"  pairs ranked right {dpo['rewards/accuracies']:.4f}",
-            f"  rewards            {dpo['rewards/chosen']:.3f} chosen, {dpo['rewards/rejected']:.3f} rejected",
-            f"  KL from reference  {dpo['kl']:.4f} nats per image",
-        ]
-    names = {name: printable(name) for name in figures["accuracy_by_class"]}
-    width = max(map(len, names.values()))
-    cells = max(5, max(len(str(number)) for row in figures["confusion_matrix"] for number in row) + 1)
-    lines += ["", "  accuracy by class, and predictions (rows: true class)", ""]
-    for name, row in zip(names, figures["confusion_matrix"], strict=True):
-        accuracy = figures["accuracy_by_class"][name]
-        shown = "    -" if accuracy is None else f"{accuracy:.3f}"
-        lines.append(f"  {names[name]:<{width}}  {shown}  " + "".join(f"{number:>{cells}}" for number in row))
-    return "\n".join([*lines, ""])
+    columns = ("predictions (rows: true class)", "accuracy", *map(str, range(1, len(classes) + 1)))
+    settings_used = describe_settings(settings, figures["seen_in_training_left_out"])
+    tables = ["", table(rows, (head, "mean", "95% interval")), "", table(classes, columns), ""]
+    return "\n".join(["", f"  {figures['model']}", *settings_used, *tables])

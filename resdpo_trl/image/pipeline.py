@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from resdpo_trl.arguments import RunConfig, preference_loss
 from resdpo_trl.callbacks import use_run_callbacks
-from resdpo_trl.card import write_image_card
+from resdpo_trl.card import write_card
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import step_of
 from resdpo_trl.image.config import (
@@ -42,11 +42,12 @@ from resdpo_trl.image.model import (
     load_processor,
 )
 from resdpo_trl.image.trainer import ImageCrossEntropyTrainer, ImageDPOTrainer
-from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
+from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.losses import PreferenceLoss
-from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
+from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, table, with_intervals
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.provenance import read_facts, seen_by, training_facts
+from resdpo_trl.report import SIDE_BY_SIDE, side_by_side
 from resdpo_trl.sources import SPLITS, describe_cuts, describe_left_out
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
@@ -211,7 +212,7 @@ class ImageRun(Job):
         )
         use_run_callbacks(trainer, self.run, stage, "cross-entropy")
         if self.stage is None:
-            self.push_saves(trainer, "image-classification")
+            self.push_saves(trainer)
         seconds, trained = self._train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         summary: dict[str, Any] = {
@@ -288,7 +289,7 @@ class ImageRun(Job):
         )
         use_run_callbacks(trainer, self.run, stage, "DPO")
         if stage == "dpo":
-            self.push_saves(trainer, "image-classification")
+            self.push_saves(trainer)
         seconds, trained = self._train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
@@ -364,8 +365,8 @@ class ImageRun(Job):
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        card = partial(write_image_card, self.run, self.run.policy)
-        self.end(describe_results, card)
+        started_from = self.stage.reference if self.stage else None
+        self.end(describe_results, partial(write_card, self.run, self.run.policy, started_from))
 
 
 def _png(pixels: Tensor) -> str:
@@ -403,55 +404,8 @@ def _some(names: list[str]) -> str:
 
 
 def describe_results(summary: dict[str, Any]) -> str:
-    """The table at the end of a run."""
-    data = summary["data"]
-    rows = [("images", f"{data['train']} train, {data['validation']} validation, {data['test']} test")]
-    if "cross_entropy" in summary:
-        test = summary["cross_entropy"]["test"]
-        rows += [
-            ("loss, test", f"{test['loss']:.4f}"),
-            ("accuracy, test", f"{_with_interval(test, 'accuracy')}, n = {test['n']}"),
-            *describe_epochs(summary["cross_entropy"]),
-            ("images per second", f"{summary['cross_entropy']['images_per_second']:.0f}"),
-        ]
+    """The tables at the end of a run."""
+    tables = [describe_run(summary, "images")]
     if "dpo" in summary:
-        test = summary["dpo"]["test"]
-        before = "   (ln 2 = 0.6931 before training)" if summary["dpo"]["loss_type"] == ["sigmoid"] else ""
-        rows += [
-            ("DPO loss, test", f"{test['loss']:.4f}{before}"),
-            ("pairs ranked right, test", f"{_with_interval(test, 'rewards/accuracies')}, n = {test['n']}"),
-            ("margin, test", f"{test['rewards/margins']:.3f}"),
-            ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
-            *describe_epochs(summary["dpo"]),
-        ]
-    rows.append(describe_seconds(summary["throughput"]))
-    return as_table(rows) + ("\n" + describe_comparison(summary) if "dpo" in summary else "")
-
-
-def describe_comparison(summary: dict[str, Any]) -> str:
-    """Reference, policies and baseline side by side, on the test images."""
-    dpo, reference = summary["dpo"], summary["reference"]
-    lines = [("reference", reference)]
-    lines.append((f"DPO, {dpo['rejected_sampling']}/{dpo['reference_update']}", dpo))
-    for name, figures in summary.get("compared", {}).items():
-        lines.append((name if name == "cross-entropy" else f"DPO, {name}", figures))
-    table = [("", "test accuracy", "95% interval", "KL from reference", "seconds", "images/s")]
-    for name, figures in lines:
-        test = figures["test"]
-        low, high = test["interval_95"]["accuracy"]
-        table.append(
-            (
-                name,
-                f"{test['accuracy']:.4f}",
-                f"{low:.4f} to {high:.4f}",
-                f"{test['kl']:.3f}" if "kl" in test else "-",
-                f"{figures['seconds']:.1f}" if "seconds" in figures else "-",
-                f"{figures['images_per_second']:.0f}" if "seconds" in figures else "-",
-            )
-        )
-    return as_table(table).strip("\n")
-
-
-def _with_interval(test: dict[str, Any], name: str) -> str:
-    low, high = test["interval_95"][name]
-    return f"{test[name]:.4f}   95% interval {low:.4f} to {high:.4f}"
+        tables.append(table(side_by_side(summary), SIDE_BY_SIDE))
+    return "\n\n".join([*tables, ""])

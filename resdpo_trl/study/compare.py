@@ -14,7 +14,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ from transformers import PreTrainedTokenizerBase
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError, printable
-from resdpo_trl.files import write_whole
+from resdpo_trl.files import read_jsonl, write_whole
 from resdpo_trl.metrics import with_intervals
 from resdpo_trl.provenance import as_trained, loss_of, read_facts
-from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
+from resdpo_trl.study.comparison_page import write_comparison_page
 from resdpo_trl.study.config import CompareConfig
 from resdpo_trl.study.judges import (
     KEY_VARIABLE,
@@ -409,7 +408,7 @@ class Comparison:
                 throughput=speed | {"total_seconds": time.perf_counter() - self.started},
             )
             self.run.end()
-            write_report([self.run.path])
+            write_comparison_page(self.run.path)
             self.say(describe(self.run.summary, self.run.path))
 
     def _answer_figures(self, found: list[Answer]) -> dict[str, Any]:
@@ -459,10 +458,9 @@ class Comparison:
 
     def _kept_verdicts(self) -> list[dict[str, Any]]:
         path = self.run.path / "verdicts.jsonl"
-        rows: list[dict[str, Any]] = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with suppress(json.JSONDecodeError):  # torn by a crash: it is asked again
-                rows.append(json.loads(line))
+        rows = (
+            [row for _, row in read_jsonl(path, torn_lines=[])] if path.exists() else []
+        )  # a torn line is asked again
         self.run.write_rows("verdicts.jsonl", rows)  # without a torn end that the next line would run into
         return rows
 

@@ -30,21 +30,19 @@ from typing import Any
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import is_locked, write_whole
-from resdpo_trl.report import Sweep, write_report
+from resdpo_trl.metrics import FIGURES
 from resdpo_trl.run import read_object
 from resdpo_trl.sources import first_line
+from resdpo_trl.study.sweep_page import Sweep, write_sweep_page
 from resdpo_trl.verdict import of_sweep
 
+FIGURE_OF = {figure.column: name for name, figure in FIGURES.items() if figure.column}  # of a column
 COLUMNS = (
     "point", "beta", "learning_rate", "seed", "sft_epochs", "status", "best", "loss", "accuracy", "accuracy_low",
-    "accuracy_high", "margin", "reward_chosen", "reward_rejected", "n", "validation_loss", "validation_accuracy",
-    "best_epoch", "kept_epoch", "seconds", "folder",
+    "accuracy_high", *list(FIGURE_OF)[2:], "n", "validation_loss", "validation_accuracy", "best_epoch", "kept_epoch",
+    "seconds", "folder",
 )  # fmt: skip
 AXES = ("beta", "learning_rate", "seed", "sft_epochs")
-FIGURES = {  # columns of the table, and the names of their figures in a run's summary.json
-    "loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins", "reward_chosen": "rewards/chosen",
-    "reward_rejected": "rewards/rejected", "n": "n",
-}  # fmt: skip
 FRONTIER_COLUMNS = (
     "point", "beta", "learning_rate", "seed", "sft_epochs", "epoch", "step", "kl", "kl_low", "kl_high", "reward",
     "reward_low", "reward_high", "n", "status", "key",
@@ -254,9 +252,10 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
             summary = json.loads((point.folder / "summary.json").read_text(encoding="utf-8"))
             dpo, test = summary["dpo"], summary["dpo"]["test"]
             row["status"] = "done"
-            row |= {column: test[name] for column, name in FIGURES.items()}
+            row |= {column: test[name] for column, name in FIGURE_OF.items()}
+            row["n"] = test["n"]
             row["accuracy_low"], row["accuracy_high"] = test["interval_95"]["rewards/accuracies"]
-            row |= {f"validation_{column}": dpo["validation"][FIGURES[column]] for column in ("loss", "accuracy")}
+            row |= {f"validation_{column}": dpo["validation"][FIGURE_OF[column]] for column in ("loss", "accuracy")}
             row |= {name: dpo.get(name, "") for name in ("best_epoch", "kept_epoch")}
             row["seconds"] = summary["throughput"].get("total_seconds", "")
         rows.append(row)
@@ -276,7 +275,7 @@ def write_sweep_report(output_dir: Path, output: str | None = None) -> Path:
     if not done:
         raise UserError(f"{output_dir}: no point of this sweep has ended; run it with --resume_from_checkpoint")
     frontier = read_rows(output_dir / "frontier.csv", FRONTIER_COLUMNS)
-    return write_report(done, output or output_dir / "report.html", Sweep(rows, frontier))
+    return write_sweep_page(done, Sweep(rows, frontier), Path(output or output_dir / "report.html"))
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:

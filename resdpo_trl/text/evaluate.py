@@ -17,10 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import (
+    FIGURES,
+    figure_rows,
+    number,
     paired_difference,
     preference_metrics,
     rank_correlation,
     raw_accuracy,
+    shown,
+    table,
     with_intervals,
 )
 from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
@@ -346,51 +351,29 @@ def _against(policy: LogProbs, reference: LogProbs) -> LogProbs:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """The figures as a table for the terminal."""
-    pairs, controlled = figures["pairs"], figures["length_controlled_accuracy"]
-    shown = {
-        "loss": "DPO loss",
-        "rewards/accuracies": "accuracy",
-        "logps/accuracies": "  of the policy's log-likelihood",
-        "logps/ref_accuracies": "  of the reference's",
-        "baselines/shorter_wins": "  of 'shorter wins'",
-        "baselines/longer_wins": "  of 'longer wins'",
-        "rewards/margins": "margin",
-        "rewards/chosen": "reward, chosen",
-        "rewards/rejected": "reward, rejected",
-    }
-    rows = [(text, pairs[name], pairs["interval_95"][name]) for name, text in shown.items()]
+    """The figures as tables for the terminal."""
+    pairs, controlled, explicit = figures["pairs"], figures["length_controlled_accuracy"], figures.get("reward_model")
+    rows = figure_rows(pairs)
     if controlled["accuracy"] is not None:
-        rows.insert(6, ("  length-controlled", controlled["accuracy"], controlled["interval_95"]))
-    if "answers" in figures:
-        answers = figures["answers"]
-        rows += [
-            ("tokens of an answer", answers["length_tokens"], answers["interval_95"]["length_tokens"]),
-            ("KL(policy‖reference) of an answer", answers["kl"], answers["interval_95"]["kl"]),
-        ]
-    if "reward_model" in figures:
-        found = figures["reward_model"]
-        explicit = [("accuracy of the reward model", "rewards/accuracies"), ("  agrees with the policy", "agreement")]
-        rows += [(text, found["pairs"][name], found["pairs"]["interval_95"][name]) for text, name in explicit]
-        rows += [
-            (f"rank correlation of {name}", correlation["spearman"], correlation["interval_95"])
-            for name, correlation in found["rank_correlation"].items()
-            if correlation["spearman"] is not None
-        ]
-        if "answers" in found:
-            rows.append(("reward of an answer", found["answers"]["reward"], found["answers"]["interval_95"]["reward"]))
+        rows.append(["pairs ranked right, length-controlled", *shown(controlled, "accuracy", 4)])
+    if explicit:
+        rows.append(["pairs ranked right by the reward model", *shown(explicit["pairs"], "rewards/accuracies", 4)])
+        rows.append(["pairs on which both models agree", *shown(explicit["pairs"], "agreement", 4)])
+        for name, found in explicit["rank_correlation"].items():
+            rows.append([f"rank correlation of {name}", *shown(found, "spearman", 4)])
+    if answers := figures.get("answers"):
+        rows.append(["tokens of an answer", *shown(answers, "length_tokens", 1)])
+        rows.append(["KL(policy‖reference) of an answer, nats", *shown(answers, "kl", 3)])
+        if explicit:
+            rows.append(["reward of an answer", *shown(explicit["answers"], "reward", 3)])
+        rows += [[f"distinct {n}-grams of the answers", number(answers[f"distinct_{n}"]), ""] for n in (1, 2, 3)]
     settings = {name: (each["value"], each["from"]) for name, each in figures["settings"].items()}
-    lines = ["", f"  {figures['model']} on {pairs['n']} {figures['split']} pairs"]
-    lines += [*describe_settings(settings, figures["seen_in_training_left_out"]), ""]
-    lines += [f"  {text:<34}{value:>9.4f}   {low:.4f} to {high:.4f}" for text, value, (low, high) in rows]
-    if "answers" in figures:
-        distinct = (f"{figures['answers'][f'distinct_{n}'] or 0:.3f}" for n in (1, 2, 3))
-        lines.append(f"  {'distinct 1-, 2-, 3-grams':<34}{'  '.join(distinct):>9}   n = {figures['answers']['n']}")
+    lines = ["", f"  {figures['model']}", *describe_settings(settings, figures["seen_in_training_left_out"]), ""]
+    lines.append(table(rows, (f"on {pairs['n']} {figures['split']} pairs", "mean", "95% interval")))
     if "difference" in figures:
-        lines += ["", f"  minus {figures['other_model']['model']}", ""]
-        lines += [
-            f"  {shown[name]:<34}{found['difference']:>9.4f}   {found['interval_95'][0]:.4f} to "
-            f"{found['interval_95'][1]:.4f}   p = {found['p_value']:.4f}"
+        rows = [
+            [FIGURES[name].words, *shown(found, "difference", 4), f"{found['p_value']:.4f}"]
             for name, found in figures["difference"].items()
         ]
+        lines += ["", table(rows, (f"minus {figures['other_model']['model']}", "difference", "95% interval", "p"))]
     return "\n".join([*lines, ""])

@@ -18,11 +18,11 @@ from trl import get_peft_config
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import use_run_callbacks
-from resdpo_trl.card import write_text_card
+from resdpo_trl.card import write_card
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import ASIDE, replace_folder, step_of
 from resdpo_trl.hub import check_public_base
-from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
+from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.provenance import read_facts, seen_by, training_facts, write_facts
@@ -233,7 +233,7 @@ class TextRun(Job):
         del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if not isinstance(self.training, TextDPOConfig) and not self.training.merge_adapter:
-            self.push_saves(trainer, "text-generation")
+            self.push_saves(trainer)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
@@ -348,7 +348,7 @@ class TextRun(Job):
         args = trainer.args
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
         if not self.training.merge_adapter:  # a checkpoint holds the adapter alone
-            self.push_saves(trainer, "text-generation")
+            self.push_saves(trainer)
         test = pairs["test"]
         if args.precompute_ref_log_probs:
             test = trainer.add_reference(test)
@@ -508,7 +508,7 @@ class TextRun(Job):
     def finish(self) -> None:
         """The end of the run, with the model card."""
         base = str(self.base or self.sft.reference)
-        self.end(describe_results, partial(write_text_card, self.run, self.run.trained, base))
+        self.end(describe_results, partial(write_card, self.run, self.run.trained, base))
 
 
 @contextmanager
@@ -555,7 +555,7 @@ def merge_run(path: Path) -> None:
     tokenizer.save_pretrained(str(aside))
     write_facts(aside, read_facts(str(folder), None, str(folder)))
     replace_folder(aside, folder)
-    write_text_card(run, folder, model.model_name_or_path or stage.get("reference") or SMOLLM2)
+    write_card(run, folder, model.model_name_or_path or stage.get("reference") or SMOLLM2)
 
 
 def _rows_trained(trainer: Any, checkpoint: str | None) -> float:
@@ -600,43 +600,5 @@ def describe_format(dialogue_format: str, tokenizer: PreTrainedTokenizerBase, pa
 
 
 def describe_results(summary: dict[str, Any]) -> str:
-    """The table at the end of a run."""
-    data, sft, rows = summary["data"], summary.get("sft", {}), []
-    rows.append(("pairs", f"{data['train']} train, {data['validation']} validation, {data['test']} test"))
-    if "validation" in sft:
-        losses = sft["validation"]
-        rows.append(("SFT loss, validation", f"{losses['loss_before']:.3f} → {losses['loss_after']:.3f}"))
-    if "dpo" in summary:
-        test = summary["dpo"]["test"]
-        low, high = test["interval_95"]["rewards/accuracies"]
-        before = "   (ln 2 = 0.6931 before training)" if summary["dpo"]["loss_type"] == ["sigmoid"] else ""
-        rows += [
-            ("DPO loss, test", f"{test['loss']:.4f}{before}"),
-            (
-                "accuracy, test",
-                f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}",
-            ),
-            (
-                "  of the log-likelihood",
-                f"{test['logps/ref_accuracies']:.3f} reference, {test['logps/accuracies']:.3f} policy",
-            ),
-            ("margin, test", f"{test['rewards/margins']:.3f}"),
-            ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
-            *describe_epochs(summary["dpo"]),
-            ("DPO pairs per second", f"{summary['throughput']['dpo_pairs_per_second']:.1f}"),
-        ]
-    if "reward" in summary:
-        test, centred = summary["reward"]["test"], summary["reward"]["center_rewards_coefficient"]
-        low, high = test["interval_95"]["rewards/accuracies"]
-        rows += [
-            ("loss, test", f"{test['loss']:.4f}" + ("" if centred else "   (ln 2 = 0.6931 for a coin)")),
-            (
-                "accuracy, test",
-                f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}",
-            ),
-            ("margin, test", f"{test['rewards/margins']:.3f}"),
-            *describe_epochs(summary["reward"]),
-            ("pairs per second", f"{summary['throughput']['reward_pairs_per_second']:.1f}"),
-        ]
-    rows.append(describe_seconds(summary["throughput"]))
-    return as_table(rows)
+    """The tables at the end of a run."""
+    return describe_run(summary, "pairs") + "\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.hub import publish
+from resdpo_trl.hub import Hub, publish
 from tests.conftest import save_model
 from tests.recipes.test_dpo_hh import pairs_file  # noqa: F401  (a fixture)
 
@@ -90,8 +90,8 @@ def test_a_policy_loads_wherever_it_is_moved(recipe, tmp_path, pairs_file, token
     # nobody else has this base: the adapter is not pushed, the full model is
     moved = tmp_path / "far" / "away" / "moved" / "none"
     with pytest.raises(UserError, match=r"/base is a local folder.* --merge_adapter, or push the base"):
-        publish(moved, "me/lora")
-    publish(moved, "me/lora", merge_adapter=True)
+        publish(Hub(moved, "me/lora"))
+    publish(Hub(moved, "me/lora"), merge_adapter=True)
     files = hub.repositories["me/lora"].files
     assert not [name for name in files if name.startswith("adapter")]
     assert b"library_name: transformers" in files["README.md"] and b"AutoPeft" not in files["README.md"]

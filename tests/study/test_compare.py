@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
 from resdpo_trl.provenance import FILE
-from resdpo_trl.report import write_report
 from resdpo_trl.study import compare
 from resdpo_trl.study.compare import Comparison
-from resdpo_trl.study.comparison_page import compared_words
+from resdpo_trl.study.comparison_page import compared_words, write_comparison_page
 from resdpo_trl.study.config import CompareConfig
 from resdpo_trl.study.judges import Verdict
 from resdpo_trl.text.config import TextModelConfig
@@ -280,13 +279,13 @@ def make_comparison(folder, text, prompts=3):
 
 
 def test_the_page_escapes_everything_and_stays_small(tmp_path):
-    page = write_report([make_comparison(tmp_path / "a", HOSTILE)]).read_text()
+    page = write_comparison_page(make_comparison(tmp_path / "a", HOSTILE)).read_text()
     assert "<script" not in page and "<img src=x" not in page and "<svg onload" not in page
     assert "&lt;script&gt;" in page and "\x1b" not in page and "\u202e" not in page
     assert "default-src 'none'" in page
     for name in ("win-rates", "rewards", "figures", "answers", "run"):
         assert f'id="{name}"' in page
-    page = write_report([make_comparison(tmp_path / "b", "long & <b> " * 900, prompts=900)]).read_text()
+    page = write_comparison_page(make_comparison(tmp_path / "b", "long & <b> " * 900, prompts=900)).read_text()
     assert len(page.encode()) < 5_000_000
     assert "of 900 prompts" in page
 
@@ -298,7 +297,7 @@ def test_the_page_escapes_everything_and_stays_small(tmp_path):
 def test_a_browser_shows_the_page_without_errors(tmp_path, width, scheme):
     from playwright.sync_api import sync_playwright
 
-    path = write_report([make_comparison(tmp_path / "a", HOSTILE)])
+    path = write_comparison_page(make_comparison(tmp_path / "a", HOSTILE))
     said = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
