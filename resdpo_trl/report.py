@@ -525,7 +525,9 @@ def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
     """The facts of every run, or of the first if they are points of one sweep, and every command line; folded."""
     tables, code = [], []
     for run in runs:
-        facts = {name: run.run.get(name) for name in ("started", "ended", "seed", "num_processes", "parallelism")}
+        facts: dict[str, Any] = {
+            name: run.run.get(name) for name in ("started", "ended", "seed", "num_processes", "parallelism")
+        }
         if found := run.run.get("hardware"):
             memory = f"{found['memory_bytes'] / 2**30:.0f} GiB"
             facts["hardware"] = "; ".join([f"{found['cpu']}, {found['cpu_threads']} threads, {memory}", *found["gpus"]])

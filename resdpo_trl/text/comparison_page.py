@@ -267,8 +267,9 @@ def _cells(value: Any, interval: list[float] | None) -> list[str]:
     """A mean and its 95% interval, with the digits that the interval deserves."""
     if not interval:
         return [number(value, 3), "–"]
-    digits = digits_of(*interval)
-    return [number(value, digits), f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"]
+    low, high = interval
+    digits = digits_of(low, high)
+    return [number(value, digits), f"{low:.{digits}f} to {high:.{digits}f}"]
 
 
 def _clip(name: str) -> str:
