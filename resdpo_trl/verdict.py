@@ -105,7 +105,8 @@ def of_the_test(test: dict[str, Any], before: Any) -> list[str]:
         test: the figures with their intervals.
         before: of images, the accuracy of the reference on the same ones; None where it is not known.
     """
-    n, intervals = test.get("n"), test.get("interval_95") or {}
+    n: Any = test.get("n")
+    intervals = test.get("interval_95") or {}
     if _known(test.get("accuracy")) and "accuracy" in intervals:  # images
         low, high = intervals["accuracy"]
         said = f"{percent(test['accuracy'], n)} of {n} unseen images are classified right (95% interval "
