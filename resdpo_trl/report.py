@@ -156,12 +156,8 @@ def run_title(run: Run) -> str | None:
     made = {"dpo": "DPO", "reward": "A reward model", "cross_entropy": "Cross-entropy", "sft": "SFT"}
     what = next((text for stage, text in made.items() if stage in run.summary), None)
     model, arch = (config.get("model", {}).get(name) for name in ("model_name_or_path", "arch"))
-    model = (
-        model
-        or (f"a {arch} network" if arch else None)
-        or config.get("sft_stage", {}).get("sft_checkpoint")
-        or (SMOLLM2 if "model" in config else None)
-    )
+    model = model or (f"a {arch} network" if arch else config.get("sft_stage", {}).get("sft_checkpoint"))
+    model = model or (SMOLLM2 if "model" in config else None)
     if not what or not model or "data" not in run.summary:
         return None
     model = SMOLLM2_ID if model == SMOLLM2 else model
@@ -178,15 +174,11 @@ def _subtitle(run: Run) -> str:
 
 def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Shares with their intervals, as bars from 0 to 100%."""
-    by = (
-        {} if "accuracy" in test_of(summary) else {"reference": "reference, log-likelihood", "policy": "policy, reward"}
-    )
+    scores = {"reference": "reference, log-likelihood", "policy": "policy, reward"}
+    names = {} if "accuracy" in test_of(summary) else scores
     return [
-        {
-            "name": by.get(name, name),
-            "value": percent(share, n),
-            "note": f"95% interval {percent(low, n)} to {percent(high, n)}",
-        }
+        {"name": names.get(name, name), "value": percent(share, n)}
+        | {"note": f"95% interval {percent(low, n)} to {percent(high, n)}"}
         | {"at": f"{share:.2%}", "low": f"{low:.2%}", "width": f"{high - low:.2%}"}
         for name, share, (low, high), n in before_and_after(summary)
     ]

@@ -99,10 +99,7 @@ def _next_steps(runs: list[Run], sweep: Sweep) -> list[tuple[str, str]]:
     return [
         ("Talk to the best point", f"python {Path(script).parent / 'chat.py'} {shlex.quote(str(run.path))}"),
         ("Its page", str(run.path / "report.html")),
-        (
-            "Its command; to run it again, name another --output_dir",
-            shlex.join(["accelerate", "launch", script, *flags]),
-        ),
+        ("Its command; name another --output_dir", shlex.join(["accelerate", "launch", script, *flags])),
     ]
 
 
