@@ -409,16 +409,11 @@ def side_by_side(summary: dict[str, Any]) -> list[list[str]]:
     models = {"reference": summary["reference"], f"DPO, {dpo['rejected_sampling']}/{dpo['reference_update']}": dpo}
     for name, found in summary.get("compared", {}).items():
         models[name if name == "cross-entropy" else f"DPO, {name}"] = found
-    return [
-        [
-            name,
-            *shown(found["test"], "accuracy", FIGURES["accuracy"].digits),
-            shown(found["test"], "kl", FIGURES["kl"].digits)[0],
-            number(found.get("seconds"), 1),
-            number(found.get("images_per_second"), 0),
-        ]
-        for name, found in models.items()
-    ]
+    rows = []
+    for name, found in models.items():
+        test, speed = found["test"], [number(found.get("seconds"), 1), number(found.get("images_per_second"), 0)]
+        rows.append([name, *shown(test, "accuracy", 4), shown(test, "kl", 3)[0], *speed])
+    return rows
 
 
 def _comparison(runs: list[Run]) -> dict[str, Any] | None:
@@ -513,8 +508,8 @@ def _cuts(run: Run) -> dict[str, Any] | None:
     return section_of("cuts", "Data", tables=[{"rows": rows}])
 
 
-def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
-    """The facts of every run, or of the first if they are points of one sweep, and every command line; folded."""
+def what_ran(runs: list[Run]) -> dict[str, Any]:
+    """The facts and the command line of every run, and the configuration of a single one; folded."""
     tables, code = [], []
     for run in runs:
         facts: dict[str, Any] = {
@@ -527,12 +522,8 @@ def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
         if run.run.get("resumed"):
             facts["throughput"] += "; a resumed part counts from its start"
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in run.run.get("versions", {}).items())
-        if not one_table or run is runs[0]:
-            rows = [
-                ["folder", run.path.name],
-                *([name, fact] for name, fact in facts.items() if fact not in (None, "")),
-            ]
-            tables.append({"title": run.name if len(runs) > 1 else "", "rows": rows})
+        rows = [[name, fact] for name, fact in facts.items() if fact not in (None, "")]
+        tables.append({"title": run.name if len(runs) > 1 else "", "rows": [["folder", run.path.name], *rows]})
         code += [" ".join(run.run["command"])] if "command" in run.run else []
     if len(runs) == 1 and "config" in runs[0].run:
         code.append(json.dumps(_without_empty(runs[0].run["config"]), indent=1, ensure_ascii=False))

@@ -85,7 +85,7 @@ def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path) -> Pat
                 _points(sweep),
                 _frontier(sweep, plots),
                 curves(runs, stage, plots, best or ""),
-                what_ran(runs, one_table=True),
+                what_ran(runs[:1]),
             ],
         },
     )
