@@ -64,9 +64,9 @@ def read_jsonl(path: Path, torn_lines: list[str] | None = None) -> Iterator[tupl
                     reason = f"not JSON ({getattr(error, 'msg', error)})"
                 if isinstance(row, dict):
                     yield number, row
-                elif row != () and torn_lines is None:
-                    raise UserError(f"{path}, line {number}: {reason}; fix or delete the line")
                 elif row != ():
+                    if torn_lines is None:
+                        raise UserError(f"{path}, line {number}: {reason}; fix or delete the line")
                     torn_lines.append(line.decode(errors="replace"))
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it again") from None

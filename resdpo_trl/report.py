@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shlex
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -154,8 +155,9 @@ def run_title(run: Run) -> str | None:
     config = run.run.get("config", {})
     made = {"dpo": "DPO", "reward": "A reward model", "cross_entropy": "Cross-entropy", "sft": "SFT"}
     what = next((text for stage, text in made.items() if stage in run.summary), None)
-    model = config.get("model", {}).get("model_name_or_path") or config.get("model", {}).get("arch")
-    model = model or config.get("sft_stage", {}).get("reference") or (SMOLLM2 if "model" in config else None)
+    model, arch = (config.get("model", {}).get(name) for name in ("model_name_or_path", "arch"))
+    model = model or (f"a {arch} network" if arch else config.get("sft_stage", {}).get("reference"))
+    model = model or (SMOLLM2 if "model" in config else None)
     if not what or not model or "data" not in run.summary:
         return None
     model = SMOLLM2_ID if model == SMOLLM2 else model
@@ -172,8 +174,11 @@ def _subtitle(run: Run) -> str:
 
 def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Shares with their intervals, as bars from 0 to 100%."""
+    scores = {"reference": "reference, log-likelihood", "policy": "policy, reward"}
+    names = {} if "accuracy" in test_of(summary) else scores
     return [
-        {"name": name, "value": percent(share, n), "note": f"95% interval {percent(low, n)} to {percent(high, n)}"}
+        {"name": names.get(name, name), "value": percent(share, n)}
+        | {"note": f"95% interval {percent(low, n)} to {percent(high, n)}"}
         | {"at": f"{share:.2%}", "low": f"{low:.2%}", "width": f"{high - low:.2%}"}
         for name, share, (low, high), n in before_and_after(summary)
     ]
@@ -295,7 +300,8 @@ def curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -
                 line: dict[str, Any] = {"linewidth": 1.1 if single else 0.8, "alpha": 0.85 if single else 0.5}
                 text = split if single else None
                 if split == "validation":
-                    line = {"linewidth": 3.0 if label == best else 1.8, "marker": "o", "markersize": 4.5}
+                    line = {"linewidth": 1.8, "marker": "o", "markersize": 4.5}
+                    line |= {"linewidth": 3.0, "zorder": 3} if label == best else {}
                     text = text or (f"{label} (best)" if label == best else label)
                 look = {"color": PALETTE[split == "validation"]} if single else of_a_run[label]
                 axes.plot(epochs, values, label=text, **look, **line)
@@ -388,8 +394,9 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
     ]
     head = ["", "mean", "95% interval"] if single else ["", *(run.name for run in runs)]
     counts = ", ".join(str(test["n"]) for test in tests if test)
+    unit = "images" if any("classes" in run.summary.get("data", {}) for run in runs) else "pairs"
     text = (
-        f"Means over {counts} held-out pairs or images that neither training nor the choice of the epoch has seen. "
+        f"Means over {counts} held-out {unit} that neither training nor the choice of the epoch has seen. "
         "Intervals are Wilson's for shares and bootstrap intervals for other means. An arrow shows which way is better."
         + (" A coin's loss is ln 2 = 0.6931." if all(map(_is_sigmoid, runs)) else "")
     )
@@ -402,16 +409,11 @@ def side_by_side(summary: dict[str, Any]) -> list[list[str]]:
     models = {"reference": summary["reference"], f"DPO, {dpo['rejected_sampling']}/{dpo['reference_update']}": dpo}
     for name, found in summary.get("compared", {}).items():
         models[name if name == "cross-entropy" else f"DPO, {name}"] = found
-    return [
-        [
-            name,
-            *shown(found["test"], "accuracy", FIGURES["accuracy"].digits),
-            shown(found["test"], "kl", FIGURES["kl"].digits)[0],
-            number(found.get("seconds"), 1),
-            number(found.get("images_per_second"), 0),
-        ]
-        for name, found in models.items()
-    ]
+    rows = []
+    for name, found in models.items():
+        test, speed = found["test"], [number(found.get("seconds"), 1), number(found.get("images_per_second"), 0)]
+        rows.append([name, *shown(test, "accuracy", 4), shown(test, "kl", 3)[0], *speed])
+    return rows
 
 
 def _comparison(runs: list[Run]) -> dict[str, Any] | None:
@@ -497,19 +499,22 @@ def _cuts(run: Run) -> dict[str, Any] | None:
     rows = [["used", ", ".join(f"{data[split]} {split}" for split in ("train", "validation", "test") if split in data)]]
     dropped = ", ".join(f"{n} {reason}" for reason, n in data.get("dropped", {}).items() if n)
     rows.append(["dropped", dropped or "none"])
+    rows += [["left out by limits", str(data["cut_by_limits"])]] if data.get("cut_by_limits") else []
     if "cap" in data:
         cap = {name: sum(split[name] for split in data["cap"].values()) for name in data["cap"]["train"]}
-        text = f"{data['max_length']} tokens: {cap['prompts_shortened']} prompts lost {cap['turns_dropped']} turns, "
-        text += f"{cap['chosen_cut'] + cap['rejected_cut']} responses truncated, {cap['pairs_lost']} pairs lost"
-        rows.append(["the cap on tokens", text])
+        text = f"shortened prompts: {cap['prompts_shortened']}; dropped turns: {cap['turns_dropped']}; truncated "
+        text += f"responses: {cap['chosen_cut'] + cap['rejected_cut']}; lost pairs: {cap['pairs_lost']}"
+        rows.append([f"cap of {data['max_length']} tokens", text])
     return section_of("cuts", "Data", tables=[{"rows": rows}])
 
 
-def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
-    """The facts of every run, or of the first if they are points of one sweep, and every command line; folded."""
+def what_ran(runs: list[Run]) -> dict[str, Any]:
+    """The facts and the command line of every run, and the configuration of a single one; folded."""
     tables, code = [], []
     for run in runs:
-        facts = {name: run.run.get(name) for name in ("started", "ended", "seed", "num_processes", "parallelism")}
+        facts: dict[str, Any] = {
+            name: run.run.get(name) for name in ("started", "ended", "seed", "num_processes", "parallelism")
+        }
         if found := run.run.get("hardware"):
             memory = f"{found['memory_bytes'] / 2**30:.0f} GiB"
             facts["hardware"] = "; ".join([f"{found['cpu']}, {found['cpu_threads']} threads, {memory}", *found["gpus"]])
@@ -517,12 +522,8 @@ def what_ran(runs: list[Run], one_table: bool = False) -> dict[str, Any]:
         if run.run.get("resumed"):
             facts["throughput"] += "; a resumed part counts from its start"
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in run.run.get("versions", {}).items())
-        if not one_table or run is runs[0]:
-            rows = [
-                ["folder", run.path.name],
-                *([name, fact] for name, fact in facts.items() if fact not in (None, "")),
-            ]
-            tables.append({"title": run.name if len(runs) > 1 else "", "rows": rows})
+        rows = [[name, fact] for name, fact in facts.items() if fact not in (None, "")]
+        tables.append({"title": run.name if len(runs) > 1 else "", "rows": [["folder", run.path.name], *rows]})
         code += [" ".join(run.run["command"])] if "command" in run.run else []
     if len(runs) == 1 and "config" in runs[0].run:
         code.append(json.dumps(_without_empty(runs[0].run["config"]), indent=1, ensure_ascii=False))
@@ -547,6 +548,5 @@ def shown_text(text: str) -> str:
 
 
 def short_text(text: str) -> str:
-    """The last 90 characters in one line."""
-    words = " ".join(shown_text(text).split())
-    return words if len(words) <= 90 else "… " + words[-88:]
+    """The last turn of a dialogue, or another text, in at most 90 characters of one line."""
+    return textwrap.shorten(text.strip().removesuffix("Assistant:").rpartition("Human:")[2], 90, placeholder=" …")

@@ -39,7 +39,7 @@ def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[
         *of_the_test(test, before),
         *diverged,
         *([] if diverged or stage != "dpo" else of_the_margin(test)),
-        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo"),
+        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo", (found.get("validation") or {}).get("n")),
         *of_held_out((found.get("validation") or {}).get("n"), len(losses), test.get("n")),
     ]
 
@@ -105,7 +105,8 @@ def of_the_test(test: dict[str, Any], before: Any) -> list[str]:
         test: the figures with their intervals.
         before: of images, the accuracy of the reference on the same ones; None where it is not known.
     """
-    n, intervals = test.get("n"), test.get("interval_95") or {}
+    n: Any = test.get("n")
+    intervals = test.get("interval_95") or {}
     if _known(test.get("accuracy")) and "accuracy" in intervals:  # images
         low, high = intervals["accuracy"]
         said = f"{percent(test['accuracy'], n)} of {n} unseen images are classified right (95% interval "
@@ -155,24 +156,29 @@ def of_the_margin(test: dict[str, Any]) -> list[str]:
     return []
 
 
-def of_epochs(losses: Sequence[tuple[float, float]], kept: float | None, dpo: bool = True) -> list[str]:
+def of_epochs(
+    losses: Sequence[tuple[float, float]], kept: float | None, dpo: bool = True, rows: int | None = None
+) -> list[str]:
     """A validation loss that has turned, or that still falls.
 
     Args:
         losses: (epoch, validation loss) of each evaluation.
         kept: the epoch whose weights were kept.
         dpo: whether β holds the model back.
+        rows: validation rows. The loss of a row varies about as much as it is large, so that the mean over n rows is
+            known to about 1/√n of itself: a smaller change is noise.
     """
     if len(losses) < 2:
         return []
+    noise = max(TURNED, 1 / math.sqrt(rows) if rows else 0.0)
     (last, final), (best, least) = losses[-1], min(losses, key=lambda row: row[1])
-    if final > least * (1 + TURNED):
+    if final > least * (1 + noise):
         keeps = "" if kept is None or kept != best else "; that epoch is kept"
         return [
             f"The validation loss has risen since epoch {best:g} ({least:.3f} to {final:.3f}{keeps}): train fewer "
             f"epochs{', or with a larger --beta' if dpo else ''}."
         ]
-    if best == last and losses[-2][1] > final * (1 + TURNED):
+    if best == last and losses[-2][1] > final * (1 + noise):
         return [f"The validation loss still fell in the last epoch ({losses[-2][1]:.3f} to {final:.3f}): train longer."]
     return []
 
@@ -209,7 +215,9 @@ def of_sweep(rows: Sequence[dict[str, Any]]) -> list[str]:
     others = [row for row in done if row is not best and row["accuracy_high"] >= best["accuracy_low"]]
     others = [row for row in others if row["accuracy_low"] <= best["accuracy_high"]]
     if others:
-        said.append(f"The intervals of {len(others)} of {len(done) - 1} other points overlap its own.")
+        said.append(
+            f"The intervals of {len(others)} of {len(done) - 1} other points overlap its own: no difference is shown."
+        )
     for name, flag in (("beta", "--betas"), ("learning_rate", "--learning_rates")):
         tried = sorted({row[name] for row in done})
         if len(tried) > 1 and best[name] in (tried[0], tried[-1]):

@@ -211,7 +211,7 @@ def test_a_sweeps_page_marks_the_best_and_names_what_failed(tmp_path):
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "No point beats the reference" in page[: page.index("<section")]  # no interval is above 50%
     assert 'id="against-beta"' in page and (tmp_path / "plots" / "against_beta.png").exists()
-    assert f"chat.py {paths[0]}<" in page and f"{paths[0] / 'report.html'}<" in page  # the winner's
+    assert f"chat.py {paths[0]}<" in page and f'<a href="{paths[0] / "report.html"}">' in page  # the winner's
     assert (tmp_path / "plots" / "frontier.png").stat().st_size > 5000
 
 

@@ -203,3 +203,8 @@ def test_every_private_name_of_a_library_is_listed():
                 if name.startswith("_") and not name.startswith("__") and any(name in vars(each) for each in libraries)
             }
             assert overridden <= listed, f"{kind.__name__} overrides {overridden - listed}"
+
+
+def test_nothing_below_imports_the_study():
+    below = [path for path in ROOT.rglob("*.py") if path.parent.name != "study"]
+    assert [str(path) for path in below if "resdpo_trl.study" in path.read_text(encoding="utf-8")] == []

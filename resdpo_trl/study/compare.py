@@ -14,7 +14,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from transformers import PreTrainedTokenizerBase
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError, printable
-from resdpo_trl.files import write_whole
-from resdpo_trl.metrics import with_intervals
+from resdpo_trl.files import read_jsonl, write_whole
+from resdpo_trl.metrics import number, table, with_intervals
 from resdpo_trl.provenance import as_trained, loss_of, read_facts
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
 from resdpo_trl.study.comparison_page import write_comparison_page
@@ -297,8 +296,8 @@ class Comparison:
             how = (self.config.batch_size, f"Rewards, {name}", self.config.prefix_sharing, self.config.bf16)
             found = score_pairs(self._load(name), scored, tokenizer, *how)
             logps[name] = {}
-            for number, (first, second) in enumerate(pairs):
-                part = slice(number * len(prompts), (number + 1) * len(prompts))
+            for place, (first, second) in enumerate(pairs):
+                part = slice(place * len(prompts), (place + 1) * len(prompts))
                 logps[name][first] = found.chosen[part].double().numpy()
                 logps[name][second] = found.rejected[part].double().numpy()
         self.rewards = {
@@ -459,10 +458,9 @@ class Comparison:
 
     def _kept_verdicts(self) -> list[dict[str, Any]]:
         path = self.run.path / "verdicts.jsonl"
-        rows: list[dict[str, Any]] = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with suppress(json.JSONDecodeError):  # torn by a crash: it is asked again
-                rows.append(json.loads(line))
+        rows = (
+            [row for _, row in read_jsonl(path, torn_lines=[])] if path.exists() else []
+        )  # a torn line is asked again
         self.run.write_rows("verdicts.jsonl", rows)  # without a torn end that the next line would run into
         return rows
 
@@ -477,25 +475,19 @@ class Comparison:
 
 def describe(summary: dict[str, Any], path: Path) -> str:
     """The verdict, and the win rates and rewards as tables, for the terminal."""
-    comparison, lines = summary["comparison"], ["", *of_comparison(summary), ""]
-    answers = comparison["answers"]
-    width = max(map(len, answers))
-    lines.append(
-        f"  {'':<{width}}  tokens    cut  distinct-2" + ("  reward model" if comparison["reward_model"] else "")
-    )
-    for name, found in answers.items():
-        cells = f"{found['length_tokens']:>8.1f}{found['cut']:>7.2f}{found['distinct_2'] or 0:>12.3f}"
-        score = f"{found['reward_model']:>14.3f}" if comparison["reward_model"] else ""
-        lines.append(f"  {name:<{width}}{cells}{score}")
-    if comparison["rewards"]:
+    comparison = summary["comparison"]
+    answers, rewards = comparison["answers"], comparison["rewards"]
+    columns = {"tokens": ("length_tokens", 1), "cut": ("cut", 2), "distinct-2": ("distinct_2", 3)}
+    if comparison["reward_model"]:
+        columns["reward model"] = ("reward_model", 3)
+    rows = [
+        [name, *(number(found[key], digits) for key, digits in columns.values())] for name, found in answers.items()
+    ]
+    lines = ["", *of_comparison(summary), "", table(rows, ("", *columns))]
+    if rewards:
+        rows = [[name, *(number(found[name]["mean"]) for found in rewards.values())] for name in answers]
         lines += ["", f"  mean β·log(π/π_ref), β = {comparison['beta']:g}; rows: whose answers"]
-        lines.append(f"  {'':<{width}}" + "".join(f"  {'under ' + policy:>14}" for policy in comparison["rewards"]))
-        for name in answers:
-            means = [
-                f"{found[name]['mean']:>{max(14, len(policy) + 6) + 2}.3f}"
-                for policy, found in comparison["rewards"].items()
-            ]
-            lines.append(f"  {name:<{width}}{''.join(means)}")
+        lines.append(table(rows, ("", *(f"under {policy}" for policy in rewards))))
     if summary.get("win_rates"):
         lines += ["", "  win rates: (wins + ties / 2) / n, 95% Wilson intervals"]
     for row in summary.get("win_rates", []):

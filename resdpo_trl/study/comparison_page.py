@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from resdpo_trl.metrics import digits_of, flaw, number
+from resdpo_trl.metrics import flaw, number, shown
 from resdpo_trl.report import (
     PALETTE,
     Plots,
@@ -94,21 +94,14 @@ def _win_rates(run: Run, plots: Plots) -> dict[str, Any] | None:
             "A judge of pairs saw every pair in both orders: an answer won only where it won in both, equal answers "
             "are ties. " + " ".join(notes)
         )
-    tables, drawn = [], []
+    tables, drawn, counts = [], [], ("wins", "ties", "losses", "no_verdict")
     for place, judge in enumerate(dict.fromkeys(row["judge"] for row in rates)):
         mine = [row for row in rates if row["judge"] == judge]
         rows = [
-            [
-                f"{row['model']} against {row['against']}",
-                *_cells(row["win_rate"], row["interval_95"]),
-                row["wins"],
-                row["ties"],
-                row["losses"],
-                row["no_verdict"],
-            ]
+            [f"{row['model']} against {row['against']}", *shown(row, "win_rate"), *(row[count] for count in counts)]
             for row in mine
         ]
-        head = ["", "win rate", "95% interval", "wins", "ties", "losses", "no verdict"]
+        head = ["", "win rate", "95% interval", *(count.replace("_", " ") for count in counts)]
         tables.append({"title": f"By {judge}", "head": head, "rows": rows, "numbers": True})
         decided = [row for row in mine if row["n"]][:16]
         if decided:
@@ -141,10 +134,9 @@ def _rewards(run: Run) -> dict[str, Any] | None:
     for name, figures in found["answers"].items():
         cells = []
         for policy in policies:
-            reward = found["rewards"][policy][name]
-            cells += _cells(reward["mean"], reward["interval_95"])
+            cells += shown(found["rewards"][policy][name], "mean")
         if found["reward_model"]:
-            cells += _cells(figures.get("reward_model"), figures["interval_95"].get("reward_model"))
+            cells += shown(figures, "reward_model")
         rows.append([name, *cells])
     head = ["answers of"]
     for policy in policies:
@@ -169,7 +161,7 @@ def _figures(run: Run) -> dict[str, Any]:
     rows = [
         [
             name,
-            *_cells(found["length_tokens"], found["interval_95"]["length_tokens"]),
+            *shown(found, "length_tokens"),
             number(found["cut"], 2),
             flaws[name].count("repeats itself"),
             flaws[name].count("ends at once"),
@@ -261,15 +253,6 @@ def _outcomes(row: dict[str, Any]) -> list[str]:
     for one in row.get("outcomes", []):
         said.setdefault(one["judge"], []).append(f"{one['model']} {words[one['outcome']]} {one['against']}")
     return [f"{judge}: {'; '.join(found)}" for judge, found in said.items()]
-
-
-def _cells(value: Any, interval: list[float] | None) -> list[str]:
-    """A mean and its 95% interval, with the digits that the interval deserves."""
-    if not interval:
-        return [number(value, 3), "–"]
-    low, high = interval
-    digits = digits_of(low, high)
-    return [number(value, digits), f"{low:.{digits}f} to {high:.{digits}f}"]
 
 
 def _clip(name: str) -> str:

@@ -252,12 +252,12 @@ class PythonJudge:
 
 def check_url(url: str) -> str:
     """The address without its final slash. The UserError for an address that holds a secret does not repeat it."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # half of an IPv6 address, or a port above 65535
-        usable = False
-    if not usable:
+    parts: Any = None
+    with suppress(ValueError):  # half of an IPv6 address, or a port above 65535
+        found = urllib.parse.urlsplit(url)
+        if found.scheme in ("http", "https") and found.hostname and found.port != 0:
+            parts = found
+    if parts is None:
         raise UserError("--judge_url: needs an address like https://api.openai.com/v1 or http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(

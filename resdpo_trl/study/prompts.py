@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.files import read_jsonl
 from resdpo_trl.text.data import MARKER, SPEAKERS, chitchat_pairs, parse_dialogue
 from resdpo_trl.text.generate import Prompt
 
@@ -41,44 +40,28 @@ def load_prompts(path: str | None, limit: int | None) -> tuple[list[Prompt], dic
 
 def _read(path: Path) -> tuple[list[Prompt], int]:
     """The prompts of a file, and its number of empty lines."""
-    is_json = path.name.removesuffix(".gz").endswith(".jsonl")
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file")
-    if not is_json and path.suffix != ".txt":
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        number, found = 0, []
+        for number, row in read_jsonl(path):
+            found.append(_prompt_of(row, f"{path}, line {number}"))
+        return found, number - len(found)
+    if path.suffix != ".txt":
         raise UserError(f"--prompts {path}: neither .txt nor .jsonl nor .jsonl.gz; convert it to one of these")
-    found: list[Prompt] = []
-    empty = number = 0
-    opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    empty += 1
-                elif is_json:
-                    found.append(_prompt_of(line, f"{path}, line {number}"))
-                else:
-                    found.append([{"role": "user", "content": line.strip()}])
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
     except UnicodeDecodeError:
-        raise UserError(f"{path}, after line {number}: not UTF-8; convert the file") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it again") from None
-    except OSError as error:
-        raise UserError(f"--prompts {path}: can't be read ({error.strerror})") from None
-    return found, empty
+        raise UserError(f"{path}: not UTF-8; convert the file") from None
+    return [[{"role": "user", "content": line}] for line in lines if line], lines.count("")
 
 
-def _prompt_of(line: str, place: str) -> Prompt:
+def _prompt_of(row: dict[str, Any], place: str) -> Prompt:
     try:
-        row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error.msg}); fix or delete the line") from None
-    except RecursionError:
-        raise UserError(f"{place}: nested too deeply; fix or delete the line") from None
     except UnicodeEncodeError:
         raise UserError(f"{place}: half of a surrogate pair (\\ud800 to \\udfff) is not text; fix the line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: not a JSON object; each line is one prompt")
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
     if prompt is None and isinstance(chosen, str):
         if isinstance(rejected, str):

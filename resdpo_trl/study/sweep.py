@@ -30,7 +30,7 @@ from typing import Any
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import is_locked, write_whole
-from resdpo_trl.metrics import FIGURES
+from resdpo_trl.metrics import FIGURES, number, table
 from resdpo_trl.run import read_object
 from resdpo_trl.sources import first_line
 from resdpo_trl.study.sweep_page import Sweep, write_sweep_page
@@ -136,12 +136,12 @@ def points_of(
         dict.fromkeys(config.seeds or [seed]),
     )
     points = []
-    for epochs, beta, rate, number in grid:
-        name, sft = f"beta{beta:g}_lr{rate:g}_seed{number}", output_dir / "sft"
+    for epochs, beta, rate, draw in grid:
+        name, sft = f"beta{beta:g}_lr{rate:g}_seed{draw}", output_dir / "sft"
         if epochs != sft_epochs:
             name, sft = f"{name}_sft{epochs:g}", output_dir / f"sft_epochs{epochs:g}"
         start = Path(reference) if reference else sft / "reference"
-        points.append(Point(beta, rate, number, "" if reference else epochs, output_dir / "points" / name, start))
+        points.append(Point(beta, rate, draw, "" if reference else epochs, output_dir / "points" / name, start))
     return points
 
 
@@ -250,20 +250,14 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
         row["status"] = f"failed: {failures[point.name]}" if point.name in failures else "not run"
         if has_ended(point.folder):
             summary = json.loads((point.folder / "summary.json").read_text(encoding="utf-8"))
-            test, validation = summary["dpo"]["test"], summary["dpo"]["validation"]
-            low, high = test["interval_95"]["rewards/accuracies"]
-            row |= {
-                "status": "done",
-                **{column: test[name] for column, name in FIGURE_OF.items()},
-                "accuracy_low": low,
-                "accuracy_high": high,
-                "n": test["n"],
-                "validation_loss": validation["loss"],
-                "validation_accuracy": validation["rewards/accuracies"],
-                "best_epoch": summary["dpo"].get("best_epoch", ""),
-                "kept_epoch": summary["dpo"].get("kept_epoch", ""),
-                "seconds": summary["throughput"].get("total_seconds", ""),
-            }
+            dpo, test = summary["dpo"], summary["dpo"]["test"]
+            row["status"] = "done"
+            row |= {column: test[name] for column, name in FIGURE_OF.items()}
+            row["n"] = test["n"]
+            row["accuracy_low"], row["accuracy_high"] = test["interval_95"]["rewards/accuracies"]
+            row |= {f"validation_{column}": dpo["validation"][FIGURE_OF[column]] for column in ("loss", "accuracy")}
+            row |= {name: dpo.get(name, "") for name in ("best_epoch", "kept_epoch")}
+            row["seconds"] = summary["throughput"].get("total_seconds", "")
         rows.append(row)
     best = best_of(rows, points)
     if best is not None:
@@ -337,20 +331,21 @@ def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str
 
 def describe(rows: Sequence[dict[str, Any]], output_dir: Path, seconds: float) -> str:
     """The verdict and the table for the terminal; the best point has a star."""
-    width = max(32, *(len(row["point"]) + 2 for row in rows))
-    head = f"{'loss':>8}{'accuracy':>10}{'95% interval':>18}{'margin':>9}{'chosen':>9}{'rejected':>10}{'epoch':>7}"
-    lines = ["", *of_sweep(rows), "", f"  {'point':<{width}}{head}"]
-    for row in rows:
-        name = f"{row['point']} *" if row["best"] else row["point"]
-        if row["status"] != "done":
-            lines.append(f"  {name:<{width}}{row['status']}")
-            continue
-        interval = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
-        kept = f"{row['kept_epoch']:g}" if isinstance(row["kept_epoch"], int | float) else "-"
-        lines.append(
-            f"  {name:<{width}}{row['loss']:>8.4f}{row['accuracy']:>10.3f}{interval:>18}{row['margin']:>9.3f}"
-            f"{row['reward_chosen']:>9.3f}{row['reward_rejected']:>10.3f}{kept:>7}"
-        )
+    cells = [
+        [
+            f"{row['point']} *" if row["best"] else row["point"],
+            number(row["loss"], 4),
+            number(row["accuracy"]),
+            f"{number(row['accuracy_low'])} to {number(row['accuracy_high'])}",
+            *(number(row[name]) for name in ("margin", "reward_chosen", "reward_rejected")),
+            f"{row['kept_epoch']:g}" if isinstance(row["kept_epoch"], int | float) else "-",
+        ]
+        for row in rows
+        if row["status"] == "done"
+    ]
+    head = ("point", "loss", "accuracy", "95% interval", "margin", "chosen", "rejected", "epoch")
+    lines = ["", *of_sweep(rows), "", table(cells, head)]
+    lines += [f"  {row['point']}  {row['status']}" for row in rows if row["status"] != "done"]
     counts = ", ".join(map(str, sorted({row["n"] for row in rows if row["n"] != ""}))) or "-"
     lines += [
         "",

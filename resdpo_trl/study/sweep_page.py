@@ -67,6 +67,8 @@ def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path) -> Pat
     best = sweep.name_of(sweep.best) if sweep.best else None
     title = run_title(runs[0])
     opening, *said = of_sweep(sweep.rows) or [""]
+    if sweep.best:
+        opening = opening.replace(sweep.best["point"], sweep.name_of(sweep.best))
     stage = next((name for name in STAGES if any(row["stage"] == name for row in runs[0].metrics)), "sft")
     return write_page(
         target,
@@ -83,7 +85,7 @@ def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path) -> Pat
                 _points(sweep),
                 _frontier(sweep, plots),
                 curves(runs, stage, plots, best or ""),
-                what_ran(runs, one_table=True),
+                what_ran(runs[:1]),
             ],
         },
     )
@@ -97,7 +99,7 @@ def _next_steps(runs: list[Run], sweep: Sweep) -> list[tuple[str, str]]:
     return [
         ("Talk to the best point", f"python {Path(script).parent / 'chat.py'} {shlex.quote(str(run.path))}"),
         ("Its page", str(run.path / "report.html")),
-        ("Its command", shlex.join(["accelerate", "launch", script, *flags])),
+        ("Its command; name another --output_dir", shlex.join(["accelerate", "launch", script, *flags])),
     ]
 
 
@@ -121,6 +123,7 @@ def _against_beta(runs: list[Run], sweep: Sweep, plots: Plots) -> dict[str, Any]
             axes.plot(sweep.best["beta"], sweep.best["accuracy"], "*", color=INK, markersize=12, label="best", zorder=9)
         if len(references) == 1 and None not in references:
             axes.axhline(*references, color=GREY, linestyle=":", linewidth=1.4, label="reference")
+        axes.margins(y=0.12)
         axes.set_xscale("log")
         axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
         axes.minorticks_off()
@@ -157,7 +160,8 @@ def _points(sweep: Sweep) -> dict[str, Any]:
         cells[1] = f"{number(row['accuracy'], digits)} ({number(low, digits)} to {number(high, digits)})"
         rows.append([name, *cells, *(f"{row[n]:g}" if row[n] != "" else "–" for n in ("best_epoch", "kept_epoch"))])
     counts = sorted({row["n"] for row in sweep.done})
-    head = ["", *(figure.label for figure in columns), "least loss at", "kept"]
+    names = [figure.column.replace("_", " ") + figure.label.removeprefix(figure.words) for figure in columns]
+    head = ["", *names, "least loss at", "kept"]
     head[2] += " (95% interval)"
     text = (
         f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs. The best point was chosen on the validation "

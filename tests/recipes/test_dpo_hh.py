@@ -231,7 +231,7 @@ def llama_folder(tmp_path, tokenizer):
     return save_model(tmp_path / "model", tokenizer, "llama")
 
 
-def test_sft_checkpoint_skips_sft(recipe, tmp_path, pairs_file, llama_folder):
+def test_a_given_reference_skips_sft(recipe, tmp_path, pairs_file, llama_folder):
     arguments = ["--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "0", "--max_train_samples", "16"]
     status, _, said = recipe(
         "sft_hh.py", *arguments, "--model_name_or_path", llama_folder, "--output_dir", tmp_path / "s"
