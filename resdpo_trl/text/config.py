@@ -14,6 +14,7 @@ from resdpo_trl.arguments import (
     ReferenceUpdate,
     check_positive,
     has_bfloat16,
+    has_cuda,
     preference_loss,
     refuse,
 )
@@ -202,6 +203,9 @@ class ShortDialogues(OneMachine):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Not supported: batches are padded to their longest row."}
     )
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Processes that make batches; 2 with a GPU by default, none without."}
+    )
     merge_adapter: bool = field(
         default=False,
         metadata={"help": "Add a trained LoRA adapter to its base model, and keep that full model instead of it."},
@@ -215,6 +219,11 @@ class ShortDialogues(OneMachine):
             raise UserError("--do_eval is not supported here: pass --eval_strategy epoch or steps")
         if args.liger_kernel_config is not None and not args.use_liger_kernel:
             raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
+        on_gpu = has_cuda(args.use_cpu)
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if on_gpu else 0
+        if args.accelerator_config is None and on_gpu:  # copies run while the GPU computes; memory is pinned by default
+            args.accelerator_config = {"non_blocking": args.dataloader_pin_memory}
         super().__post_init__()
 
 
