@@ -132,8 +132,9 @@ def test_the_mask_in_blocks_is_the_dense_one(monkeypatch, packed):
     if not packed:
         assert torch.equal(sees[real], dense[real])
     missing = -length % 4
-    blocks = torch.nn.functional.pad(sees, (0, missing, 0, missing)).unflatten(2, (-1, 4)).unflatten(1, (-1, 4))
-    some, whole = blocks.any(4).any(2), blocks.all(4).all(2)
+    padded = [torch.nn.functional.pad(sees, (0, missing, 0, missing), value=value) for value in (False, True)]
+    some, whole = (each.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)) for each in padded)
+    some, whole = some.any(4).any(2), whole.all(4).all(2)
     full = torch.zeros_like(some)
     partial = torch.zeros_like(some)
     for kept, count, indices in (

@@ -64,9 +64,10 @@ def test_products_with_4_bit_weights_are_16_bit_in_both_passes(tmp_path, tokeniz
     assert trained == {torch.bfloat16 if dtype == "float32" else torch.float32}  # loss scaling takes no other
     if dtype == "float32":
         calls = step(job)
+        products = [(name, args[0].dtype, args[0].shape) for name, _, args, _ in calls if name in PRODUCTS]
         # not the rotary angles, positions times frequencies, which are float32 by design
-        products = [args for name, _, args, _ in calls if name in PRODUCTS and args[0].shape[-1] > 1]
-        assert {args[0].dtype for args in products} == {torch.bfloat16} and len(products) > 100
+        coarse = [product for product in products if product[1] != torch.bfloat16 and product[2][-1] > 1]
+        assert not coarse and len(products) > 100
         assert {name for name, *_ in calls} >= {"gemm_4bit", "dequantize_4bit"}
 
 
