@@ -110,7 +110,9 @@ class Job:
     def hardware_line(self) -> str:
         """What the run uses, and where its files go; a warning before it where that is less than was asked for."""
         less = fewer_than_asked()
-        precision = "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
+        precision = (
+            "bfloat16" if self.training.bf16 else "float16 with loss scaling" if self.training.fp16 else "float32"
+        )
         device = self.training.device.type
         threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         processes = parallelism()["num_processes"]

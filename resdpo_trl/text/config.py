@@ -14,6 +14,7 @@ from resdpo_trl.arguments import (
     ReferenceUpdate,
     check_positive,
     has_bfloat16,
+    has_cuda,
     preference_loss,
     refuse,
 )
@@ -211,6 +212,9 @@ class ShortDialogues(OneMachine):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Not supported: batches are padded to their longest row."}
     )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that make batches; 2 with a GPU by default, none without."}
+    )
     merge_adapter: bool = field(
         default=False,
         metadata={"help": "Add a trained LoRA adapter to its base model, and keep that full model instead of it."},
@@ -226,6 +230,11 @@ class ShortDialogues(OneMachine):
             raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
         if self.metric_for_best_model is not None and args.greater_is_better is None:  # transformers knows losses alone
             args.greater_is_better = not self.metric_for_best_model.endswith(("loss", "rejected"))
+        on_gpu = has_cuda(args.use_cpu)
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if on_gpu else 0
+        if args.accelerator_config is None and on_gpu:  # copies run while the GPU computes; memory is pinned by default
+            args.accelerator_config = {"non_blocking": args.dataloader_pin_memory}
         super().__post_init__()
 
 

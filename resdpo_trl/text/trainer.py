@@ -14,7 +14,14 @@ from accelerate.utils.other import is_repeated_blocks
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
@@ -28,7 +35,8 @@ from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, 
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
 from resdpo_trl.scorer import score_rows
-from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.attention import FLEX
+from resdpo_trl.text.batch import LabelCollator, PairCollator
 from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import tokenized_pairs
 from resdpo_trl.text.model import base_model, load_model, load_tokenizer
@@ -75,6 +83,38 @@ class LengthSampler(LengthGroupedSampler):
         return iter([row for batch in [*first, *shuffled, short] for row in batch])
 
 
+@torch.no_grad()
+def check_updates(model: torch.nn.Module, args: TrainingArguments) -> None:
+    """Raise a UserError where the weights in training are 16-bit numbers too coarse for the learning rate.
+
+    An AdamW step moves a weight by about the learning rate (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, §2.1).
+    Full fine-tuning is refused where adding that to a weight rounds back to the weight itself for more than half of
+    them. Loss scaling takes no 16-bit gradients: adapters, which TRL casts to bfloat16 for quantized models, become
+    float32, and full fine-tuning is refused.
+    """
+    adapter = hasattr(model, "peft_config")
+    coarse = [
+        each for each in model.parameters() if each.requires_grad and each.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if not coarse:
+        return
+    kind = str(coarse[0].dtype).removeprefix("torch.")
+    fix = "drop --dtype (training multiplies in 16 bits without it too), or train an adapter (--use_peft)"
+    if args.fp16 and adapter:
+        for each in coarse:
+            each.data = each.data.float()
+    elif args.fp16:
+        raise UserError(f"the model's weights are {kind}, and --fp16 scales the loss for float32 weights alone: {fix}")
+    elif not adapter:
+        kept = sum(int((each + args.learning_rate == each).sum()) for each in coarse)
+        share = kept / max(sum(each.numel() for each in coarse), 1)  # a shard may be empty
+        if share > 0.5:
+            raise UserError(
+                f"the model's weights are {kind}, and at learning rate {args.learning_rate:g} a step rounds to no "
+                f"change for {share:.0%} of them: {fix}"
+            )
+
+
 class _TextTrainer(EveryRowOnce, Resumable):
     """A Trainer whose `group_by_length` reads the data set's `length` column, that counts tokens without waiting for
     them at every step, and knows tied weights.
@@ -97,6 +137,7 @@ class _TextTrainer(EveryRowOnce, Resumable):
         if best is not None and best.removeprefix("eval_") not in figures:
             raise UserError(f"metric_for_best_model {best}: no such figure; evaluation has {', '.join(figures)}")
         super().__init__(*args, **kwargs)
+        check_updates(self.model, self.args)
 
     def create_accelerator_and_postprocess(self) -> None:
         """With --torch_compile, compile the model's repeated blocks, each for all batch sizes and widths.
@@ -138,7 +179,8 @@ class _TextTrainer(EveryRowOnce, Resumable):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         # --include_num_input_tokens_seen: with prefix sharing the mask has a cell for every query and key
-        super()._track_num_input_tokens({**inputs, "attention_mask": _real(inputs["attention_mask"])})
+        real = inputs["copies"] > 0 if "copies" in inputs else inputs["attention_mask"]
+        super()._track_num_input_tokens({**inputs, "attention_mask": real})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # a checkpoint holds a tied weight once; transformers warns as if it had been lost
@@ -185,6 +227,8 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         check_adapters(model, options.get("peft_config"), prefix_sharing=False)
         check_router_loss(base_model(model), args.router_aux_loss_coef)
         super().__init__(model=model, args=args, compute_metrics=_token_mean, **options)
+        self.data_collator = LabelCollator(self.data_collator)
+        self._router_losses = RunningMeans()  # of the steps since the last log
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         # transformers' leaves rows of evaluation out with --dataloader_drop_last, which is of training
@@ -203,9 +247,10 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
     ) -> Tensor:
         """Negative log-likelihood of the tokens with a label, over their number on all processes."""
         if not self._plain:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        _, logps, *router_loss = _label_logps(model, inputs, self.aux_loss_enabled)
-        self._note_tokens(_real(inputs["attention_mask"]))
+            rest = {name: value for name, value in inputs.items() if name not in ("predicted_at", "predicted")}
+            return super().compute_loss(model, rest, return_outputs, num_items_in_batch)
+        logps, *router_loss = _label_logps(model, inputs, self.aux_loss_enabled)
+        self._note_tokens(inputs["attention_mask"])
         if num_items_in_batch is None:
             loss, steps = -logps.sum() / max(len(logps), 1), 1
         else:
@@ -215,8 +260,20 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
             steps = self.current_gradient_accumulation_steps
         for each in router_loss:  # of a mixture of experts: a mean of each step's
             loss = loss + self.router_aux_loss_coef * each / steps
-            self._metrics["train"]["aux_loss"].append(self.accelerator.gather(each.detach()).mean().item())
+            self._router_losses.add({"aux_loss": each.detach()[None]})
         return loss
+
+    def log_state(self) -> dict[str, Any]:
+        return super().log_state() | {"router_losses": self._router_losses.state()}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        super().load_log_state(state)
+        self._router_losses.load_state(state["router_losses"], self.accelerator.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not any(name.startswith("eval_") for name in logs):
+            logs.update(self._router_losses.take(self.accelerator.reduce))
+        super().log(logs, start_time)
 
     def prediction_step(
         self,
@@ -228,13 +285,15 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         """(B,) negative log-likelihoods, each a sum over a row's tokens with a label, and (B,) numbers of them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            row, logps = _label_logps(model, inputs)
-        rows = len(inputs["labels"])
-        return None, logps.new_zeros(rows).index_add(0, row, -logps), torch.bincount(row, minlength=rows)
+            (logps,) = _label_logps(model, inputs)
+        row, labels = inputs["predicted_at"][0], inputs["labels"]
+        return None, logps.new_zeros(len(labels)).index_add(0, row, -logps), (labels[:, 1:] != -100).sum(1)
 
     def _keep(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:
         # the loss is over the tokens with a label on all processes: a row without any changes nothing
-        batch = {name: value[: max(own, 1)] for name, value in batch.items()}
+        kept = batch["predicted_at"][0] < own
+        at = {"predicted_at": batch["predicted_at"][:, kept], "predicted": batch["predicted"][kept]}
+        batch = {name: value[: max(own, 1)] for name, value in batch.items()} | at
         if own == 0:
             batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
@@ -383,11 +442,12 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         self._weights: str | None = None  # the digest of the reference's, once it is needed
         if is_sharded() and self._cache is not None:
             self._weights = weights_digest(ref_model if ref_model is not None else model)  # while they are whole
+        in_blocks = base_model(model).config._attn_implementation == FLEX
         super().__init__(
             model=model,
             ref_model=ref_model,
             args=args,
-            data_collator=PairCollator(processing_class.pad_token_id, args.prefix_sharing),
+            data_collator=PairCollator(processing_class.pad_token_id, args.prefix_sharing, in_blocks),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -528,9 +588,8 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         if router_loss is not None:
             figures["aux_loss"] = router_loss.detach().expand(len(losses))
         self._means.add(figures)
-        mask = inputs["attention_mask"]
-        mask = mask[: len(losses) * len(mask) // len(inputs["chosen_tokens"])]  # one row a pair, or two
-        self._note_tokens(_real(mask))
+        real = inputs["copies"] > 0
+        self._note_tokens(real[: len(losses) * len(real) // len(inputs["chosen_tokens"])])  # a pair has one row, or two
 
     def log_state(self) -> dict[str, Any]:
         return super().log_state() | {"means": self._means.state()}
@@ -588,24 +647,15 @@ def _check_rows(rows: Any, columns: tuple[str, ...]) -> None:
         )
 
 
-def _real(mask: Tensor) -> Tensor:
-    """(R, T), True where a token is not padding, of an attention mask (R, T) or (R, 1, T, T)."""
-    # with sharing a real key is one that the last query or the row's rejected part sees
-    return mask.any(dim=2).squeeze(1) if mask.ndim == 4 else mask
-
-
 def _label_logps(model: torch.nn.Module, inputs: dict[str, Tensor], router_loss: bool = False) -> tuple[Tensor, ...]:
-    """The rows of the N tokens with a label, (N,), and their log-probabilities, (N,); the router loss if asked."""
-    labels = inputs["labels"]
-    row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)  # a row's first token is not predicted
+    """The (N,) log-probabilities of the tokens with a label of a `LabelCollator` batch; the router loss if asked."""
+    names = ("input_ids", "attention_mask", "position_ids", "predicted_at", "predicted")
     found = model(
-        **{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs},
+        **{name: inputs[name] for name in names if name in inputs},
         router_weights=inputs["attention_mask"] if router_loss else None,
-        predicted_at=torch.stack([row, column - labels.shape[1]]),
-        predicted=labels[row, column + 1],
         use_cache=False,
     )
-    return (row, *found) if router_loss else (row, found)
+    return found if router_loss else (found,)
 
 
 def _token_mean(rows: EvalPrediction) -> dict[str, float]:

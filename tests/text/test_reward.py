@@ -95,10 +95,10 @@ def test_rows_that_only_fill_up_a_batch_do_not_count(tmp_path, tokenizer):
     own, filled = job.data_collator(rows[:3]), job.data_collator([*rows[:3], *rows[3:]])
     job.model.train()  # without dropout
     losses = [job.compute_loss(job.model, own).item()]
-    figures = {name: values[-1] for name, values in job._metrics["train"].items()}
+    figures = job._step_figures()
     for everywhere in (3, 6):  # six: three more are another process's
         losses.append(job.compute_loss(job.model, {**filled, "own_rows": 3, "all_rows": everywhere}).item())
-        again = {name: values[-1] for name, values in job._metrics["train"].items()}
+        again = job._step_figures()
         tokens = again.pop("num_tokens") - figures["num_tokens"]
         assert tokens == (len(losses) - 1) * sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows[:3])
         assert again == pytest.approx(
