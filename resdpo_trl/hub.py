@@ -119,7 +119,7 @@ class Hub:
 
     def later(self) -> str:
         """The command that publishes the run when the Hub can be reached."""
-        words = ["python", "recipes/publish.py", str(self.run), "--hub_model_id", self.repo_id or self.name]
+        words = ["resdpo-trl", "publish", str(self.run), "--hub_model_id", self.repo_id or self.name]
         words += ["--hub_private_repo"] if self.private else []
         words += ["--hub_revision", self.revision] if self.revision else []
         return shlex.join(words)

@@ -130,7 +130,7 @@ class TextRun(Job):
         last = {TextDPOConfig: "SFT and DPO", TextRewardConfig: "SFT and a reward model", TextSFTConfig: "SFT"}
         self.say(
             f"{last[type(self.training)]} of {model} on {source}; for GPT-2 on Anthropic HH: "
-            "--config recipes/configs/hh/gpt2.yaml\n" + self.hardware_line()
+            "--config hh/gpt2.yaml\n" + self.hardware_line()
         )
         if self.model.use_peft:
             alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
