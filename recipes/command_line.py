@@ -104,6 +104,7 @@ if not VERBOSE:
 from transformers.utils.logging import disable_progress_bar  # noqa: E402  (the environment first)
 from trl import TrlParser  # noqa: E402
 
+from resdpo_trl.cli import INSTALLED, as_commands  # noqa: E402
 from resdpo_trl.errors import NothingToDo, UserError, printable  # noqa: E402
 from resdpo_trl.files import disk_trouble  # noqa: E402
 from resdpo_trl.run import untrained  # noqa: E402
@@ -122,6 +123,10 @@ class RecipeHelp(argparse.RawDescriptionHelpFormatter):
             return super()._format_action_invocation(action)
         metavar = "" if action.nargs == 0 else self._format_args(action, "X")
         return f"{action.option_strings[0]} {metavar}".rstrip()
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        return as_commands(text) if INSTALLED else text
 
     def _get_help_string(self, action: argparse.Action) -> str:
         value = action.default
@@ -277,7 +282,7 @@ class RecipeParser(TrlParser):
             content = yaml.safe_load(text)
         except OSError as error:
             known = ", ".join(sorted(str(path.relative_to(PRESETS)) for path in PRESETS.rglob("*.yaml")))
-            raise UserError(f"--config {preset}: {error.strerror}; recipes/configs has {known}") from None
+            raise UserError(f"--config {preset}: {error.strerror}; presets: {known}") from None
         except (yaml.YAMLError, *TAG_ERRORS) as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""

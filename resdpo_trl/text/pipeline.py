@@ -146,7 +146,7 @@ class TextRun(Job):
         sft_first = not self._skips_sft and not isinstance(self.training, TextSFTConfig)
         self.say(
             f"{'SFT and ' if sft_first else ''}{last} of {model} on {source}; for GPT-2 on Anthropic HH: "
-            "--config recipes/configs/hh/gpt2.yaml\n" + self.hardware_line()
+            "--config hh/gpt2.yaml\n" + self.hardware_line()
         )
         if self.model.use_peft:
             alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
