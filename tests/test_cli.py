@@ -51,7 +51,7 @@ def test_every_recipe_is_a_command(resdpo_trl):
             "fsdp2.yaml, multi_cpu.yaml, multi_gpu.yaml, single_gpu.yaml",
         ),
         (["dpo", "--bta", "3"], "unknown flag --bta; did you mean beta?"),
-        (["launch", "--config_file", "cpu.yaml", "dpo-cifar", "--sede", "3"], "unknown flag --sede; did you mean seed?"),
+        (["launch", "--num_processes", "1", "dpo-cifar", "--sede", "3"], "unknown flag --sede; did you mean seed?"),
     ],
 )  # fmt: skip
 def test_a_wrong_name_is_one_line_and_status_2(resdpo_trl, words, line):
