@@ -235,15 +235,22 @@ class RecipeParser(TrlParser):
         return list(parsed[:count]), preset
 
     def _lora_rates(self, defaults: list[str], flags: list[str]) -> list[str]:
-        """LoRA's learning rates as words, where a flag asks for it, none gives a rate, and the preset is not LoRA's."""
-        preset, asked = (self.parse_known_args(list(words))[0] for words in (defaults, flags))
-        if not getattr(asked, "use_peft", False) or preset.use_peft:
-            return []
-        given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
-        rates = {
-            name: LORA_RATE * getattr(preset, name) for name in RATES if hasattr(preset, name) and name not in given
-        }
-        return [word for name, rate in rates.items() for word in (f"--{name}", f"{rate:g}")]
+        """Learning rates as words, where no flag gives one and the preset's, or the default, is of the other training:
+        of all weights for LoRA, or of LoRA for all weights.
+        """
+        preset, asked = (self.parse_known_args(words)[0] for words in (defaults, defaults + flags))
+        known, given = (
+            {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words} for words in (defaults, flags)
+        )
+        words: list[str] = []
+        for name in RATES:
+            if not hasattr(asked, "use_peft") or not hasattr(asked, name) or name in given:
+                continue
+            of_lora = preset.use_peft and name in known
+            if asked.use_peft != of_lora:
+                factor = LORA_RATE if asked.use_peft else 1 / LORA_RATE
+                words += [f"--{name}", f"{factor * getattr(preset, name):g}"]
+        return words
 
     def _check(self, flags: list[str], place: str) -> None:
         try:
