@@ -158,8 +158,8 @@ class EndpointJudge:
                 verdict = Verdict(None, f"HTTP {error.code}")
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     break  # the request itself is wrong: another one would be, too
-                with suppress(TypeError, ValueError):  # none, or a date
-                    pause = max(pause, float(error.headers.get("Retry-After")))
+                with suppress(ValueError):  # none, or a date
+                    pause = max(pause, float(error.headers.get("Retry-After", "")))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 verdict = Verdict(None, _reason(error))
             if attempt + 1 < self.attempts:
