@@ -14,6 +14,7 @@ from resdpo_trl.arguments import (
     ReferenceUpdate,
     check_positive,
     has_bfloat16,
+    has_cuda,
     preference_loss,
     refuse,
 )
@@ -213,6 +214,8 @@ class ShortDialogues(OneMachine):
         args: Any = self
         if args.do_eval and self.eval_strategy == "no":
             raise UserError("--do_eval is not supported here: pass --eval_strategy epoch or steps")
+        if args.activation_offloading and not has_cuda(args.use_cpu):
+            raise UserError("--activation_offloading moves activations off a GPU, and there is none: drop it")
         if args.liger_kernel_config is not None and not args.use_liger_kernel:
             raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
         super().__post_init__()

@@ -97,6 +97,16 @@ class TextRun(Job):
             raise UserError(
                 "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
             )
+        if is_sharded() and (self.model.load_in_4bit or self.model.load_in_8bit):
+            raise UserError(
+                "--load_in_4bit and --load_in_8bit are not supported with FSDP and DeepSpeed: drop them, or use "
+                "accelerate_configs/multi_gpu.yaml"
+            )
+        if is_sharded() and self.model.use_peft and isinstance(self.training, TextRewardConfig):
+            raise UserError(
+                "--use_peft is not supported for a reward model with FSDP and DeepSpeed: drop it, or use "
+                "accelerate_configs/multi_gpu.yaml"
+            )
         figure = self.training.metric_for_best_model
         if figure is not None and figure.removeprefix("eval_") not in self.training.figures:
             raise UserError(
