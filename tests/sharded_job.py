@@ -29,6 +29,7 @@ COMMON = [
     "--logging_steps", "1", "--per_device_eval_batch_size", "2", "--disable_tqdm", "true", "--report_to", "none",
 ]  # fmt: skip
 DPO = ["--num_samples", "0", "--learning_rate", "1e-3"]
+ADAPTER = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "1e-2"]
 
 
 @dataclass
@@ -56,10 +57,34 @@ CASES = {
          "--metric_for_best_model", "logps/chosen", "--greater_is_better", "false"],
         sft_batch=8, kill_before="os.rename checkpoints/dpo/unfinished/checkpoint-12",
     ),
+    "dpo, bfloat16": Case(
+        "dpo_hh.py", "dpo", "llama",
+        [*DPO, "--bf16", "true", "--sft_epochs", "0", "--gradient_checkpointing", "true", "--num_train_epochs", "2"],
+        accumulated=2,
+    ),
+    "dpo, float32, LoRA": Case(
+        "dpo_hh.py", "dpo", "llama", [*DPO, *ADAPTER, "--bf16", "false", "--sft_epochs", "0"], accumulated=2
+    ),
+    "sft, bfloat16, LoRA": Case(
+        "sft_hh.py", "sft", "llama",
+        ["--num_samples", "0", *ADAPTER, "--bf16", "true", "--gradient_checkpointing", "true"],
+    ),
+    "reward, float32": Case(
+        "reward_hh.py", "reward", "gpt2", ["--learning_rate", "1e-3", "--bf16", "false", "--sft_epochs", "0"]
+    ),
+    "reward, bfloat16, LoRA": Case(
+        "reward_hh.py", "reward", "llama", [*ADAPTER, "--bf16", "true", "--sft_epochs", "0"]
+    ),
 }  # fmt: skip
-# configuration, changes of its environment, what run.json calls it
-WRAPPERS = {"FSDP2": ("fsdp2.yaml", {}, "FSDP2")}
-MATRIX = [(wrapper, case) for wrapper in WRAPPERS for case in CASES]
+FULL = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+WRAPPERS = {
+    "FSDP2": ("fsdp2.yaml", {}, "FSDP2"),
+    "FSDP2, full checkpoints": ("fsdp2.yaml", FULL, "FSDP2"),
+    "ZeRO-2": ("deepspeed_zero2.yaml", {}, "DEEPSPEED_ZERO_2"),
+    "ZeRO-3": ("deepspeed_zero3.yaml", {}, "DEEPSPEED_ZERO_3"),
+}
+SAMPLED = {"FSDP2, full checkpoints": ["dpo, float32", "sft, bfloat16, LoRA"]}
+MATRIX = [(wrapper, case) for wrapper in WRAPPERS for case in SAMPLED.get(wrapper, CASES)]
 
 
 def run_as_on_gpus() -> None:

@@ -1,8 +1,9 @@
-"""Recipes under FSDP2 on two processes against one: the same losses, log-probabilities and weights."""
+"""Recipes under FSDP2 and DeepSpeed on two processes against one: the same losses, log-probabilities and weights."""
 
 import json
 
 import pytest
+from accelerate.utils import is_deepspeed_available
 
 from tests.sharded_job import CASES, MATRIX, WRAPPERS, Runs, differences
 
@@ -16,6 +17,8 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(("wrapper", "name"), MATRIX)
 def test_two_sharded_processes_follow_one(runs, wrapper, name):
+    if "ZeRO" in wrapper and not is_deepspeed_available():
+        pytest.skip("DeepSpeed is not installed: make test-deepspeed")
     case, kind = CASES[name], WRAPPERS[wrapper][2]
     one, two = runs.one(name), runs.two(wrapper, name)
     ran = json.loads((two / "run.json").read_text())
