@@ -9,6 +9,7 @@ python -m tests.sharded_job prints the differences (docs/distributed.md).
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -103,9 +104,8 @@ def run_as_on_gpus() -> None:
     resdpo_trl.arguments.has_accelerator = lambda: True
     resdpo_trl.text.scoring.CHUNK_TOKENS = 16
     if is_deepspeed_available():
-        import deepspeed.comm.torch
-
-        deepspeed.comm.torch.build_shm_op = lambda: None  # collectives of the CPU alone, which would be compiled first
+        # collectives of the CPU alone, which would be compiled first; `deepspeed.comm.torch` by name is torch itself
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def launch_environment(config: Path) -> list[dict[str, str]]:
