@@ -67,7 +67,7 @@ def run_as_on_gpus() -> None:
     head runs in chunks, as it does where a batch is large."""
     import accelerate.state
     import transformers.training_args
-    from accelerate.utils import DistributedType, is_deepspeed_available
+    from accelerate.utils import DistributedType
 
     import resdpo_trl.arguments
     import resdpo_trl.text.scoring
@@ -77,10 +77,6 @@ def run_as_on_gpus() -> None:
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     resdpo_trl.arguments.has_accelerator = lambda: True
     resdpo_trl.text.scoring.CHUNK_TOKENS = 16
-    if is_deepspeed_available():
-        import deepspeed.comm.torch
-
-        deepspeed.comm.torch.build_shm_op = lambda: None  # collectives of the CPU alone, which would be compiled first
 
 
 def launch_environment(config: Path) -> list[dict[str, str]]:
