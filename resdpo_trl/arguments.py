@@ -205,11 +205,11 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def refuse(config: Any, refused: dict[str, tuple[Any, str]]) -> None:
-    """Raise a UserError for a field that is set and not honoured: name -> (value when not asked for, the mend)."""
-    for name, (unset, mend) in refused.items():
+    """Raise a UserError for a field that is set and not honored: name -> (value when not asked for, the fix)."""
+    for name, (unset, fix) in refused.items():
         value = getattr(config, name)
         if value != unset:
-            raise UserError(f"--{name} is not supported here: {mend}")
+            raise UserError(f"--{name} is not supported here: {fix}")
 
 
 def preference_loss(args: Any) -> PreferenceLoss:
