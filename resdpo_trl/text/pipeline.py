@@ -504,30 +504,17 @@ class TextRun(Job):
                 name: self.tokenizer.decode(pair[f"{name}_ids"], skip_special_tokens=True)
                 for name in ("chosen", "rejected")
             }
-            given = {name: {kind: texts[index] for kind, texts in kinds.items()} for name, kinds in answers.items()}
+            given = {name: {"greedy": texts[index]} for name, texts in answers.items()}
             rows.append({**texts, "answers": given})
         self.run.write_rows("samples.jsonl", rows)
 
-    def _answers(self, name: str, model: Any, prompts: list[list[int]]) -> dict[str, list[str]]:
+    def _answers(self, name: str, model: Any, prompts: list[list[int]]) -> list[str]:
         if not getattr(model, "is_quantized", False):
             # autocast would convert float32 weights again at every token
             model.to(self.training.device, torch.bfloat16 if self.training.bf16 else None)
         prompts = answerable(model, prompts, self.samples.max_new_tokens)
-        return {
-            kind: self.tokenizer.batch_decode(
-                answer(
-                    model,
-                    self.tokenizer,
-                    prompts,
-                    self.samples.max_new_tokens,
-                    sampled=kind == "sampled",
-                    seed=self.training.seed,
-                    description=f"{name} answers, {kind}",
-                ),
-                skip_special_tokens=True,
-            )
-            for kind in ("greedy", "sampled")
-        }
+        answers = answer(model, self.tokenizer, prompts, self.samples.max_new_tokens, description=f"{name} answers")
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
