@@ -198,11 +198,10 @@ def _next_steps(run: Run) -> list[tuple[str, str]]:
     """(what, command) of what may follow a finished run."""
     if run.run.get("ended") is None:
         return []
-    script, *flags = run.run["command"]
-    recipe, folder = f"python {Path(script).parent}/", shlex.quote(str(run.path))
+    folder, flags = shlex.quote(str(run.path)), run.run["command"][1:]
     steps = []
     if "dpo" in run.summary and run.samples:
-        steps.append(("Talk to the reference and the policy", f"{recipe}chat.py {folder}"))
+        steps.append(("Talk to the reference and the policy", f"resdpo-trl chat {folder}"))
     if "dpo" in run.summary and "classes" not in run.summary["data"]:
         kept, dropped = [], False
         for word in flags:
@@ -210,8 +209,8 @@ def _next_steps(run: Run) -> list[tuple[str, str]]:
                 dropped = word.partition("=")[0].lstrip("-").replace("-", "_") in OF_A_POINT
             kept += [] if dropped else [shlex.quote(word)]
         betas = " ".join(f"{factor * run.summary['dpo']['beta']:.2g}" for factor in (1 / 3, 1, 3))
-        steps.append(("Try other values of β", " ".join([f"{recipe}sweep_hh.py --betas {betas}", *kept])))
-    return [*steps, ("Publish it", f"{recipe}publish.py {folder} --hub_model_id NAME")]
+        steps.append(("Try other values of β", " ".join([f"resdpo-trl sweep --betas {betas}", *kept])))
+    return [*steps, ("Publish it", f"resdpo-trl publish {folder} --hub_model_id NAME")]
 
 
 def _answer(name: str, text: str, marked: bool = True) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_the_page_opens_with_before_and_after_and_what_is_next(tmp_path):
         "ranks 58% of 40 unseen pairs right; the reference&#39;s log-likelihood 50%.",
         'left: 50.00%; width: 10.00%"', "95% interval 35% to 65%",
         "policy — repeats itself", "people&#39;s answer", "People say so.",
-        "recipes/chat.py", "recipes/sweep_hh.py --betas 0.033 0.1 0.3 --max_length 64<", "recipes/publish.py",
+        "resdpo-trl chat", "resdpo-trl sweep --betas 0.033 0.1 0.3 --max_length 64<", "resdpo-trl publish",
     ):  # fmt: skip
         assert words in first, words
     assert (path / "plots" / "sft_loss.png").exists() and "SFT loss" in page

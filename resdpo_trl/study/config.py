@@ -65,7 +65,7 @@ class CompareConfig:
         default=None, metadata={"help": "Score in bfloat16, as the training did; by itself where the hardware has it."}
     )
     reward_model: str | None = field(
-        default=None, metadata={"help": "A reward model (recipes/reward_hh.py): scores every answer and judges."}
+        default=None, metadata={"help": "A reward model (resdpo-trl reward): scores every answer and judges."}
     )
     best_of_n: int | None = field(
         default=None, metadata={"help": "One more model: the best of so many samples by --reward_model."}
@@ -111,7 +111,7 @@ class CompareConfig:
             if asked is not None and asked not in names:
                 raise UserError(f"--{flag} {asked}: not one of --models ({', '.join(names)})")
         if self.best_of_n is not None and self.reward_model is None:
-            raise UserError("--best_of_n needs a reward model to choose by: pass --reward_model (recipes/reward_hh.py)")
+            raise UserError("--best_of_n needs a reward model to choose by: pass --reward_model (resdpo-trl reward)")
         if self.best_of_n is not None and self.best_of_n < 2:
             raise UserError(f"--best_of_n {self.best_of_n}: must be at least 2")
         if self.best_of_n is None and self.best_of_n_model is not None:
