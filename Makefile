@@ -1,13 +1,14 @@
 # make quickstart   environment, install, and the main job: data and model come from packages, two CPU cores, no network
 # make test         environment, install with the test extra, and the tests
 # make quality      ruff, mypy, and the known vulnerabilities of what is installed (make audit)
+# make bench-gpu    what only a GPU decides, in one table (gpu.md)
 # make docs-check   links of the Markdown files, commands of its shell blocks
 # make release-check   sdist, wheel, and the recipes against the installed wheel in a fresh environment
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test quality audit format bench clean docs-check release-check
+.PHONY: setup quickstart test quality audit format bench bench-gpu clean docs-check release-check
 
 setup: $(VENV)/.installed
 
@@ -62,6 +63,10 @@ bench: setup
 	$(BIN)/python benchmarks/reference_cache.py
 	$(BIN)/python benchmarks/cifar_throughput.py --network fast --batch_size 128
 	$(BIN)/python benchmarks/cifar_throughput.py --network resnet50 --batch_size 256
+
+# one GPU, 25 minutes at most, no Hub; benchmarks/gpu.py says what is in the table
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py --output gpu.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -16,7 +16,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from resdpo_trl.run import hardware, use_the_cores
-from resdpo_trl.text.attention import cpu_attention
+from resdpo_trl.text.attention import attention
 
 SHAPES = {
     "SmolLM2-135M, cap 128": (16, 9, 3, 130, 64),
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     use_the_cores()
     module = torch.nn.Module()
-    engines = {"sdpa": sdpa_attention_forward, "ours": cpu_attention}
+    engines = {"sdpa": sdpa_attention_forward, "ours": attention}
     for name, (rows, query_heads, key_heads, tokens, width) in SHAPES.items():
         heads = (query_heads, key_heads, key_heads)
         module.num_key_value_groups = query_heads // key_heads
@@ -53,8 +53,8 @@ def main() -> None:
             mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(rows, 1, tokens, tokens)
             found: dict[str, list[float]] = {engine: [] for engine in engines}
             for turn in range(options.rounds + 1):
-                for engine, attention in engines.items():
-                    took = seconds(attention, qkv, heads, mask, module)
+                for engine, function in engines.items():
+                    took = seconds(function, qkv, heads, mask, module)
                     if turn:  # the first pass is slower
                         found[engine].append(took)
             medians = {engine: statistics.median(times) for engine, times in found.items()}

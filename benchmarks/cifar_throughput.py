@@ -3,7 +3,7 @@
     python benchmarks/cifar_throughput.py [--network resnet50|resnet18|fast] [--batch_size 256] [--rounds 3]
         [--torch_compile] [--peer SCRIPT]
 
-One JSON line a row. `run` is `ClassifierDPOTrainer` as dpo_cifar.py uses it, on 10,000 random images: order, gather,
+One JSON line a row. `run` is `ImageDPOTrainer` as dpo_cifar.py uses it, on 10,000 random images: order, gather,
 augmentation, normalization, rejected classes, metrics and logging included. `bare` is what cannot be avoided: both
 networks, the loss, the backward pass and the optimizer on one random batch that is ready; `fast` has its preset's Muon
 in both. They take turns, `--rounds` times, so that a machine that slows down slows both. `ratio` is run over bare, of
@@ -28,13 +28,11 @@ from transformers import TrainerCallback
 
 from resdpo_trl.arguments import has_bfloat16, has_cuda
 from resdpo_trl.callbacks import use_run_callbacks
-from resdpo_trl.image.architecture import ImageClassifierConfig
-from resdpo_trl.image.augment import AugmentConfig
-from resdpo_trl.image.config import ClassifierDPOConfig
-from resdpo_trl.image.data import Images
-from resdpo_trl.image.model import build_classifier, image_processor
+from resdpo_trl.image.config import ImageDPOConfig
+from resdpo_trl.image.data import AugmentConfig, Images
+from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, image_processor
 from resdpo_trl.image.muon import with_muon
-from resdpo_trl.image.trainer import ClassifierDPOTrainer
+from resdpo_trl.image.trainer import ImageDPOTrainer
 from resdpo_trl.run import RunFolder, hardware, use_the_cores
 
 CLASSES, SIZE, WARM_UP = 10, 32, 3
@@ -91,10 +89,10 @@ def run(model: torch.nn.Module, options: argparse.Namespace) -> float:
         torch.randint(0, CLASSES, (count,), generator=generator),
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = ClassifierDPOTrainer(
+        trainer = ImageDPOTrainer(
             model=copy.deepcopy(model),
             ref_model=copy.deepcopy(model),
-            args=ClassifierDPOConfig(
+            args=ImageDPOConfig(
                 output_dir=folder,
                 max_steps=options.steps + WARM_UP,
                 per_device_train_batch_size=options.batch_size,

@@ -17,14 +17,14 @@ from datasets import concatenate_datasets
 
 from resdpo_trl.metrics import with_intervals
 from resdpo_trl.run import hardware
-from resdpo_trl.text.data import MARKER, DataConfig, load_preferences
+from resdpo_trl.text.data import MARKER, TextDataConfig, load_preferences
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dpo_hh.py"
 
 
 def write_folds(name: str, folds: int, folder: Path) -> list[Path]:
     """A data set of train, validation (a twentieth) and test for each fold; HH's dialogue form."""
-    splits = load_preferences(DataConfig(dataset_name=name))
+    splits = load_preferences(TextDataConfig(dataset_name=name))
     rows = concatenate_datasets([splits[split] for split in ("train", "validation", "test")]).to_list()
     openings = sorted({row["prompt"].partition(MARKER)[0] for row in rows})
     order = np.random.default_rng(0).permutation(len(openings)).tolist()

@@ -45,11 +45,11 @@ def repeated_pairs(source: str | None, count: int, path: Path) -> None:
 def ours(path: str, tokenizer_folder: str, max_length: int) -> int:
     from transformers import AutoTokenizer
 
-    from resdpo_trl.text.data import DataConfig, load_preferences
+    from resdpo_trl.text.data import TextDataConfig, load_preferences
     from resdpo_trl.text.tokens import tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    pairs = load_preferences(DataConfig(dataset_name=path))
+    pairs = load_preferences(TextDataConfig(dataset_name=path))
     return sum(len(tokenize(rows, tokenizer, max_length)) for rows in pairs.splits.values())
 
 

@@ -25,6 +25,7 @@ import argparse
 import gzip
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -77,9 +78,10 @@ def synchronize() -> None:
 
 def ours(options: argparse.Namespace, scratch: str) -> dict:
     from transformers import AutoTokenizer
+    from trl import get_peft_config
 
     from resdpo_trl.text.config import TextDPOConfig, TextModelConfig
-    from resdpo_trl.text.data import DataConfig, load_preferences
+    from resdpo_trl.text.data import TextDataConfig, load_preferences
     from resdpo_trl.text.model import load_model
     from resdpo_trl.text.tokens import tokenize
     from resdpo_trl.text.trainer import TextDPOTrainer
@@ -88,9 +90,14 @@ def ours(options: argparse.Namespace, scratch: str) -> dict:
     path.write_text("".join(json.dumps(row) + "\n" for row in read_pairs(options.dataset_name, 1800)))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = load_preferences(DataConfig(dataset_name=str(path), max_eval_samples=8))
+    texts = load_preferences(TextDataConfig(dataset_name=str(path), max_eval_samples=8))
     pairs = evenly_spread(tokenize(texts["train"], tokenizer, options.max_length), options.batch, options.steps)
-    model = load_model(options.model, TextModelConfig(), False, "--model")
+    choice = TextModelConfig(
+        attn_implementation=options.attn_implementation,
+        load_in_4bit=options.load_in_4bit,
+        use_peft=options.load_in_4bit,
+    )
+    model = load_model(options.model, choice, False, "--model")
     useful = useful_flops(model, pairs)
     trainer = TextDPOTrainer(
         model=model,
@@ -99,11 +106,13 @@ def ours(options: argparse.Namespace, scratch: str) -> dict:
             per_device_eval_batch_size=options.batch, num_train_epochs=2, bf16=options.dtype == "bfloat16",
             learning_rate=1e-6, eval_strategy="no", save_strategy="no", select="last",
             reference_cache_dir="none", disable_tqdm=True, logging_steps=options.steps,
-            torch_compile=options.torch_compile,
+            torch_compile=options.torch_compile, precompute_ref_log_probs=not options.reference_in_memory,
+            optim=options.optim,
         ),
         train_dataset=pairs,
         eval_dataset=None,
         processing_class=tokenizer,
+        peft_config=get_peft_config(choice),
     )  # fmt: skip
     clock = StepClock(trainer)
     trainer.train()
@@ -144,29 +153,25 @@ def useful_flops(model: torch.nn.Module, pairs: list[dict]) -> float:
     return total
 
 
-def matrices(model: torch.nn.Module) -> tuple[int, int]:
-    """Weights of the layers' matrices, and of the LM head."""
+def shapes_of(model: torch.nn.Module, part: str = "") -> list[tuple[int, int]]:
+    """(inputs, outputs) of the layers' matrices whose names have `part`; of the base's where there is an adapter."""
     from transformers.pytorch_utils import Conv1D
 
-    body = sum(
-        module.weight.numel()
+    return [
+        (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else (module.nx, module.nf)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and "lm_head" not in name
-    )
-    return body, model.get_output_embeddings().weight.numel()
+        if isinstance(module, torch.nn.Linear | Conv1D) and part in name and not re.search("lm_head|lora_", name)
+    ]
+
+
+def matrices(model: torch.nn.Module) -> tuple[int, int]:
+    """Weights of the layers' matrices, and of the LM head."""
+    return sum(i * o for i, o in shapes_of(model)), model.get_output_embeddings().weight.numel()
 
 
 def gemm_flops(model: torch.nn.Module, options: argparse.Namespace) -> float:
     """Operations per second of the products of one layer, with as many rows as a batch has tokens."""
-    from transformers.pytorch_utils import Conv1D
-
-    device = model.device
-    dtype = getattr(torch, options.dtype)
-    shapes = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and ".0." in name:
-            shape = tuple(module.weight.shape)
-            shapes.append(shape if isinstance(module, Conv1D) else shape[::-1])
+    device, dtype, shapes = model.device, getattr(torch, options.dtype), shapes_of(model, ".0.")
     rows = options.batch * options.max_length
     best = float("inf")
     operands = [
@@ -208,7 +213,7 @@ def trl(options: argparse.Namespace, scratch: str, precompute: bool = False) -> 
             max_steps=options.steps, precompute_ref_log_probs=precompute, bf16=options.dtype == "bfloat16",
             learning_rate=1e-6, report_to="none", save_strategy="no", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
-            torch_compile=options.torch_compile,
+            torch_compile=options.torch_compile, use_liger_kernel=options.use_liger_kernel,
         ),
         train_dataset=rows,
         processing_class=tokenizer,
@@ -290,6 +295,11 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
+    # of benchmarks/gpu.py
+    parser.add_argument("--attn_implementation", help=argparse.SUPPRESS)
+    parser.add_argument("--optim", default="adamw_torch_fused", help=argparse.SUPPRESS)
+    for name in ("load_in_4bit", "reference_in_memory", "use_liger_kernel"):
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options)

@@ -23,7 +23,7 @@ import numpy as np
 from resdpo_trl.run import hardware, use_the_cores
 from resdpo_trl.sources import SMOLLM2
 from resdpo_trl.text.config import TextDPOConfig, TextModelConfig
-from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.evaluate import EvaluateConfig, score_pairs
 from resdpo_trl.text.model import load_model, load_tokenizer
 from resdpo_trl.text.tokens import tokenize
@@ -33,7 +33,7 @@ from resdpo_trl.text.trainer import TextDPOTrainer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2)
-    parser.add_argument("--dataset_name", default=DataConfig.dataset_name)
+    parser.add_argument("--dataset_name", default=TextDataConfig.dataset_name)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
@@ -41,7 +41,7 @@ def main() -> None:
     use_the_cores()
     tokenizer = load_tokenizer(options.model, TextModelConfig(), False, "--model")
     model = load_model(options.model, TextModelConfig(), False, "--model")
-    data = DataConfig(dataset_name=options.dataset_name, max_train_samples=options.pairs)
+    data = TextDataConfig(dataset_name=options.dataset_name, max_train_samples=options.pairs)
     texts = load_preferences(data, tokenizer)
     pairs = tokenize(texts["train"], tokenizer, options.max_length, ends_turns=texts.ends_turns)
     config = EvaluateConfig(model="m", reference="r", max_length=options.max_length)
@@ -66,7 +66,7 @@ def main() -> None:
             )
             seconds["reference pass of training"].append(trainer.reference_seconds)
             started = time.perf_counter()
-            scores = score_pairs(model, pairs, tokenizer, config, "Scoring")
+            scores = score_pairs(model, pairs, tokenizer, config.batch_size, "Scoring", bf16=config.bf16)
             seconds["evaluation"].append(time.perf_counter() - started)
     reference = trainer.train_dataset["ref_chosen_logps"][:]
     difference = float(np.abs(np.asarray(scores.chosen) - np.asarray(reference)).max())

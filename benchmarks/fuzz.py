@@ -143,7 +143,7 @@ def dialogue(generator: random.Random, number: int) -> dict[str, str]:
 
 
 def pairs(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    from resdpo_trl.text.data import DataConfig, load_preferences
+    from resdpo_trl.text.data import TextDataConfig, load_preferences
 
     tokenizer = byte_tokenizer()
     forms = {
@@ -174,7 +174,7 @@ def pairs(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[i
 
         def call(path: Path = path, template: str | None = generator.choice((None, FREE, STRICT))) -> None:
             tokenizer.chat_template = template
-            load_preferences(DataConfig(dataset_name=str(path), test_fraction=0.2), tokenizer)
+            load_preferences(TextDataConfig(dataset_name=str(path), test_fraction=0.2), tokenizer)
             path.unlink()
 
         yield count, call
@@ -184,7 +184,7 @@ def pairs(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[i
 def cap(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
     from datasets import Dataset
 
-    from resdpo_trl.text.data import DataConfig, _parse
+    from resdpo_trl.text.data import TextDataConfig, _parse
     from resdpo_trl.text.tokens import cap_counts, tokenize
 
     tokenizer = byte_tokenizer()
@@ -197,7 +197,7 @@ def cap(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[int
         def call(found: list[dict[str, str]] = found, length: int = length, template: str | None = template) -> None:
             tokenizer.chat_template = template
             its = None if template is None else tokenizer
-            kept, _ = _parse(Dataset.from_list(found), "dialogue", its, DataConfig(), "train")
+            kept, _ = _parse(Dataset.from_list(found), "dialogue", its, TextDataConfig(), "train")
             longest_response = generator.choice((None, 1, length // 2))
             tokens = tokenize(kept, tokenizer, length, longest_response, ends_turns=template is not None)
             for row in tokens:
@@ -213,15 +213,16 @@ def config(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[
     from command_line import PRESETS, RecipeParser
 
     from resdpo_trl.arguments import RunConfig
-    from resdpo_trl.image.augment import AugmentConfig
-    from resdpo_trl.image.config import ClassifierDPOConfig, ImageModelConfig, ReferenceStageConfig
-    from resdpo_trl.image.data import ImageDataConfig
+    from resdpo_trl.image.config import ImageDPOConfig, ImageModelConfig, ReferenceStageConfig
+    from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
     from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
-    from resdpo_trl.text.data import DataConfig
+    from resdpo_trl.text.data import TextDataConfig
 
-    text_parser = RecipeParser((DataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig))
+    text_parser = RecipeParser(
+        (TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
+    )
     image_parser = RecipeParser(
-        (ImageDataConfig, AugmentConfig, ImageModelConfig, ReferenceStageConfig, ClassifierDPOConfig, RunConfig)
+        (ImageDataConfig, AugmentConfig, ImageModelConfig, ReferenceStageConfig, ImageDPOConfig, RunConfig)
     )
     parsers = {"hh": text_parser, "cifar": image_parser}
     presets = sorted(PRESETS.rglob("*.yaml"))
@@ -309,22 +310,6 @@ def metrics(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple
         done += count
 
 
-def report(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    from resdpo_trl.report import write_report
-
-    done = 0
-    while done < rows:
-        path = folder / str(done)
-        count = _write_run(generator, path)
-
-        def call(path: Path = path) -> None:
-            page = write_report([path]).read_text(encoding="utf-8")
-            assert not any(bad in page for bad in ("\x1b", "\x9b", "\u202e", "<script", "</script>"))
-
-        yield count, call
-        done += count
-
-
 def _write_run(generator: random.Random, path: Path) -> int:
     """A run's folder in which everything may be changed; gives its number of rows."""
     path.mkdir()
@@ -376,7 +361,7 @@ def _write_run(generator: random.Random, path: Path) -> int:
     return count
 
 
-KINDS = {kind.__name__: kind for kind in (pairs, cap, config, images, metrics, report)}
+KINDS = {kind.__name__: kind for kind in (pairs, cap, config, images, metrics)}
 
 
 def fuzz(kind: str, rows: int, seed: int) -> dict[str, Any]:

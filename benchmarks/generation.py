@@ -20,9 +20,8 @@ from resdpo_trl.run import hardware, use_the_cores
 from resdpo_trl.sources import SMOLLM2
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import chitchat_pairs
-from resdpo_trl.text.generate import answer
+from resdpo_trl.text.generate import answer, prompt_ids
 from resdpo_trl.text.model import load_model, load_tokenizer
-from resdpo_trl.text.prompts import prompt_ids
 
 SMALL_BATCH = 8
 

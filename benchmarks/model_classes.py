@@ -191,7 +191,7 @@ def main() -> int:
     """Print the table's rows of the model types that are named, or of all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kinds", nargs="*", help="model types (gpt_neo cohere); all by default")
-    parser.add_argument("--seconds", type=int, default=60, help="that a class may take")
+    parser.add_argument("--seconds", type=int, default=60, help="of processor time that a class may take")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -199,18 +199,18 @@ def main() -> int:
     def late(*_: Any) -> None:
         raise TimeoutError
 
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     wrong = 0
     print("| class | model type | prefix sharing | remark |\n| --- | --- | --- | --- |")
     for kind in options.kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        signal.alarm(options.seconds)
+        signal.setitimer(signal.ITIMER_PROF, options.seconds)
         try:
             row = row_of(kind)
         except TimeoutError:
             row = (
                 f"| {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]} | {kind} | {NOT_BUILT} | more than {options.seconds} s |"
             )
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         wrong += WRONG in row
         print(row, flush=True)
     return int(wrong > 0)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resdpo_trl.run import hardware, use_the_cores
 from resdpo_trl.text.config import TextDPOConfig
-from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.model import local_model
 from resdpo_trl.text.tokens import tokenize
 from resdpo_trl.text.trainer import TextDPOTrainer
@@ -46,7 +46,7 @@ def main() -> None:
         path = Path(scratch) / "pairs.jsonl"
         rows = read_pairs(options.dataset_name, 2 * options.pairs)  # some go to the splits that are held out
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        texts = load_preferences(DataConfig(dataset_name=str(path), max_train_samples=options.pairs))
+        texts = load_preferences(TextDataConfig(dataset_name=str(path), max_train_samples=options.pairs))
         pairs = tokenize(texts["train"], tokenizer, options.max_length)
         for number in range(options.rounds):
             for run in seconds:

@@ -1,6 +1,6 @@
 """What the recipes share at the command line: fields as flags over a preset, clear refusals, exit statuses.
 
-0 done   2 something the user can mend   1 anything else   130 Ctrl-C   143 SIGTERM
+0 done   2 something the user can fix   1 anything else   130 Ctrl-C   143 SIGTERM
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PRESETS = Path(__file__).resolve().parent / "configs"
 # fields of a preset that are about its own data set
 OF_ITS_DATA = ("dataset_data_dir", "dataset_revision", "max_train_samples", "max_eval_samples", "max_test_samples")
 RATES = ("learning_rate", "sft_learning_rate")
-LORA_RATE = 10  # times the learning rate of full fine-tuning (https://thinkingmachines.ai/blog/lora/)
+LORA_RATE = 10  # times the rate of all weights; on chit-chat it reaches the same loss (docs/results/text.md)
 LARGEST_PRESET = 64 * 2**10  # bytes
 DEEPEST_PRESET = 20  # PyYAML's time grows with the square of the depth, or worse
 # what PyYAML's constructors raise for "!!timestamp x", "!!bool x", "!!int ''" and 2001-99-99
@@ -55,6 +55,8 @@ ELSEWHERE = {
     "no_cuda": ("use_cpu", ""),
     "pref_beta": ("beta", ""),
     "pref_loss": ("loss_type", ""),
+    "reference_model": ("reference", ""),
+    "sft_checkpoint": ("reference", ""),
     "test_file": ("eval_dataset_name", ""),
     "torch_dtype": ("dtype", ""),
     "train_file": ("dataset_name", ""),
@@ -68,11 +70,11 @@ SHOWN = (
     "run", "runs", "models", "model", "reference", "dataset_name", "eval_dataset_name", "columns", "prompts", "prompt",
     "model_name_or_path", "arch", "pretrained_weights", "output_dir", "output", "betas", "learning_rates", "seeds",
     "beta", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length", "image_size",
-    "sft_epochs", "sft_learning_rate", "sft_checkpoint", "reference_epochs", "reference_learning_rate",
-    "reference_model", "reward_model", "loss_type", "reference_update", "rejected_sampling", "compare_modes",
-    "compare_cross_entropy", "prefer", "use_peft", "dialogue_format", "max_train_samples",
-    "max_test_samples", "select", "gradient_checkpointing", "num_samples", "max_new_tokens", "do_sample",
-    "temperature", "judge", "judge_url", "best_of_n", "test_time_views", "jobs", "seed", "report_to",
+    "sft_epochs", "sft_learning_rate", "reference_epochs", "reference_learning_rate",
+    "reward_model", "loss_type", "reference_update", "rejected_sampling", "compare_modes",
+    "compare_cross_entropy", "prefer", "use_peft", "merge_adapter", "dialogue_format", "max_train_samples",
+    "max_eval_samples", "max_test_samples", "select", "gradient_checkpointing", "num_samples", "max_new_tokens",
+    "do_sample", "temperature", "judge", "judge_url", "best_of_n", "test_time_views", "jobs", "seed", "report_to",
     "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub", "hub_model_id",
     "verbose", "help_all",
 )  # fmt: skip
@@ -148,8 +150,8 @@ class RecipeParser(TrlParser):
         if dataclass_types:
             self.add_argument("--help_all", action="store_true", help="show every option")
 
-    def _show_help(self, words: list[str], everything: bool) -> None:
-        """Print the options with the values that a run of these words would use."""
+    def _show_help(self, words: list[str], preset: Path | None, everything: bool) -> None:
+        """Print the options with the values that a run of these words would use; `preset` gave some of them."""
         values: dict[str, Any] = {}
         with contextlib.suppress(UserError):  # what the recipe cannot do without is not given
             values |= vars(self.parse_known_args(words)[0])
@@ -168,7 +170,8 @@ class RecipeParser(TrlParser):
         else:
             of_a_sweep = ("beta", "learning_rate", "seed") if "betas" in values else ()  # each point's own
             shown = [action for action in self._actions if action.dest in rank and action.dest not in of_a_sweep]
-            groups = [("options [what a run uses where they are not given]", None, shown)]
+            origin = f", some from {preset.parent.name}/{preset.name}" if preset else ""
+            groups = [(f"options [default{origin}]", None, shown)]
         for title, text, actions in groups:
             # HfArgumentParser adds --no_x for a switch x that is on
             once = [action for action in actions if not (action.option_strings or [""])[0].startswith("--no_")]
@@ -209,7 +212,9 @@ class RecipeParser(TrlParser):
             without += OF_ITS_DATA
         defaults = self._flags_of(preset, without, renamed) if preset is not None else []
         if helps:
-            self._show_help(defaults + flags, everything="--help_all" in helps)
+            with contextlib.suppress(UserError):  # help is for those whose flags are not right yet
+                defaults += self._lora_rates(defaults, flags)
+            self._show_help(defaults + flags, preset, everything="--help_all" in helps)
             raise SystemExit(0)
         self._check(defaults, f"{preset}: ")
         self._check(flags, "")

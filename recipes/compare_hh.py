@@ -16,14 +16,15 @@ JUDGE_API_KEY=… python recipes/compare_hh.py --models good=runs/good/policy ba
 from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
-from resdpo_trl.text.config import CompareConfig, TextModelConfig
+from resdpo_trl.study.config import CompareConfig
+from resdpo_trl.text.config import TextModelConfig
 
 
 def main() -> None:
     parser = RecipeParser((CompareConfig, TextModelConfig, RunConfig), description=__doc__)
     (config, model, options), preset = parser.parse()
 
-    from resdpo_trl.text.compare import Comparison
+    from resdpo_trl.study.compare import Comparison
 
     job = Comparison(config, model, options, preset)
     job.say_what_runs()

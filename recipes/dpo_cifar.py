@@ -11,20 +11,19 @@ accelerate launch recipes/dpo_cifar.py --config recipes/configs/cifar/resnet18.y
 
 # from a classifier that train_cifar.py made, with three modes side by side
 accelerate launch recipes/dpo_cifar.py --config recipes/configs/cifar/fast.yaml \\
-  --reference_model runs/train_cifar/policy --compare_modes hard/polyak all/copy --compare_cross_entropy
+  --reference runs/train_cifar/policy --compare_modes hard/polyak all/copy --compare_cross_entropy
 """
 
 from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
-from resdpo_trl.image.augment import AugmentConfig
-from resdpo_trl.image.config import ClassifierDPOConfig, ImageModelConfig, ReferenceStageConfig
-from resdpo_trl.image.data import ImageDataConfig
+from resdpo_trl.image.config import ImageDPOConfig, ImageModelConfig, ReferenceStageConfig
+from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
 
 
 def main() -> None:
     parser = RecipeParser(
-        (ImageDataConfig, ImageModelConfig, AugmentConfig, ReferenceStageConfig, ClassifierDPOConfig, RunConfig),
+        (ImageDataConfig, ImageModelConfig, AugmentConfig, ReferenceStageConfig, ImageDPOConfig, RunConfig),
         description=__doc__,
     )
     (data, model, augment, stage, dpo, options), preset = parser.parse(default_preset="cifar/quickstart.yaml")

@@ -19,12 +19,12 @@ from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
-from resdpo_trl.text.data import DataConfig
+from resdpo_trl.text.data import TextDataConfig
 
 
 def main() -> None:
     parser = RecipeParser(
-        (DataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig),
+        (TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig),
         description=__doc__,
     )
     (data, model, sft, dpo, samples, options), preset = parser.parse(default_preset="hh/quickstart.yaml")

@@ -19,13 +19,13 @@ accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --refere
 from command_line import RecipeParser, on_one_process, run
 
 from resdpo_trl.text.config import TextModelConfig
-from resdpo_trl.text.data import DataConfig
+from resdpo_trl.text.data import TextDataConfig
 from resdpo_trl.text.evaluate import EvaluateConfig, describe, evaluate
 
 
 def main() -> None:
     on_one_process()
-    parser = RecipeParser((EvaluateConfig, DataConfig, TextModelConfig), description=__doc__)
+    parser = RecipeParser((EvaluateConfig, TextDataConfig, TextModelConfig), description=__doc__)
     (config, data, model), _ = parser.parse()
     print(describe(evaluate(config, data, model)))
 

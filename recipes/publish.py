@@ -27,13 +27,10 @@ def main() -> None:
     parser.add_argument("--hub_token", help="better HF_TOKEN: other users of the machine can read a command line")
     options = parser.parse_args()
 
-    from resdpo_trl.hub import publish
+    from resdpo_trl.hub import Hub, publish
 
-    url = publish(
-        options.run, options.hub_model_id, options.hub_private_repo, options.hub_token, options.hub_revision,
-        options.merge_adapter,
-    )  # fmt: skip
-    print(f"pushed to {url}")
+    hub = Hub(options.run, options.hub_model_id, options.hub_private_repo, options.hub_token, options.hub_revision)
+    print(f"pushed to {publish(hub, options.merge_adapter)}")
 
 
 if __name__ == "__main__":

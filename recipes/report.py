@@ -21,8 +21,9 @@ from command_line import RecipeParser, on_one_process, run
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import is_locked
-from resdpo_trl.report import write_report
-from resdpo_trl.sweep import write_sweep_report
+from resdpo_trl.report import load_run, write_report
+from resdpo_trl.study.comparison_page import write_comparison_page
+from resdpo_trl.study.sweep import write_sweep_report
 
 
 def main() -> None:
@@ -42,13 +43,16 @@ def main() -> None:
         raise UserError(f"{sweeps[0]} is a sweep, which has a page of its own: name it alone")
     try:
         while options.watch is not None and any(map(_trains, options.runs)):
-            if all((Path(folder) / "run.json").exists() for folder in options.runs):  # its data are there
+            if all((Path(folder) / "run.json").exists() for folder in options.runs):  # the data are read
                 print(f"open {write_report(options.runs, options.output, refresh=options.watch)}")
             time.sleep(options.watch)
     except KeyboardInterrupt:
-        pass  # the last page loads itself no more
+        pass  # the last page does not reload itself
+    first = Path(options.runs[0])
     if sweeps:
-        print(write_sweep_report(Path(sweeps[0]), options.output))
+        print(write_sweep_report(first, options.output))
+    elif len(options.runs) == 1 and "comparison" in load_run(first).summary:
+        print(write_comparison_page(first, options.output))
     else:
         print(write_report(options.runs, options.output))
 

@@ -1,7 +1,7 @@
 """A reward model by Bradley–Terry on preference pairs, from the SFT checkpoint that DPO starts from too.
 
 # two CPU cores, no network: the quickstart's pairs, and the reference of a finished run of dpo_hh.py
-accelerate launch recipes/reward_hh.py --sft_checkpoint runs/quickstart/reference --learning_rate 1e-4 \\
+accelerate launch recipes/reward_hh.py --reference runs/quickstart/reference --learning_rate 1e-4 \\
   --output_dir runs/reward
 
 # the same without a finished run: SFT first
@@ -19,7 +19,7 @@ from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextModelConfig, TextRewardConfig
-from resdpo_trl.text.data import DataConfig
+from resdpo_trl.text.data import TextDataConfig
 
 # the presets are dpo_hh.py's: how DPO trains, and where to, is not how a reward model is trained
 OF_DPO = ("beta", "output_dir", "learning_rate", "select", "eval_strategy", "save_strategy")
@@ -27,7 +27,7 @@ OF_DPO = ("beta", "output_dir", "learning_rate", "select", "eval_strategy", "sav
 
 def main() -> None:
     parser = RecipeParser(
-        (DataConfig, TextModelConfig, SFTStageConfig, TextRewardConfig, RunConfig), description=__doc__
+        (TextDataConfig, TextModelConfig, SFTStageConfig, TextRewardConfig, RunConfig), description=__doc__
     )
     (data, model, sft, reward, options), preset = parser.parse(
         default_preset="hh/quickstart.yaml", not_from_presets=OF_DPO

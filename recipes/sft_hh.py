@@ -8,14 +8,14 @@ accelerate launch recipes/sft_hh.py --config recipes/configs/hh/gpt2.yaml
 
 # any causal language model on your own pairs; then DPO from it
 accelerate launch recipes/sft_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --output_dir runs/sft
-accelerate launch recipes/dpo_hh.py --sft_checkpoint runs/sft/reference --dataset_name pairs.jsonl
+accelerate launch recipes/dpo_hh.py --reference runs/sft/reference --dataset_name pairs.jsonl
 """
 
 from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.text.config import SamplesConfig, TextModelConfig, TextSFTConfig
-from resdpo_trl.text.data import DataConfig
+from resdpo_trl.text.data import TextDataConfig
 
 # the presets are dpo_hh.py's: what they say of its first stage is this recipe's training
 OF_DPO = ("beta", "output_dir", "learning_rate", "num_train_epochs")
@@ -28,7 +28,9 @@ OF_SFT = {
 
 
 def main() -> None:
-    parser = RecipeParser((DataConfig, TextModelConfig, TextSFTConfig, SamplesConfig, RunConfig), description=__doc__)
+    parser = RecipeParser(
+        (TextDataConfig, TextModelConfig, TextSFTConfig, SamplesConfig, RunConfig), description=__doc__
+    )
     (data, model, sft, samples, options), preset = parser.parse(not_from_presets=OF_DPO, renamed_in_presets=OF_SFT)
 
     # heavy imports wait until the command line is known to be right

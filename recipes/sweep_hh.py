@@ -32,9 +32,18 @@ from command_line import RecipeParser, on_one_process, run
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
-from resdpo_trl.sweep import SweepConfig, collect, command_of, describe, has_ended, points_of, remember, run_points
+from resdpo_trl.study.sweep import (
+    SweepConfig,
+    collect,
+    command_of,
+    describe,
+    has_ended,
+    points_of,
+    remember,
+    run_points,
+)
 from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
-from resdpo_trl.text.data import DataConfig
+from resdpo_trl.text.data import TextDataConfig
 
 RECIPE = Path(__file__).resolve().parent / "dpo_hh.py"
 ONE_RUN = (
@@ -64,7 +73,7 @@ def main() -> None:
     shared = shared_flags(sys.argv[1:])
     parser = RecipeParser(
         (
-            SweepConfig, DataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig,
+            SweepConfig, TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig,
             RunConfig,
         ),
         description=__doc__,
@@ -74,7 +83,7 @@ def main() -> None:
     started = time.perf_counter()
     named = any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in sys.argv[1:])
     output_dir = Path(dpo.output_dir if named else "runs/sweep_hh")
-    points = points_of(sweep, dpo.learning_rate, dpo.seed, output_dir, sft.sft_epochs, sft.sft_checkpoint)
+    points = points_of(sweep, dpo.learning_rate, dpo.seed, output_dir, sft.sft_epochs, sft.reference)
     point_flags = list(shared)
     if preset is not None and "--config" not in " ".join(shared):
         point_flags = ["--config", os.path.relpath(preset), *shared]
@@ -84,7 +93,7 @@ def main() -> None:
         check_reward_model(sweep.reward_model, dpo.trust_remote_code)  # now, not after hours of training
     remember(output_dir, shared, dpo.resume_from_checkpoint is not None)
 
-    for point in [] if sft.sft_checkpoint else {point.reference: point for point in points}.values():
+    for point in [] if sft.reference else {point.reference: point for point in points}.values():
         folder = point.reference.parent
         if has_ended(folder):
             continue
@@ -105,8 +114,8 @@ def main() -> None:
     failures = run_points(RECIPE, points, point_flags, sweep.jobs)
     rows = collect(points, failures, output_dir)
     if sweep.reward_model:
+        from resdpo_trl.study.frontier import Frontier
         from resdpo_trl.text.evaluate import EvaluateConfig
-        from resdpo_trl.text.frontier import Frontier
 
         config = EvaluateConfig(
             model="each checkpoint", reference="its point's", reward_model=sweep.reward_model,

@@ -14,9 +14,8 @@ accelerate launch recipes/train_cifar.py --arch resnet34 --dataset_name FOLDER -
 from command_line import RecipeParser, run
 
 from resdpo_trl.arguments import RunConfig
-from resdpo_trl.image.augment import AugmentConfig
-from resdpo_trl.image.config import CrossEntropyConfig, ImageModelConfig
-from resdpo_trl.image.data import ImageDataConfig
+from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageModelConfig
+from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
 
 # the presets are dpo_cifar.py's: what they say of its reference stage is this recipe's training
 OF_DPO = (
@@ -37,7 +36,7 @@ OF_REFERENCE = {
 
 def main() -> None:
     parser = RecipeParser(
-        (ImageDataConfig, ImageModelConfig, AugmentConfig, CrossEntropyConfig, RunConfig), description=__doc__
+        (ImageDataConfig, ImageModelConfig, AugmentConfig, ImageCrossEntropyConfig, RunConfig), description=__doc__
     )
     (data, model, augment, training, options), preset = parser.parse(
         not_from_presets=OF_DPO, renamed_in_presets=OF_REFERENCE

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
 
+Precision = Literal["bfloat16", "float16", "float32"]
+
 
 @dataclass
 class RunConfig:
@@ -39,7 +41,11 @@ class OneMachine:
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of an evaluation batch."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
     bf16: bool | None = field(
-        default=None, metadata={"help": "Mixed precision with bfloat16; by itself where the hardware has it."}
+        default=None,
+        metadata={
+            "help": "Mixed precision with bfloat16: the default where the hardware has it. V100 and T4 GPUs default to "
+            "--fp16, which scales the loss."
+        },
     )
     gradient_checkpointing: bool | None = field(
         default=None,  # not False: transformers 5.23 warns of the old name wherever it is set
@@ -118,7 +124,8 @@ class OneMachine:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not has_accelerator():
             args.use_cpu = True  # without it accelerate lets each of several CPU processes run for itself
         if args.bf16 is None and not args.fp16:
-            args.bf16 = has_bfloat16(args.use_cpu)
+            precision = hardware_precision(args.use_cpu)
+            args.bf16, args.fp16 = precision == "bfloat16", precision == "float16"
         if args.bf16 and not has_accelerator():
             args.use_cpu = True  # transformers takes bfloat16 on a CPU only where the CPU was asked for
         if not has_cuda(args.use_cpu):
@@ -224,12 +231,26 @@ def has_cuda(use_cpu: bool = False) -> bool:
     return torch.cuda.is_available() and not use_cpu
 
 
-def has_bfloat16(use_cpu: bool = False) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware; where it does not they are far slower."""
+def hardware_precision(use_cpu: bool = False) -> Precision:
+    """The type whose matrix products the device computes fastest: bfloat16, float16 or float32."""
     import torch
 
     if has_cuda(use_cpu):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if torch.version.hip else cuda_precision(torch.cuda.get_device_capability())
     if torch.backends.mps.is_available() and not use_cpu:
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "float32"
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has else "float32"
+
+
+def cuda_precision(capability: tuple[int, int]) -> Precision:
+    """`hardware_precision` of an NVIDIA GPU, by its compute capability.
+
+    Tensor cores multiply float16 since Volta (7.0: V100; 7.5: T4) and bfloat16 since Ampere (8.0)
+    (https://docs.nvidia.com/cuda/cuda-c-programming-guide/, "Compute Capabilities").
+    """
+    return "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else "float32"
+
+
+def has_bfloat16(use_cpu: bool = False) -> bool:
+    return hardware_precision(use_cpu) == "bfloat16"

@@ -42,13 +42,12 @@ class MetricsCallback(TrainerCallback):
 class PushCallback(TrainerCallback):
     """Push each checkpoint to the Hub, in the background."""
 
-    def __init__(self, hub: Hub, card: str):
+    def __init__(self, hub: Hub):
         self.hub = hub
-        self.card = card
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.hub.push_save(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.card)
+            self.hub.push_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class ParallelismCallback(TrainerCallback):

@@ -1,19 +1,19 @@
-"""Files that appear whole or not at all, whether a checkpoint is whole, and what a full disk says.
+"""Files that are written whole or not at all, JSON Lines, whole checkpoints, locks, and errors of a full disk.
 
-Whole means: written under another name in the same folder, on the disk before the rename (`fsync`), then renamed. A
-process that is killed at any moment leaves the old content or the new one, never a part.
+A file is written under another name in the same folder, synced to the disk (`fsync`), then renamed. A process that is
+killed at any moment leaves the old content or the new content, never a part of it.
 """
 
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import re
 import shutil
-import struct
-import zipfile
-from collections.abc import Container
+import zlib
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,39 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def read_jsonl(path: Path, torn_lines: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects in a .jsonl or .jsonl.gz file, each with the number of its line. Blank lines are skipped.
+
+    Args:
+        path: the file.
+        torn_lines: where lines that are no objects go. A crash can leave such a line in a run's own file.
+
+    Raises:
+        UserError: a line is no JSON object and there is no `torn_lines`, or a gzip file is damaged.
+    """
+    number = 0
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                reason, row = "not a JSON object", None
+                try:
+                    text = line.decode("utf-8-sig")  # the first line may begin with a byte order mark
+                    row = json.loads(text) if text.strip() else ()
+                except UnicodeDecodeError:
+                    reason = "not UTF-8"
+                except (json.JSONDecodeError, RecursionError) as error:
+                    reason = f"not JSON ({getattr(error, 'msg', error)})"
+                if isinstance(row, dict):
+                    yield number, row
+                elif row != ():
+                    if torn_lines is None:
+                        raise UserError(f"{path}, line {number}: {reason}; fix or delete the line")
+                    torn_lines.append(line.decode(errors="replace"))
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it again") from None
+
+
 def settle(folder: Path) -> None:
     """Wait until a folder's files, its subfolders and its own entries are on the disk."""
     for path in [*folder.rglob("*"), folder]:
@@ -51,7 +84,7 @@ def settle(folder: Path) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new`, a whole folder, to `folder`; what stood there goes only when it is in place."""
+    """Rename `new`, a whole folder, to `folder`. The earlier folder is deleted only after that."""
     settle(new)
     old = folder.with_name(folder.name + OLD)
     if folder.exists():
@@ -62,9 +95,11 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def tidy(folder: Path, names: Container[str] | None = None) -> None:
-    """Undo what a killed process had begun in a folder: unfinished writes go, a half-replaced folder comes back.
+    """Undo what a killed process began in a folder: delete unfinished writes, bring a half-replaced folder back.
 
-    `names` are the files and folders to look after; all by default.
+    Args:
+        folder: the folder.
+        names: the files and folders to look after; all by default.
     """
     for path in list(folder.iterdir()):
         name = path.name.removesuffix(OLD).removesuffix(ASIDE)
@@ -95,38 +130,21 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def torn(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks to be trained on from; None where it is whole.
-
-    Ours name the size of each of their files. Others are held against their own form: JSON that parses, safetensors
-    as long as their headers say, zip archives (torch.save's) with their last part, an optimizer and a scheduler.
-    """
+    """What a checkpoint lacks to be resumed from, by the sizes in its last file; None if it is whole."""
     try:
-        manifest = read_manifest(checkpoint)
-        for name, size in manifest.get("files", {}).items():
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, size in manifest["files"].items():
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} of {size} bytes"
-        names = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if path.is_file()}
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-            return "trainer_state.json has no step"
-        if not any("optim" in name for name in names):
-            return "it has no optimizer (--save_only_model leaves it out)"
-        if manifest:
-            return None
-        for name, path in names.items():
-            if path.suffix == ".safetensors" and not _has_its_length(path):
-                return f"{name} is cut short"
-            if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-                return f"{name} is cut short"
-        if not any("model" in name for name in names):
-            return "it has no weights"
-        if "scheduler.pt" not in names:
-            return "scheduler.pt is missing"
-    except (OSError, ValueError, AttributeError) as error:
-        return str(error).splitlines()[0]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: it was not written to its end"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} can't be read ({error})"
+    if not any("optim" in name for name in manifest["files"]):
+        return "it has no optimizer (--save_only_model leaves it out)"
     return None
 
 
@@ -147,9 +165,9 @@ def last_whole(folder: Path) -> Path | None:
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """The operating system's words where a write failed for want of room or of permission; None for other errors.
+    """The operating system's message if a write failed for lack of space or permission; None for other errors.
 
-    safetensors and PyTorch wrap the system's error: one in words that end in its number, the other in its own.
+    safetensors wraps the system's error in a message that ends in its number, PyTorch in a message of its own.
     """
     if isinstance(error, OSError):
         return os.strerror(error.errno or 0) if error.errno in DISK else None
@@ -162,7 +180,7 @@ def disk_trouble(error: BaseException) -> str | None:
 
 
 def not_written(target: Path, reason: str, safe: str) -> UserError:
-    """What to say where the disk does not take `target`: the reason of `disk_trouble`, the mend, and what is safe."""
+    """The error for a `target` that can't be written: the reason of `disk_trouble`, the fix, and what is safe."""
     return UserError(
         f"{target} can't be written ({reason}): make room or the folder writable, then pass --resume_from_checkpoint; "
         f"{safe}"
@@ -170,9 +188,9 @@ def not_written(target: Path, reason: str, safe: str) -> UserError:
 
 
 def lock(folder: Path) -> bool:
-    """Claim a folder for this process until it ends; False where another one has it.
+    """Lock a folder for this process until it ends; False if another process holds the lock.
 
-    The kernel lets go of the claim when the process dies, however it dies. A process may claim a folder twice.
+    The kernel releases the lock when the process dies, for whatever reason. A process may lock a folder twice.
     """
     try:
         import fcntl
@@ -188,14 +206,14 @@ def lock(folder: Path) -> bool:
         os.close(descriptor)
         return False
     except OSError:
-        os.close(descriptor)  # a file system without locks: nothing is claimed
+        os.close(descriptor)  # a file system without locks: nothing is locked
         return True
     _claims[identity] = descriptor
     return True
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process has claimed a folder."""
+    """Whether another process holds the lock of a folder."""
     try:
         import fcntl
     except ImportError:
@@ -213,20 +231,10 @@ def is_locked(folder: Path) -> bool:
 
 
 def _let_go() -> None:
-    """In a forked worker, which would hold the claims after this process has died."""
+    """Release the locks in a forked worker, which would hold them after this process has died."""
     while _claims:
         os.close(_claims.popitem()[1])
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_let_go)
-
-
-def _has_its_length(path: Path) -> bool:
-    with open(path, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if size == 0 or size > path.stat().st_size - 8:
-            return False
-        header = json.loads(file.read(size))
-    end = max((part["data_offsets"][1] for name, part in header.items() if name != "__metadata__"), default=0)
-    return path.stat().st_size == 8 + size + end

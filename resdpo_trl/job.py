@@ -16,16 +16,16 @@ from accelerate import PartialState
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import PushCallback
-from resdpo_trl.card import draft
 from resdpo_trl.errors import NothingToDo, UserError, printable
 from resdpo_trl.files import ASIDE, replace_folder, step_of, torn
 from resdpo_trl.hub import Hub
+from resdpo_trl.metrics import figure_rows, number, table
 from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
 from resdpo_trl.provenance import write_facts
 from resdpo_trl.report import load_run, write_report
 from resdpo_trl.run import RunFolder, trim_heap, untrained, use_the_cores
 from resdpo_trl.sources import LEAST_STEPS
-from resdpo_trl.verdict import verdict
+from resdpo_trl.verdict import stage_of, verdict
 
 
 class Job:
@@ -102,15 +102,17 @@ class Job:
             args.hub_strategy.value, args.hub_always_push,
         )  # fmt: skip
 
-    def push_saves(self, trainer: Any, task: str) -> None:
-        """Push the checkpoints of the stage that ends the run, where --hub_strategy asks for it."""
+    def push_saves(self, trainer: Any) -> None:
+        """Push the checkpoints of the stage that ends the run, if --hub_strategy asks for it."""
         if self.hub is not None and self.hub.strategy != "end":
-            trainer.add_callback(PushCallback(self.hub, draft(self.run.path.resolve().name, task)))
+            trainer.add_callback(PushCallback(self.hub))
 
     def hardware_line(self) -> str:
         """What the run uses, and where its files go; a warning before it where that is less than was asked for."""
         less = fewer_than_asked()
-        precision = "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
+        precision = (
+            "bfloat16" if self.training.bf16 else "float16 with loss scaling" if self.training.fp16 else "float32"
+        )
         device = self.training.device.type
         threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         processes = parallelism()["num_processes"]
@@ -246,11 +248,24 @@ def describe_epochs(stage: dict[str, Any]) -> list[tuple[str, str]]:
     return [("epoch", text)]
 
 
-def describe_seconds(throughput: dict[str, float]) -> tuple[str, str]:
-    """The table's row that says how long the run took, or its part since it was resumed."""
+def describe_run(summary: dict[str, Any], unit: str) -> str:
+    """The tables at the end of a run: what ran, and the test figures. `unit` is pairs or images."""
+    data, throughput, stage = summary["data"], summary["throughput"], stage_of(summary)
+    rows = [(unit, f"{data['train']} train, {data['validation']} validation, {data['test']} test")]
+    if losses := summary.get("sft", {}).get("validation"):
+        rows.append(("SFT loss, validation", f"{losses['loss_before']:.3f} → {losses['loss_after']:.3f}"))
+    if stage:
+        speed = throughput.get(f"{stage}_pairs_per_second") or summary[stage].get("images_per_second")
+        rows += [*describe_epochs(summary[stage]), (f"{unit} per second", number(speed, 1))]
     if "total_seconds" in throughput:
-        return "seconds in all", f"{throughput['total_seconds']:.0f}"
-    return "seconds since the last resume", f"{throughput['seconds_since_resume']:.0f}"
+        rows.append(("seconds in all", f"{throughput['total_seconds']:.0f}"))
+    else:
+        rows.append(("seconds since the last resume", f"{throughput['seconds_since_resume']:.0f}"))
+    if not stage:
+        return "\n" + table(rows)
+    test = summary[stage]["test"]
+    figures = table(figure_rows(test), (f"on {test['n']} test {unit}", "mean", "95% interval"))
+    return f"\n{table(rows)}\n\n{figures}"
 
 
 def _say(text: str) -> None:
@@ -266,12 +281,6 @@ def free(trainer: Any) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim_heap()
-
-
-def as_table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns between blank lines."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows), ""])
 
 
 def silent(*_: Any) -> None:

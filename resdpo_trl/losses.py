@@ -73,6 +73,27 @@ class LogProbs:
         return self.rejected - self.ref_rejected
 
 
+def classifier_pairs(logps: Tensor, ref_logps: Tensor, labels: Tensor, rejected: Tensor) -> LogProbs:
+    """The pairs of images: their true class against each of T rejected ones, all (B, T).
+
+    Args:
+        logps: (B, K) log-probabilities under the policy.
+        ref_logps: (B, K) under the reference.
+        labels: (B,) true classes.
+        rejected: (B, T) classes.
+    """
+    chosen = labels[:, None].expand_as(rejected)
+    return LogProbs(
+        logps.gather(1, chosen), logps.gather(1, rejected), ref_logps.gather(1, chosen), ref_logps.gather(1, rejected)
+    )
+
+
+def wrong_classes(labels: Tensor, classes: int) -> Tensor:
+    """(B, K−1): every class but the true one of (B,) labels, in rising order."""
+    others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
+    return others + (others >= labels[:, None])
+
+
 @dataclass(frozen=True)
 class PreferenceLoss:
     """A weighted sum of preference losses. Calling it maps `LogProbs` to one loss per pair.

@@ -1,18 +1,60 @@
-"""Figures of preference pairs: means over pairs, each with its count and a bootstrap interval."""
+"""Figures of preference pairs: what they are called, how they are computed per pair, and their means with intervals.
+
+A new figure is a row of `FIGURES` and a value that `preference_metrics`, `classifier_metrics` or
+`cross_entropy_metrics` returns. Terminal tables, curves, the report, the model card and table.csv take it from there.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from resdpo_trl.losses import LogProbs, PreferenceLoss
+from resdpo_trl.losses import LogProbs, PreferenceLoss, classifier_pairs, wrong_classes
 
 SHARES = ("accuracy", "accuracies", "agreement", "cut")  # what the name of a share ends with
+REPEATS = 3  # times that an answer must say the same before it counts as repeating itself
+READ = 3000  # characters of an answer that are searched for that
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How a figure is shown wherever it is shown."""
+
+    name: str  # in metrics.jsonl and summary.json
+    words: str  # in tables, on axes and in the model card
+    digits: int = 4  # decimals in the terminal, and in the report where there is no interval
+    better: Literal["higher", "lower"] | None = None
+    column: str = ""  # in a sweep's table.csv, which has the figures with a column
+
+    @property
+    def label(self) -> str:
+        """The words with an arrow in the direction that is better."""
+        return self.words + {"higher": " ↑", "lower": " ↓", None: ""}[self.better]
+
+
+FIGURES = {
+    figure.name: figure
+    for figure in (
+        Figure("loss", "loss", 4, "lower", "loss"),
+        Figure("accuracy", "accuracy", 4, "higher"),
+        Figure("rewards/accuracies", "pairs ranked right", 4, "higher", "accuracy"),
+        Figure("logps/accuracies", "pairs ranked right by the policy's log-likelihood", 4, "higher"),
+        Figure("logps/ref_accuracies", "pairs ranked right by the reference's log-likelihood"),
+        Figure("baselines/shorter_wins", "pairs whose shorter response is the chosen one"),
+        Figure("baselines/longer_wins", "pairs whose longer response is the chosen one"),
+        Figure("rewards/margins", "margin of rewards", 3, "higher", "margin"),
+        Figure("rewards/chosen", "reward, chosen", 3, None, "reward_chosen"),
+        Figure("rewards/rejected", "reward, rejected", 3, None, "reward_rejected"),
+        Figure("kl", "KL(policy‖reference), nats", 3),
+    )
+}
 
 
 def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray]:
@@ -35,29 +77,28 @@ def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.nd
     return {name: value.detach().cpu().numpy() for name, value in figures.items()}
 
 
+def training_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tensor]:
+    """Figures of a training step's pairs under TRL's names, without gradient, each in the shape of the pairs."""
+    chosen, rejected = loss.rewards(pairs)
+    weights_chosen, weights_rejected = loss.gradient_weights(pairs)
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "logps/chosen": pairs.chosen.detach(),
+        "logps/rejected": pairs.rejected.detach(),
+        "gradient_weights/chosen": weights_chosen,
+        "gradient_weights/rejected": weights_rejected,
+    }
+
+
 def raw_accuracy(pairs: LogProbs) -> dict[str, np.ndarray]:
     """(N,) 1 where a model's own log-likelihood, with no reference, is larger for the chosen response."""
     return {
         "logps/accuracies": (pairs.chosen > pairs.rejected).double().cpu().numpy(),
         "logps/ref_accuracies": (pairs.ref_chosen > pairs.ref_rejected).double().cpu().numpy(),
     }
-
-
-def classifier_pairs(
-    logps: torch.Tensor, ref_logps: torch.Tensor, labels: torch.Tensor, rejected: torch.Tensor
-) -> LogProbs:
-    """The pairs of images: their true class against each of T rejected ones, all (B, T).
-
-    Args:
-        logps: (B, K) log-probabilities under the policy.
-        ref_logps: (B, K) under the reference.
-        labels: (B,) true classes.
-        rejected: (B, T) classes.
-    """
-    chosen = labels[:, None].expand_as(rejected)
-    return LogProbs(
-        logps.gather(1, chosen), logps.gather(1, rejected), ref_logps.gather(1, chosen), ref_logps.gather(1, rejected)
-    )
 
 
 def classifier_metrics(
@@ -83,12 +124,6 @@ def cross_entropy_metrics(logps: torch.Tensor, labels: torch.Tensor) -> dict[str
         "loss": -logps.gather(1, labels[:, None])[:, 0].numpy(),
         "accuracy": (logps.argmax(1) == labels).double().numpy(),
     }
-
-
-def wrong_classes(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """(B, K−1): every class but the true one of (B,) labels, in rising order."""
-    others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
-    return others + (others >= labels[:, None])
 
 
 def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -135,6 +170,80 @@ def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple
     scale = 1 + z * z / n
     low, high = (centre - half) / scale, (centre + half) / scale
     return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding: it holds the share
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with so many decimals; a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def percent(share: float, n: int) -> str:
+    """A share with the digits that n deserves: a whole percentage below a thousand, tenths from there on."""
+    return f"{100 * share:.{1 if n >= 1000 else 0}f}%"
+
+
+def digits_of(low: float | None, high: float | None, default: int = 3) -> int:
+    """Decimals that a figure with this 95% interval deserves; the default where there is no interval.
+
+    Half the interval keeps one significant digit, two if it begins with 1, 2 or 3 (the rule of the Particle Data
+    Group, https://pdg.lbl.gov/2020/reviews/rpp2020-rev-rpp-intro.pdf, section 5.3, simplified).
+    """
+    if low is None or high is None or high <= low:
+        return default
+    half = (high - low) / 2
+    exponent = math.floor(math.log10(half))
+    return min(6, max(0, -exponent + (half / 10**exponent < 3.55)))
+
+
+def shown(figures: dict[str, Any], name: str, digits: int | None = None) -> list[str]:
+    """A mean and its 95% interval as text.
+
+    Args:
+        figures: the means as `with_intervals` gives them, or one mean with an interval of its own.
+        name: which one.
+        digits: decimals; those that the interval deserves by default.
+    """
+    intervals = figures.get("interval_95") or {}
+    low, high = (intervals.get(name) if isinstance(intervals, dict) else intervals) or (None, None)
+    if digits is None:
+        digits = digits_of(low, high, FIGURES[name].digits if name in FIGURES else 3)
+    interval = "" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
+    return [number(figures.get(name), digits), interval]
+
+
+def figure_rows(figures: dict[str, Any], names: Iterable[str] = FIGURES) -> list[list[str]]:
+    """Rows (words, mean, 95% interval) of a terminal's table, of the figures that are there."""
+    return [[FIGURES[name].words, *shown(figures, name, FIGURES[name].digits)] for name in names if name in figures]
+
+
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
+    """Aligned columns for the terminal. With a head, all columns but the first hold numbers and align to the right."""
+    lines = [[str(cell) for cell in row] for row in (*([head] if head else []), *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for line in lines:
+        cells = [cell.rjust(width) if head else cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        texts.append("  ".join(["", line[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return "\n".join(texts)
+
+
+def flaw(text: str) -> str | None:
+    """What is wrong with an answer that a reader would skip: it `ends at once` or `repeats itself`.
+
+    It repeats itself if the same words stand `REPEATS` times in a row, six words in all at least, or if one sentence
+    occurs `REPEATS` times.
+    """
+    words = text[:READ].split()
+    if not words:
+        return "ends at once"
+    for length in range(1, len(words) // REPEATS + 1):
+        run = 0
+        for at in range(length, len(words)):
+            run = run + 1 if words[at] == words[at - length] else 0
+            if run >= max((REPEATS - 1) * length, 6 - length):
+                return "repeats itself"
+    sentences = Counter(part.strip() for part in re.split(r"[.!?\n]", text[:READ]) if len(part.split()) > 1)
+    return "repeats itself" if max(sentences.values(), default=0) >= REPEATS else None
 
 
 def extremes(margins: np.ndarray, count: int = 8) -> list[int]:
@@ -244,12 +353,6 @@ class RunningMeans:
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         self._names = state["names"]
         self._sums = [torch.tensor(row, dtype=torch.float32, device=device) for row in state["sums"]]
-
-
-def concatenate(parts: list[LogProbs]) -> LogProbs:
-    """One `LogProbs` of all the batches' pairs, in order, on the CPU."""
-    fields = {name: torch.cat([getattr(part, name).detach().cpu() for part in parts]) for name in vars(parts[0])}
-    return replace(parts[0], **fields)
 
 
 def _float64(value: torch.Tensor | int) -> torch.Tensor | int:

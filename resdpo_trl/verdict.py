@@ -9,6 +9,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from resdpo_trl.metrics import percent
+
+STAGES = ("dpo", "reward", "cross_entropy")  # the stages with test figures, in order: a run is about the first it has
 BARELY_MOVED = 0.05  # a margin of that size moves σ(margin) from 0.5 to 0.512
 DIVERGED = 3.0  # times the loss before training
 TURNED = 0.02  # of a loss: a smaller change between epochs is noise
@@ -23,7 +26,7 @@ def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[
         summary: summary.json.
         metrics: the rows of metrics.jsonl.
     """
-    stage = next((name for name in ("dpo", "reward", "cross_entropy") if isinstance(summary.get(name), dict)), None)
+    stage = stage_of(summary)
     if stage is None:
         return of_sft(summary.get("sft") or {})
     found = summary[stage]
@@ -36,9 +39,51 @@ def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[
         *of_the_test(test, before),
         *diverged,
         *([] if diverged or stage != "dpo" else of_the_margin(test)),
-        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo"),
+        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo", (found.get("validation") or {}).get("n")),
         *of_held_out((found.get("validation") or {}).get("n"), len(losses), test.get("n")),
     ]
+
+
+def stage_of(summary: dict[str, Any]) -> str | None:
+    """The stage that a run is about; None for SFT alone."""
+    return next((stage for stage in STAGES if stage in summary), None)
+
+
+def test_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """The test figures of a run; empty before it has any."""
+    return (summary.get(stage_of(summary) or "") or {}).get("test") or {}
+
+
+def before_and_after(summary: dict[str, Any]) -> list[tuple[str, float, list[float], int]]:
+    """(name, share, its 95% interval, n) of the reference and of the model that was trained."""
+    test = test_of(summary)
+    if "accuracy" in test:
+        before = (summary.get("reference") or {}).get("test") or {}
+        sides = [("reference", before, "accuracy"), ("policy", test, "accuracy")]
+    elif "reward" in summary:
+        sides = [("reward model", test, "rewards/accuracies")]
+    else:
+        sides = [("reference", test, "logps/ref_accuracies"), ("policy", test, "rewards/accuracies")]
+    return [
+        (name, figures[metric], figures["interval_95"][metric], figures["n"])
+        for name, figures, metric in sides
+        if metric in figures.get("interval_95", {})
+    ]
+
+
+def lead(summary: dict[str, Any]) -> str:
+    """One sentence on unseen rows, before and after training; empty without test figures."""
+    found = {name: percent(share, n) for name, share, _, n in before_and_after(summary)}
+    if not found:
+        return ""
+    test = test_of(summary)
+    (name, after), before = list(found.items())[-1], found.get("reference")
+    if "accuracy" in test:
+        said = f"The {name} classifies {after} of {test['n']} unseen images right"
+        return said + (f"; the reference {before}." if before else ".")
+    what = "The policy's implicit reward" if name == "policy" else f"The {name}"
+    said = f"{what} ranks {after} of {test['n']} unseen pairs right"
+    return said + (f"; the reference's log-likelihood {before}." if before else ".")
 
 
 def of_sft(sft: dict[str, Any]) -> list[str]:
@@ -60,23 +105,23 @@ def of_the_test(test: dict[str, Any], before: Any) -> list[str]:
         test: the figures with their intervals.
         before: of images, the accuracy of the reference on the same ones; None where it is not known.
     """
-    n, intervals = test.get("n"), test.get("interval_95") or {}
+    n: Any = test.get("n")
+    intervals = test.get("interval_95") or {}
     if _known(test.get("accuracy")) and "accuracy" in intervals:  # images
         low, high = intervals["accuracy"]
-        said = f"{_percent(test['accuracy'])} of {n} unseen images are classified right (95% interval "
-        said += f"{_percent(low)} to {_percent(high)})"
+        said = f"{percent(test['accuracy'], n)} of {n} unseen images are classified right (95% interval "
+        said += f"{percent(low, n)} to {percent(high, n)})"
         if not _known(before):
             return [f"{said}."]
         if low <= before <= high:
-            return [f"{said}; the reference's {_percent(before)} lies in this interval: no difference is shown."]
-        return [f"{said}, {'more' if before < low else 'fewer'} than by the reference ({_percent(before)})."]
+            return [f"{said}; the reference's {percent(before, n)} lies in this interval: no difference is shown."]
+        return [f"{said}, {'more' if before < low else 'fewer'} than by the reference ({percent(before, n)})."]
     accuracy: Any = test.get("rewards/accuracies")
     if not _known(accuracy) or "rewards/accuracies" not in intervals:
         return []
     low, high = intervals["rewards/accuracies"]
-    said = (
-        f"{_percent(accuracy)} of {n} unseen pairs are ranked right (95% interval {_percent(low)} to {_percent(high)})"
-    )
+    bounds = f"95% interval {percent(low, n)} to {percent(high, n)}"
+    said = f"{percent(accuracy, n)} of {n} unseen pairs are ranked right ({bounds})"
     if low > 0.5:
         return [f"{said}, better than chance."]
     if high < 0.5:
@@ -111,24 +156,29 @@ def of_the_margin(test: dict[str, Any]) -> list[str]:
     return []
 
 
-def of_epochs(losses: Sequence[tuple[float, float]], kept: float | None, dpo: bool = True) -> list[str]:
+def of_epochs(
+    losses: Sequence[tuple[float, float]], kept: float | None, dpo: bool = True, rows: int | None = None
+) -> list[str]:
     """A validation loss that has turned, or that still falls.
 
     Args:
         losses: (epoch, validation loss) of each evaluation.
         kept: the epoch whose weights were kept.
         dpo: whether β holds the model back.
+        rows: validation rows. The loss of a row varies about as much as it is large, so that the mean over n rows is
+            known to about 1/√n of itself: a smaller change is noise.
     """
     if len(losses) < 2:
         return []
+    noise = max(TURNED, 1 / math.sqrt(rows) if rows else 0.0)
     (last, final), (best, least) = losses[-1], min(losses, key=lambda row: row[1])
-    if final > least * (1 + TURNED):
+    if final > least * (1 + noise):
         keeps = "" if kept is None or kept != best else "; that epoch is kept"
         return [
             f"The validation loss has risen since epoch {best:g} ({least:.3f} to {final:.3f}{keeps}): train fewer "
             f"epochs{', or with a larger --beta' if dpo else ''}."
         ]
-    if best == last and losses[-2][1] > final * (1 + TURNED):
+    if best == last and losses[-2][1] > final * (1 + noise):
         return [f"The validation loss still fell in the last epoch ({losses[-2][1]:.3f} to {final:.3f}): train longer."]
     return []
 
@@ -157,14 +207,17 @@ def of_sweep(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     if all(row["accuracy_low"] <= 0.5 for row in done):
         return ["No point beats the reference: no interval of the accuracy is above 50%."]
+    share, low, high = (percent(best[name], best["n"]) for name in ("accuracy", "accuracy_low", "accuracy_high"))
     said = [
-        f"{best['point']} is the best on the validation pairs; it ranks {_percent(best['accuracy'])} of {best['n']:g} "
-        f"test pairs right (95% interval {_percent(best['accuracy_low'])} to {_percent(best['accuracy_high'])})."
+        f"{best['point']} is the best on the validation pairs; it ranks {share} of {best['n']:g} test pairs right "
+        f"(95% interval {low} to {high})."
     ]
     others = [row for row in done if row is not best and row["accuracy_high"] >= best["accuracy_low"]]
     others = [row for row in others if row["accuracy_low"] <= best["accuracy_high"]]
     if others:
-        said.append(f"The intervals of {len(others)} of {len(done) - 1} other points overlap its own.")
+        said.append(
+            f"The intervals of {len(others)} of {len(done) - 1} other points overlap its own: no difference is shown."
+        )
     for name, flag in (("beta", "--betas"), ("learning_rate", "--learning_rates")):
         tried = sorted({row[name] for row in done})
         if len(tried) > 1 and best[name] in (tried[0], tried[-1]):
@@ -185,7 +238,8 @@ def of_comparison(summary: dict[str, Any]) -> list[str]:
             said.append(f"{who}: no verdict.")
             continue
         low, high = row["interval_95"]
-        rate = f"wins {_percent(row['win_rate'])} of {row['n']} (95% interval {_percent(low)} to {_percent(high)})"
+        bounds = f"95% interval {percent(low, row['n'])} to {percent(high, row['n'])}"
+        rate = f"wins {percent(row['win_rate'], row['n'])} of {row['n']} ({bounds})"
         shown = "better" if low > 0.5 else "worse" if high < 0.5 else "no difference is shown; ask more prompts"
         said.append(f"{who}: {rate}: {shown}.")
     return said
@@ -215,7 +269,3 @@ def _losses(metrics: Iterable[dict[str, Any]], stage: str) -> list[tuple[float, 
 
 def _known(*values: Any) -> bool:
     return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%"

@@ -14,6 +14,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TURNS = [
     "how do I keep basil alive in winter?",
@@ -231,3 +232,17 @@ def random_pairs(count: int, seed: int = 0, vocab_size: int = 400) -> list[dict[
         }
         for shape in lengths[:count]
     ]
+
+
+class Operators(TorchDispatchMode):
+    """The operators that run inside the block, each with the types of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        name = function.name().partition("::")[2].partition(".")[0]
+        self.calls.append((name, {each.dtype for each in args if isinstance(each, torch.Tensor)}, args, found))
+        return found

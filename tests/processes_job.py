@@ -16,12 +16,10 @@ from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: `tests` is found from the root
 
-from resdpo_trl.image.architecture import ImageClassifierConfig
-from resdpo_trl.image.augment import AugmentConfig
-from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
-from resdpo_trl.image.data import Images
-from resdpo_trl.image.model import build_classifier, image_processor
-from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
+from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig
+from resdpo_trl.image.data import AugmentConfig, Images
+from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, image_processor
+from resdpo_trl.image.trainer import ImageCrossEntropyTrainer, ImageDPOTrainer
 from resdpo_trl.processes import is_sharded, parallelism
 from resdpo_trl.text.config import TextDPOConfig, TextRewardConfig, TextSFTConfig
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows
@@ -118,7 +116,7 @@ def run(folder: Path) -> dict:
     return text(folder) | of_images(folder) | {"best epoch": best_epoch(folder)}
 
 
-class OwnFigures(ClassifierTrainer):
+class OwnFigures(ImageCrossEntropyTrainer):
     """The main process sees the validation figures with the other sign, so that its best epoch is the first one, where
     that of the others is the last: as rounding may turn two like figures round."""
 
@@ -137,7 +135,7 @@ def best_epoch(folder: Path) -> dict:
     options |= {"metric_for_best_model": "loss", "greater_is_better": False}
     trainer = OwnFigures(
         classifier(),
-        CrossEntropyConfig(**shared(folder / "best", **options), dataloader_drop_last=False),
+        ImageCrossEntropyConfig(**shared(folder / "best", **options), dataloader_drop_last=False),
         train=images(),
         validation=images(HELD_OUT, 1),
         processor=image_processor(16, [0.5] * 3, [0.5] * 3),
@@ -198,14 +196,14 @@ def of_images(folder: Path) -> dict:
     options = {"processor": image_processor(16, [0.5] * 3, [0.5] * 3), "augment": AugmentConfig()}
     options |= {"train": images(), "validation": images(HELD_OUT, 1)}
     arguments = shared(folder, dataloader_drop_last=False, learning_rate=1e-2, num_train_epochs=2)
-    trainer = ClassifierTrainer(classifier(), CrossEntropyConfig(**arguments), **options)
+    trainer = ImageCrossEntropyTrainer(classifier(), ImageCrossEntropyConfig(**arguments), **options)
     found = {"cross-entropy": figures_of(trainer)}
     for sampling in ("all", "random"):
-        args = ClassifierDPOConfig(**arguments, rejected_sampling=sampling, do_copy=True)
-        found[f"images, {sampling}"] = figures_of(ClassifierDPOTrainer(classifier(), classifier(), args, **options))
+        args = ImageDPOConfig(**arguments, rejected_sampling=sampling, do_copy=True)
+        found[f"images, {sampling}"] = figures_of(ImageDPOTrainer(classifier(), classifier(), args, **options))
     arguments["dataloader_drop_last"] = True  # a batch norm can do nothing with one image
-    args = ClassifierDPOConfig(**arguments, do_polyak=True, polyak_tau=0.1)
-    trainer = ClassifierDPOTrainer(classifier(norms=True), classifier(norms=True), args, **options)
+    args = ImageDPOConfig(**arguments, do_polyak=True, polyak_tau=0.1)
+    trainer = ImageDPOTrainer(classifier(norms=True), classifier(norms=True), args, **options)
     found["images, batch norms"] = figures_of(trainer)
     return found
 

@@ -6,7 +6,7 @@ import pytest
 
 from resdpo_trl.arguments import check_positive
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig, ReferenceStageConfig
+from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig, ReferenceStageConfig
 from resdpo_trl.text.config import SFTStageConfig, TextDPOConfig, TextRewardConfig, TextSFTConfig
 
 ABOVE_ZERO = (0.0, -1.0, math.nan, math.inf)
@@ -18,7 +18,7 @@ ABOVE_ZERO = (0.0, -1.0, math.nan, math.inf)
     [
         *(
             (config, name)
-            for config in (TextDPOConfig, CrossEntropyConfig)
+            for config in (TextDPOConfig, ImageCrossEntropyConfig)
             for name in ("learning_rate", "num_train_epochs")
         ),
         (SFTStageConfig, "sft_learning_rate"),
@@ -32,7 +32,7 @@ def test_rates_and_epochs_are_above_zero(config, name, value):
 
 
 @pytest.mark.parametrize(
-    "config", [TextDPOConfig, TextSFTConfig, TextRewardConfig, ClassifierDPOConfig, CrossEntropyConfig]
+    "config", [TextDPOConfig, TextSFTConfig, TextRewardConfig, ImageDPOConfig, ImageCrossEntropyConfig]
 )
 @pytest.mark.parametrize(
     ("name", "value", "message"),
@@ -49,14 +49,14 @@ def test_counts_and_seeds(config, name, value, message):
         config(**{name: value})
 
 
-@pytest.mark.parametrize("config", [TextDPOConfig, CrossEntropyConfig])
+@pytest.mark.parametrize("config", [TextDPOConfig, ImageCrossEntropyConfig])
 @pytest.mark.parametrize("folder", ["", None])
 def test_a_run_needs_a_folder(config, folder):
     with pytest.raises(UserError, match=r"^--output_dir: name a folder"):
         config(output_dir=folder)
 
 
-@pytest.mark.parametrize("config", [TextDPOConfig, ClassifierDPOConfig])
+@pytest.mark.parametrize("config", [TextDPOConfig, ImageDPOConfig])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -74,7 +74,7 @@ def test_losses(config, options, message):
 
 
 def test_steps_go_before_epochs():
-    assert CrossEntropyConfig(use_cpu=True, max_steps=5, num_train_epochs=0).max_steps == 5
+    assert ImageCrossEntropyConfig(use_cpu=True, max_steps=5, num_train_epochs=0).max_steps == 5
     assert SFTStageConfig(sft_epochs=0).sft_epochs == 0  # the model as it is
     with pytest.raises(UserError, match="--sft_epochs nan"):
         SFTStageConfig(sft_epochs=math.nan)

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
-from resdpo_trl.card import HUB_ID, write_image_card, write_text_card
-from resdpo_trl.report import TEST_NAMES
+from resdpo_trl.card import HUB_ID, write_card
+from resdpo_trl.metrics import FIGURES
 from resdpo_trl.run import RunFolder
 
 TEST = {
@@ -64,12 +64,14 @@ def run(tmp_path, monkeypatch):
 
 
 def test_the_hub_reads_the_figures(run):
-    write_text_card(run, run.policy, "gpt2")
+    write_card(run, run.policy, "gpt2")
     data = ModelCard.load(run.policy / "README.md").data
-    assert (data.base_model, data.license, data.pipeline_tag) == ("gpt2", "mit", "text-generation")
+    assert (data.base_model, data.license, data.pipeline_tag) == ("gpt2", "other", "text-generation")
     assert data.library_name == "transformers" and data.datasets == ["Anthropic/hh-rlhf"]
     assert {"resdpo-trl", "trl", "dpo"} <= set(data.tags)
-    names = {TEST_NAMES[name]: name for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies")}
+    names = {
+        FIGURES[name].words: name for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies")
+    }
     found = {names[result.metric_name]: result for result in data.eval_results}
     assert set(found) == set(names.values())
     for name, result in found.items():
@@ -81,7 +83,7 @@ def test_the_hub_reads_the_figures(run):
 
 
 def test_what_a_reader_is_told(run):
-    write_text_card(run, run.policy, "gpt2")
+    write_card(run, run.policy, "gpt2")
     text = (run.policy / "README.md").read_text()
     for words in (
         "training, 300 validation and 512 test pairs", "3 identical", "16 prompts lost their oldest turns",
@@ -90,7 +92,7 @@ def test_what_a_reader_is_told(run):
         "[Anthropic/hh-rlhf](https://huggingface.co/datasets/Anthropic/hh-rlhf): 3000",
         "--beta 0.3", "| learning_rate | 1e-05 |", "| sft_epochs | 1.0 |", "unpleasant things", "red-teaming",
         "pipeline(\"text-generation\", model=\"FOLDER_OR_ID\")", "![Loss](plots/loss.png)", "torch ",
-        "## Licence", "mit",
+        "## License", "are those of the data",
     ):  # fmt: skip
         assert words in text, words
     assert (run.policy / "plots" / "loss.png").exists() and not (run.policy / "plots" / "unknown.png").exists()
@@ -100,7 +102,7 @@ def test_what_a_reader_is_told(run):
 
 def test_texts_of_others_stay_texts(run):
     markdown = pytest.importorskip("markdown_it")
-    write_text_card(run, run.policy, "gpt2")
+    write_card(run, run.policy, "gpt2")
     content = ModelCard.load(run.policy / "README.md").text
     assert "\x1b" not in content and "\u202e" not in content
     tokens = markdown.MarkdownIt().enable("table").parse(content)
@@ -109,7 +111,7 @@ def test_texts_of_others_stay_texts(run):
     headings = [tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"]
     assert headings[0] == "run\\|&lt;b&gt;"
     assert headings[1:] == [
-        "Usage", "Intended use and limits", "On 512 held-out pairs", "Answers", "Training", "Licence",
+        "Usage", "Intended use and limits", "On 512 held-out pairs", "Answers", "Training", "License",
     ]  # fmt: skip
     samples = [token.content for token in tokens if token.type == "fence" and "says" in token.content]
     assert len(samples) == 3
@@ -118,7 +120,7 @@ def test_texts_of_others_stay_texts(run):
 
 def test_the_rejected_side_and_sft_alone(run):
     run._run["config"]["data"]["prefer"] = "rejected"
-    write_text_card(run, run.policy, "smollm2")
+    write_card(run, run.policy, "smollm2")
     text = (run.policy / "README.md").read_text()
     assert "trained to prefer the rejected answers" in text
     link = "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)"
@@ -127,13 +129,13 @@ def test_the_rejected_side_and_sft_alone(run):
     del run.summary["dpo"]
     run.summary["sft"] = {"validation": {"loss_after": 3.5}}
     run.summary["data"]["source"] = "/nowhere/my own pairs.jsonl"
-    write_text_card(run, run.policy, "someone/model")
+    write_card(run, run.policy, "someone/model")
     data = ModelCard.load(run.policy / "README.md").data
     (result,) = data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("loss", 3.5, "validation")
     assert HUB_ID.fullmatch(result.dataset_type) is None and data.datasets is None
     assert (data.license, data.license_name) == ("other", "of-the-base-model-and-the-data")
-    assert "| cross-entropy, nats | 3.500 | not computed |" in (run.policy / "README.md").read_text()
+    assert "| loss | 3.5000 | not computed |" in (run.policy / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -146,10 +148,10 @@ def test_the_rejected_side_and_sft_alone(run):
         ("someone/recipes", None, False),
     ],
 )
-def test_the_warning_is_of_data_that_deserve_it(run, source, part, warned):
+def test_only_data_that_provoke_get_the_warning(run, source, part, warned):
     run.summary["data"]["source"] = source
     run._run["config"]["data"]["dataset_data_dir"] = part
-    write_text_card(run, run.policy, "gpt2")
+    write_card(run, run.policy, "gpt2")
     assert ("unpleasant things" in (run.policy / "README.md").read_text()) == warned
 
 
@@ -157,7 +159,7 @@ def test_the_usage_runs_as_printed(run, chat_model_folder, model_folder, capsys)
     """Of a model with a chat template and of one without; the prompt is shown as the model reads it."""
     for folder, shown in ((chat_model_folder, "<|im_start|>user\nHow do I keep"), (model_folder, "plain text")):
         shutil.copytree(folder, run.policy, dirs_exist_ok=True)
-        write_text_card(run, run.policy, "gpt2")
+        write_card(run, run.policy, "gpt2")
         text = (run.policy / "README.md").read_text()
         assert shown in text
         (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -168,7 +170,7 @@ def test_the_usage_runs_as_printed(run, chat_model_folder, model_folder, capsys)
 
 def test_an_adapter_names_its_base(run):
     (run.policy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
-    write_text_card(run, run.policy, "gpt2")
+    write_card(run, run.policy, "gpt2")
     card = ModelCard.load(run.policy / "README.md")
     assert (card.data.library_name, card.data.base_model) == ("peft", "someone/base")
     assert "AutoPeftModelForCausalLM" in card.text
@@ -180,9 +182,9 @@ def test_an_image_card_has_the_architecture_that_was_saved(run):
     run.summary["reference"] = {"test": {"accuracy": 0.5}}
     run.summary["dpo"] |= {"test": accuracy, "rejected_sampling": "all", "reference_update": "frozen"}
     (run.policy / "config.json").write_text(json.dumps({"arch": "resnet34", "image_size": 32}))
-    write_image_card(run, run.policy)
+    write_card(run, run.policy)
     card = ModelCard.load(run.policy / "README.md")
-    assert "Architecture: resnet34" in card.text and "import resdpo_trl" in card.text
-    assert (card.data.pipeline_tag, card.data.license) == ("image-classification", "cc-by-4.0")
+    assert "Architecture: resnet34" in card.text and "import resdpo_trl.image" in card.text
+    assert (card.data.pipeline_tag, card.data.tags) == ("image-classification", ["resdpo-trl", "dpo"])
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.75, "digits")

@@ -1,8 +1,10 @@
 """Files that appear whole or not at all."""
 
 import errno
+import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,11 +13,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from resdpo_trl.errors import UserError
 from resdpo_trl.files import (
+    MANIFEST,
     disk_trouble,
     is_locked,
     last_whole,
     lock,
+    read_jsonl,
     replace_folder,
     tidy,
     torn,
@@ -24,28 +29,26 @@ from resdpo_trl.files import (
 )
 
 
-def checkpoint(folder, step, manifest=True):
-    """A checkpoint like transformers', and this project's with its manifest."""
+def checkpoint(folder, step):
+    """A checkpoint like transformers' with this project's manifest."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     save_file({"weight": torch.arange(10.0)}, path / "model.safetensors")
     torch.save({"state": torch.arange(10.0)}, path / "optimizer.pt")
     torch.save({"last": 1}, path / "scheduler.pt")
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    if manifest:
-        write_manifest(path, owed={})
+    write_manifest(path, owed={})
     return path
 
 
-@pytest.mark.parametrize("manifest", [True, False])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
-def test_a_checkpoint_without_one_of_its_files_or_a_part_of_it_is_torn(tmp_path, name, manifest):
-    checkpoint(tmp_path, 2, manifest)
-    path = checkpoint(tmp_path, 10, manifest)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", MANIFEST])
+def test_a_checkpoint_without_one_of_its_files_or_a_part_of_it_is_torn(tmp_path, name):
+    checkpoint(tmp_path, 2)
+    path = checkpoint(tmp_path, 10)
     assert torn(path) is None
     assert last_whole(tmp_path) == path
     size = (path / name).stat().st_size
-    for left in (size - 1, size // 2, 4, 0):
+    for left in (size - 2, size // 2, 4, 0):
         os.truncate(path / name, left)
         assert torn(path) is not None, left
     assert last_whole(tmp_path).name == "checkpoint-2"
@@ -56,7 +59,7 @@ def test_a_checkpoint_without_one_of_its_files_or_a_part_of_it_is_torn(tmp_path,
 def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
-    assert "trainer_state.json" in torn(tmp_path / "checkpoint-3")
+    assert "checkpoint.json is missing" in torn(tmp_path / "checkpoint-3")
     assert last_whole(tmp_path) is None
 
 
@@ -125,3 +128,24 @@ def test_one_process_writes_a_run(tmp_path):
     assert not is_locked(tmp_path)
     assert lock(tmp_path)
     assert lock(tmp_path)
+
+
+def test_the_lines_of_a_file_and_the_first_bad_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"b": "\xc3\xa9"}\n')
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"b": "é"})]
+    for line, reason in (
+        (b'{"a": ', "not JSON (Expecting value)"), (b"[1]", "not a JSON object"), (b"\xff", "not UTF-8"),
+        (b"null", "not a JSON object"),
+    ):  # fmt: skip
+        path.write_bytes(b'{"a": 1}\n' + line + b'\n{"b": 2}\n')
+        with pytest.raises(UserError, match=rf"rows\.jsonl, line 2: {re.escape(reason)}; fix or delete the line"):
+            list(read_jsonl(path))
+        torn_lines = []
+        assert [row for _, row in read_jsonl(path, torn_lines)] == [{"a": 1}, {"b": 2}] and len(torn_lines) == 1
+    packed = gzip.compress(b'{"a": 1}\n' * 500)
+    (tmp_path / "rows.jsonl.gz").write_bytes(packed)
+    assert len(list(read_jsonl(tmp_path / "rows.jsonl.gz"))) == 500
+    (tmp_path / "rows.jsonl.gz").write_bytes(packed[:-12])
+    with pytest.raises(UserError, match="the gzip stream is damaged"):
+        list(read_jsonl(tmp_path / "rows.jsonl.gz"))

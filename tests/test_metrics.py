@@ -5,7 +5,6 @@ from scipy.stats import binomtest
 
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import (
-    concatenate,
     preference_metrics,
     rank_correlation,
     raw_accuracy,
@@ -60,11 +59,6 @@ def test_interval_is_reproducible_and_counts():
     assert first == second
     assert first["n"] == 50
     assert first["x"] == 24.5
-
-
-def test_concatenate_keeps_the_order():
-    parts = [LogProbs(*(torch.full((2,), float(n)) for _ in range(6))) for n in range(3)]
-    assert concatenate(parts).chosen.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_rank_correlation_is_spearmans():

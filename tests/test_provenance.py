@@ -10,8 +10,8 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.image.data import ImageDataConfig, load_images
 from resdpo_trl.provenance import FILE, as_trained, loss_of, read_facts, training_facts, unseen, write_facts
 from resdpo_trl.text.config import TextModelConfig
-from resdpo_trl.text.data import DataConfig, load_preferences
-from resdpo_trl.text.evaluate import EvaluateConfig, evaluate
+from resdpo_trl.text.data import TextDataConfig, load_preferences
+from resdpo_trl.text.evaluate import EvaluateConfig, describe, evaluate
 from tests.conftest import save_model, write_pairs
 from tests.image.conftest import draw, write_parquet
 
@@ -28,9 +28,9 @@ def write_jsonl(path, rows):
 
 
 def test_a_flag_goes_over_the_folder_and_the_folder_over_the_defaults(tmp_path):
-    write_facts(tmp_path, training_facts(TRAINING, ["b", "a"], max_length=64))
+    write_facts(tmp_path, training_facts(TRAINING, ["b", "a"], ["c"], max_length=64))
     facts = read_facts(str(tmp_path), None, "--model")
-    assert facts["seen"] == "a b"
+    assert facts["trained_on"] == "a b" and facts["validated_on"] == "c"
     found = as_trained(facts, {"max_length": 32}, {"max_length": 256, "max_response_length": None})
     assert found["beta"] == (0.03, "model") and found["max_length"] == (32, "flag")
     assert found["max_response_length"] == (None, "default") and found["precision"] == ("float32", "model")
@@ -50,9 +50,11 @@ def test_a_damaged_file_is_refused(tmp_path, content):
 
 
 def test_unseen_rows():
-    assert unseen(["a", "b", "c"], {"b"}, "x").tolist() == [0, 2]
+    facts = [{"trained_on": "b", "validated_on": "d"}, {"trained_on": "d", "validated_on": "e b"}, {}]
+    kept, left_out = unseen(["a", "b", "c", "d", "e"], facts, "x")
+    assert kept.tolist() == [0, 2] and left_out == {"trained_on": 2, "validated_on": 1}
     with pytest.raises(UserError, match="has seen all 2 rows"):
-        unseen(["a", "b"], {"a", "b", "c"}, "x")
+        unseen(["b", "e"], facts, "x")
 
 
 def test_a_copied_policy_is_judged_as_it_was_trained(tmp_path, tokenizer):
@@ -60,20 +62,23 @@ def test_a_copied_policy_is_judged_as_it_was_trained(tmp_path, tokenizer):
     models = {name: save_model(tmp_path / name, tokenizer, "gpt2", seed=seed) for seed, name in enumerate("pr")}
     trained, fresh = write_pairs(12), write_pairs(30, seed=1)
     write_jsonl(tmp_path / "train.jsonl", trained)
-    seen = load_preferences(DataConfig(dataset_name=str(tmp_path / "train.jsonl")))
-    digests = [digest for split in seen.splits.values() for digest in split["pair"]]
-    write_facts(models["p"], training_facts(TRAINING, digests, max_length=48))
+    seen = load_preferences(TextDataConfig(dataset_name=str(tmp_path / "train.jsonl")))
+    # of a run's three splits the limits of 3, 2 and 1 pairs took some
+    taken = {name: rows["pair"][:count] for (name, rows), count in zip(seen.splits.items(), (3, 2, 1), strict=True)}
+    write_facts(models["p"], training_facts(TRAINING, taken["train"], taken["validation"], max_length=48))
     # swapped, with a space at its end: the same two responses
     swapped = [{"chosen": row["rejected"], "rejected": row["chosen"] + " "} for row in trained]
     write_jsonl(tmp_path / "heldout" / "test.jsonl", swapped + fresh)
     options = {"model": str(models["p"]), "reference": str(models["r"]), "num_samples": 0}
-    data = DataConfig(dataset_name=str(tmp_path / "heldout"))
+    data = TextDataConfig(dataset_name=str(tmp_path / "heldout"))
 
     def figures(**changes):
         return evaluate(dataclasses.replace(EvaluateConfig(**options), **changes), data, TextModelConfig())
 
     found, same = figures(), figures(beta=0.03, loss_type=["ipo"], max_length=48, bf16=False)
-    assert found["seen_in_training_left_out"] == 12 and found["pairs"]["n"] == 30
+    assert found["left_out"] == {"trained_on": 3, "validated_on": 2} and found["pairs"]["n"] == 12 + 30 - 5
+    said = "left out: 3 rows that these models were trained on, 2 of their validation sets"
+    assert said in describe(found)
     assert found["pairs"] == same["pairs"]
     assert {each["from"] for each in same["settings"].values()} == {"flag", "default"}
     other = figures(beta=0.1, loss_type=["sigmoid"])
@@ -83,8 +88,8 @@ def test_a_copied_policy_is_judged_as_it_was_trained(tmp_path, tokenizer):
 
 def test_rows_without_splits_are_all_held_out(tmp_path):
     name = write_jsonl(tmp_path / "pairs.jsonl", write_pairs(30))
-    assert len(load_preferences(DataConfig(dataset_name=name), held_out=True)["test"]) == 30
-    assert len(load_preferences(DataConfig(dataset_name=name, max_test_samples=7), held_out=True)["test"]) == 7
+    assert len(load_preferences(TextDataConfig(dataset_name=name), held_out=True)["test"]) == 30
+    assert len(load_preferences(TextDataConfig(dataset_name=name, max_test_samples=7), held_out=True)["test"]) == 7
     (tmp_path / "images").mkdir()
     write_parquet(tmp_path / "images" / "test.parquet", draw(20))
     assert len(load_images(ImageDataConfig(dataset_name=str(tmp_path / "images")), held_out=True)["test"]) == 20

@@ -1,14 +1,17 @@
 """The report: what it shows, what it survives, and that nothing in it runs."""
 
 import json
+import runpy
 import shutil
 
 import numpy as np
 import pytest
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.report import Sweep, _chosen_epoch, bin_edges, digits_of, flaw, load_run, write_report
-from resdpo_trl.sweep import COLUMNS
+from resdpo_trl.metrics import digits_of, flaw
+from resdpo_trl.report import bin_edges, load_run, write_report
+from resdpo_trl.study.sweep import COLUMNS
+from resdpo_trl.study.sweep_page import Sweep, write_sweep_page
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -166,15 +169,13 @@ def test_digits_that_an_interval_deserves(low, high, digits):
     assert digits_of(low, high) == digits
 
 
-def test_the_epoch_kept_is_marked_and_older_runs_are_read(tmp_path):
-    run = load_run(make_run(tmp_path))
-    assert _chosen_epoch(run, "dpo") == 2.0
-    path = make_run(tmp_path, "older")
-    facts = json.loads((path / "run.json").read_text())
-    (path / "run.json").write_text(json.dumps(facts | {"versions": {"resdpo-trl": "0.0.1<i>"}}))
-    assert "older was written by resdpo-trl 0.0.1&lt;i&gt; and this page by" in write_report([path]).read_text()
-    del run.summary["dpo"]["kept_epoch"]
-    assert _chosen_epoch(run, "dpo") is None
+def test_the_epoch_kept_is_marked(tmp_path):
+    path = make_run(tmp_path)
+    assert "epoch kept</text>" in write_report([path]).read_text()
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["dpo"]["kept_epoch"]
+    (path / "summary.json").write_text(json.dumps(summary))
+    assert "epoch kept</text>" not in write_report([path]).read_text()
 
 
 def sweep_of(folder):
@@ -201,7 +202,7 @@ def sweep_of(folder):
 
 def test_a_sweeps_page_marks_the_best_and_names_what_failed(tmp_path):
     paths, sweep = sweep_of(tmp_path)
-    page = write_report(paths, tmp_path / "report.html", sweep).read_text()
+    page = write_sweep_page(paths, sweep, tmp_path / "report.html").read_text()
     for section in ("points", "frontier", "curves", "run"):
         assert f'id="{section}"' in page, section
     assert "β 0.1 — best" in page and "β 0.1 (best)" in page and "(best)" not in page.replace("β 0.1 (best)", "")
@@ -210,8 +211,31 @@ def test_a_sweeps_page_marks_the_best_and_names_what_failed(tmp_path):
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "No point beats the reference" in page[: page.index("<section")]  # no interval is above 50%
     assert 'id="against-beta"' in page and (tmp_path / "plots" / "against_beta.png").exists()
-    assert f"chat.py {paths[0]}<" in page and f"{paths[0] / 'report.html'}<" in page  # the winner's
+    assert f"chat.py {paths[0]}<" in page and f'<a href="{paths[0] / "report.html"}">' in page  # the winner's
     assert (tmp_path / "plots" / "frontier.png").stat().st_size > 5000
+
+
+@pytest.mark.filterwarnings("ignore:'resdpo_trl.study.sweep' found in sys.modules")
+def test_a_new_figure_is_one_row(tmp_path, monkeypatch):
+    """With the value that a function of metrics.py returns, it is in tables, curves, the card's words and table.csv."""
+    from resdpo_trl import metrics
+
+    row = metrics.Figure("rewards/sure", "pairs ranked right with odds of 3", 4, "higher", "sure")
+    monkeypatch.setitem(metrics.FIGURES, row.name, row)
+    path = make_run(tmp_path)
+    summary = json.loads((path / "summary.json").read_text())
+    summary["dpo"]["test"][row.name] = 0.25
+    summary["dpo"]["test"]["interval_95"][row.name] = [0.14, 0.40]
+    (path / "summary.json").write_text(json.dumps(summary))
+    rows = [json.loads(line) | {row.name: 0.2} for line in (path / "metrics.jsonl").read_text().splitlines()]
+    (path / "metrics.jsonl").write_text(lines(rows))
+    page = write_report([path]).read_text()
+    assert "pairs ranked right with odds of 3 ↑" in page[page.index('id="results"') :] and "0.14 to 0.40" in page
+    assert (path / "plots" / "rewards_sure.png").exists()
+    assert ["pairs ranked right with odds of 3", "0.2500", "0.1400 to 0.4000"] in metrics.figure_rows(
+        summary["dpo"]["test"]
+    )
+    assert "sure" in runpy.run_module("resdpo_trl.study.sweep")["COLUMNS"]
 
 
 def test_accuracy_against_kl_of_an_image_run(tmp_path):
@@ -238,7 +262,7 @@ def test_torn_and_missing_files_leave_a_note(tmp_path):
     (path / "metrics.jsonl").unlink()
     (path / "scores.jsonl").unlink()
     page = write_report([path]).read_text()
-    assert "has no metrics" in page and 'id="results"' in page
+    assert 'id="curves"' not in page and 'id="results"' in page
     (path / "run.json").write_text('{"torn')
     assert "run.json can&#39;t be read" in write_report([path]).read_text()
 
@@ -287,7 +311,7 @@ def test_a_browser_shows_it_without_errors(tmp_path, page_of, width, scheme):
         sections = ("results", "curves", "margins", "extremes", "answers", "run")
     else:
         paths, sweep = sweep_of(tmp_path / "s")
-        path, title = write_report(paths, tmp_path / "s" / "report.html", sweep), "Sweep s: 3 points"
+        path, title = write_sweep_page(paths, sweep, tmp_path / "s" / "report.html"), "Sweep s: 3 points"
         sections = ("points", "frontier", "curves", "run")
     said = []
     with sync_playwright() as playwright:

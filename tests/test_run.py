@@ -40,8 +40,8 @@ def test_what_an_overwriting_run_reads_must_lie_outside_the_run_that_goes(tmp_pa
     run = RunFolder("runs/x")
     run.open(overwrite=True)
     for config, named in (
-        ({"stage": {"sft_checkpoint": "runs/x/policy"}}, "--sft_checkpoint runs/x/policy: lies in the run"),
-        ({"reference_model": str(tmp_path / "link")}, "--reference_model .*link: lies in the run"),
+        ({"stage": {"reference": "runs/x/policy"}}, "--reference runs/x/policy: lies in the run"),
+        ({"reference": str(tmp_path / "link")}, "--reference .*link: lies in the run"),
         ({"dataset_name": "./runs/x/samples.jsonl"}, r"--dataset_name \./runs/x/samples\.jsonl: lies in the run"),
         ({"models": ["a=gpt2", "b=runs/x/policy"]}, "--models runs/x/policy: lies in the run"),
     ):
@@ -50,7 +50,7 @@ def test_what_an_overwriting_run_reads_must_lie_outside_the_run_that_goes(tmp_pa
     run.check_inputs({"dataset_name": "runs/x/pairs.jsonl", "output_dir": "runs/x", "seed": 1, "model": "policy"})
     other = RunFolder("runs/y")
     other.open(overwrite=True)
-    other.check_inputs({"sft_checkpoint": "runs/x/policy"})
+    other.check_inputs({"reference": "runs/x/policy"})
 
 
 def test_a_resumed_run_keeps_to_its_data(tmp_path):

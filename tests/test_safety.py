@@ -212,8 +212,7 @@ def test_a_name_of_the_hub_that_leaves_the_folder(recipe, tmp_path):  # noqa: F8
 
 
 def test_torch_reads_no_code_from_a_file_of_weights(tmp_path):
-    from resdpo_trl.image.architecture import ImageClassifierConfig
-    from resdpo_trl.image.model import build_classifier
+    from resdpo_trl.image.model import ImageClassifierConfig, build_classifier
 
     torch.save(Bomb(tmp_path / "bomb"), tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"--pretrained_weights .*can't be read"):

@@ -82,6 +82,7 @@ def test_a_validation_loss_that_turned_or_still_falls():
     (said,) = of_epochs([(1, 0.6), (2, 0.5)], 2)
     assert said.endswith("(0.600 to 0.500): train longer.")
     assert of_epochs([(1, 0.500), (2, 0.505)], 1) == []  # noise
+    assert of_epochs([(1, 0.125), (2, 0.130)], 1) and of_epochs([(1, 0.125), (2, 0.130)], 1, rows=180) == []
     assert of_epochs([(1, 0.505), (2, 0.500)], 2) == [] and of_epochs([(1, 0.6)], 1) == []
 
 
@@ -109,7 +110,7 @@ def test_sweeps():
     rows = [point(0.1, 0.55, 0.65), point(0.3, 0.6, 0.7, "best"), point(0.5, 0.45, 0.55)]
     first, second = of_sweep(rows)
     assert first.startswith("beta0.3 is the best on the validation pairs; it ranks 65% of 256 test pairs right")
-    assert second == "The intervals of 1 of 2 other points overlap its own."
+    assert second == "The intervals of 1 of 2 other points overlap its own: no difference is shown."
     assert "the largest that was tried: try larger ones too (--betas)" in of_sweep(rows[:2])[-1]
     assert of_sweep([point(0.1, 0.4, 0.6), point(0.3, 0.49, 0.6, "best")])[0].startswith("No point beats the reference")
 

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 
 from resdpo_trl.arguments import OneMachine, ReferenceUpdate, check_positive, preference_loss, refuse
-from resdpo_trl.errors import UserError
-from resdpo_trl.image.rejected import SAMPLING
+from resdpo_trl.errors import UserError, renamed
+
+SAMPLING = ("random", "uniform", "hard", "all")  # of the rejected classes, `trainer.RejectedClasses`
 
 # `TrainingArguments` fields that these trainers do not honour: value that means "not asked for", and what to do instead
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -116,7 +117,7 @@ class ImageTraining(OneMachine):
 
 
 @dataclass
-class CrossEntropyConfig(ImageTraining, TrainingArguments):  # type: ignore[misc]  # some fields may be None here
+class ImageCrossEntropyConfig(ImageTraining, TrainingArguments):  # type: ignore[misc]  # some fields may be None here
     """`transformers.TrainingArguments` with this project's defaults."""
 
     _argument_group_name = "cross-entropy and training"
@@ -132,7 +133,7 @@ class ReferenceStageConfig:
 
     _argument_group_name = "reference stage"
 
-    reference_model: str | None = field(
+    reference: str | None = field(
         default=None, metadata={"help": "A folder or Hub id of a finished classifier: skips the stage."}
     )
     reference_epochs: float = field(default=1.0, metadata={"help": "Epochs of cross-entropy."})
@@ -156,14 +157,14 @@ class ReferenceStageConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.reference_epochs < math.inf:
-            raise UserError(f"--reference_epochs {self.reference_epochs}: must be above 0; or pass --reference_model")
+            raise UserError(f"--reference_epochs {self.reference_epochs}: must be above 0; or pass --reference")
         if self.reference_optim_args is not None and self.reference_optim is None:
             raise UserError("--reference_optim_args needs --reference_optim; --optim_args go to both stages")
         check_positive(self, "reference_learning_rate")
 
 
 @dataclass
-class ClassifierDPOConfig(ReferenceUpdate, ImageTraining, TrainingArguments):  # type: ignore[misc]  # as above
+class ImageDPOConfig(ReferenceUpdate, ImageTraining, TrainingArguments):  # type: ignore[misc]  # as above
     """DPO's options under the names of `trl.DPOConfig`, and training's."""
 
     _argument_group_name = "DPO and training"
@@ -223,7 +224,7 @@ def parse_mode(mode: str) -> tuple[Any, Any]:
     return sampling, update
 
 
-def reference_stage(dpo: ClassifierDPOConfig, stage: ReferenceStageConfig) -> CrossEntropyConfig:
+def reference_stage(dpo: ImageDPOConfig, stage: ReferenceStageConfig) -> ImageCrossEntropyConfig:
     """The configuration of a DPO run's reference stage: its own epochs and optimizer, the rest from DPO.
 
     It chooses its epoch by DPO's figure where it has that one, and by its accuracy where it has not.
@@ -239,9 +240,9 @@ def reference_stage(dpo: ClassifierDPOConfig, stage: ReferenceStageConfig) -> Cr
         "select", "dataloader_drop_last",
     )  # fmt: skip
     chosen_by = ("metric_for_best_model", "greater_is_better")
-    known = dpo.metric_for_best_model is None or CrossEntropyConfig.has_figure(dpo.metric_for_best_model)
+    known = dpo.metric_for_best_model is None or ImageCrossEntropyConfig.has_figure(dpo.metric_for_best_model)
     scale, muon = stage.reference_bias_learning_rate_scale, stage.reference_muon_learning_rate
-    return CrossEntropyConfig(
+    return ImageCrossEntropyConfig(
         num_train_epochs=stage.reference_epochs,
         learning_rate=stage.reference_learning_rate,
         label_smoothing_factor=stage.reference_label_smoothing,
@@ -254,3 +255,8 @@ def reference_stage(dpo: ClassifierDPOConfig, stage: ReferenceStageConfig) -> Cr
         report_to=dpo.report_to or "none",
         **{name: getattr(dpo, name) for name in (*shared, *(chosen_by if known else ()))},
     )
+
+
+__getattr__ = renamed(
+    __name__, {"CrossEntropyConfig": "ImageCrossEntropyConfig", "ClassifierDPOConfig": "ImageDPOConfig"}
+)

@@ -1,8 +1,12 @@
-"""Images in memory: from a Hub id, a folder or a package to uint8 tensors in three splits.
+"""Images in memory: from a Hub id, a folder or a package to uint8 tensors in three splits, and their augmentation.
 
-Every image is decoded once, before training, into one (N, 3, H, W) uint8 tensor a split. Decoding gives what
-`datasets` gives, turned as the EXIF tag says. A class is a label that some image has; its number is its place among the
-names, which the saved model carries.
+Every image is decoded once, before training, into one (N, 3, H, W) uint8 tensor per split. Decoding gives the pixels
+that `datasets` gives, rotated according to the EXIF tag. A class is a label that at least one image has. Its number is
+its position among the class names, which the saved model carries.
+
+`Augmentation` transforms whole batches. torchvision's random transforms draw once per call, so that every image of a
+batch is cropped alike. Here each image has its own crop and flip, a function of (seed, epoch, image) alone: they do not
+depend on its batch, the number of workers or the number of processes. torchvision.transforms.v2 moves the pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.sources import (
@@ -41,7 +47,6 @@ QUICKSTART = "digits"
 TORCHVISION_FOLDER = "cifar-10-batches-py"
 DECODED_TOGETHER = 256  # images that one thread decodes at a time
 LARGEST_IMAGE = 64_000_000  # pixels; 192 MB decoded
-MOST_CLASSES = 100_000
 # what Pillow may take a file for: some of its readers run other programs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -225,7 +230,6 @@ def _sources(config: ImageDataConfig, held_out: bool) -> tuple[dict[str, Images]
                 f"--dataset_name {config.dataset_name}: split {name} lacks {image_column} or {label_column}"
             )
     names, notes["classes_without_images"], labels = _labels(rows, label_column, config)
-    _check_first_image(rows, image_column, config)
     parts: dict[str, Images] = {}
     for name, part in rows.items():
         parts[name] = Images(_decode(part, image_column, name, config), labels[name])
@@ -256,10 +260,7 @@ def _digits(config: ImageDataConfig) -> Images:
             "--dataset_name digits needs the package scikit-learn: pip install 'resdpo-trl[quickstart]', or name "
             "images of your own"
         ) from None
-    from torchvision.transforms.v2 import functional
-
     bunch, size = load_digits(), config.image_size or 32
-    _check_memory(len(bunch.target), size, size, config)
     grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
     pixels = functional.resize(grey, [size, size]).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
     return Images(pixels.contiguous(), torch.from_numpy(bunch.target).long())
@@ -271,7 +272,6 @@ def _torchvision_cifar10(root: Path, config: ImageDataConfig) -> tuple[dict[str,
     from torchvision.datasets import CIFAR10
 
     sources, size = {}, config.image_size or 32
-    _check_memory(60_000, size, size, config)
     for split in ("train", "test"):
         try:
             data = CIFAR10(str(root), train=split == "train", download=False)
@@ -353,8 +353,6 @@ def _labels(
         found[split] = [names[value] if names and not isinstance(value, str) else value for value in values]
     occur = {value for values in found.values() for value in values}
     classes = [name for name in (named or sorted(occur)) if name in occur]
-    if len(classes) > MOST_CLASSES:
-        raise UserError(f"--label_column {column}: {len(classes)} different labels; at most {MOST_CLASSES} are classes")
     number = {name: at for at, name in enumerate(classes)}
     labels = {
         split: torch.tensor([number[value] for value in values], dtype=torch.long) for split, values in found.items()
@@ -376,9 +374,10 @@ def _label_kind(rows: Dataset, column: str) -> str:
 
 def _decode(rows: Dataset, column: str, split: str, config: ImageDataConfig) -> Tensor:
     """(N, 3, H, W) uint8; a UserError with the row of the first image that does not decode or fit."""
+    from datasets import Image
     from tqdm.auto import tqdm
 
-    encoded = _encoded(rows, column)
+    encoded = rows.cast_column(column, Image(decode=False)).select_columns([column])  # each {"bytes", "path"}
     place = f"--dataset_name {config.dataset_name}: {split} row"
 
     def decode(start: int) -> list[np.ndarray]:
@@ -402,39 +401,6 @@ def _decode(rows: Dataset, column: str, split: str, config: ImageDataConfig) -> 
     if pixels is None:
         raise UserError(f"--dataset_name {config.dataset_name}: split {split} has no rows")
     return torch.from_numpy(pixels)
-
-
-def _encoded(rows: Dataset, column: str) -> Dataset:
-    """The column of images alone, each as {"bytes", "path"}."""
-    from datasets import Image
-
-    return rows.cast_column(column, Image(decode=False)).select_columns([column])
-
-
-def _check_first_image(parts: dict[str, Dataset], column: str, config: ImageDataConfig) -> None:
-    """Raise a UserError where the images of all parts, each as large as the first, do not fit in memory."""
-    name, rows = next(iter(parts.items()))
-    if len(rows):
-        first = _decode_one(
-            _encoded(rows, column)[0][column], f"--dataset_name {config.dataset_name}: {name} row 0", config
-        )
-        _check_memory(sum(map(len, parts.values())), first.shape[0], first.shape[1], config)
-
-
-def _check_memory(count: int, height: int, width: int, config: ImageDataConfig) -> None:
-    """Raise a UserError where `count` images are more than the memory that is free.
-
-    They are in memory twice while they are split: as they were decoded, and in the splits' order.
-    """
-    import psutil
-
-    needed, free = 2 * count * 3 * height * width, psutil.virtual_memory().available
-    if needed > free:
-        raise UserError(
-            f"--dataset_name {config.dataset_name}: {width}×{height} pixels: {count} such images take "
-            f"{needed / 2**30:.1f} GiB while they are split and {free / 2**30:.1f} GiB of memory are free; pass a "
-            "smaller --image_size"
-        )
 
 
 def _decode_one(image: dict[str, Any] | None, place: str, config: ImageDataConfig) -> np.ndarray:
@@ -493,3 +459,114 @@ def _resized(picture: Image.Image, size: int) -> Image.Image:
     from PIL import Image
 
     return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BILINEAR)
+
+
+# --- augmentation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AugmentConfig:
+    """What happens to a training image before the network sees it."""
+
+    _argument_group_name = "augmentation"
+
+    crop_padding: int = field(
+        default=2, metadata={"help": "Random crop after reflecting this many pixels on each side; 0 for none."}
+    )
+    flip: bool = field(
+        default=True,
+        metadata={
+            "help": "Flip left and right: each image at random in the first epoch, then by turns "
+            "(https://arxiv.org/abs/2404.00498)."
+        },
+    )
+    affine_degrees: float = field(default=0.0, metadata={"help": "Rotate by up to this many degrees; 0 for none."})
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Change brightness, contrast and saturation by up to this share; 0 for none."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0 or self.affine_degrees < 0 or not 0 <= self.color_jitter < 1:
+            raise UserError("--crop_padding and --affine_degrees must be at least 0, --color_jitter in [0, 1)")
+
+
+class Augmentation:
+    """Augments (B, 3, H, W) uint8 images of a data set of `count` images.
+
+    Args:
+        config: what to do.
+        count: images in the data set.
+        seed: with the epoch and an image's number it determines what happens to the image.
+        device: where the images will be; the numbers wait there, so that no step waits for a copy.
+    """
+
+    def __init__(self, config: AugmentConfig, count: int, seed: int, device: torch.device | str = "cpu"):
+        self.config, self.count, self.seed, self.device = config, count, seed, device
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw every image's numbers of this epoch."""
+        padding = self.config.crop_padding
+        first = torch.Generator().manual_seed(self.seed)
+        flips = torch.rand(self.count, generator=first) < 0.5
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch, "augment"))
+        shift = torch.randint(0, 2 * padding + 1, (self.count, 2), generator=generator)
+        angle = (torch.rand(self.count, generator=generator) * 2 - 1) * math.radians(self.config.affine_degrees)
+        jitter = 1 + (torch.rand(3, self.count, generator=generator) * 2 - 1) * self.config.color_jitter
+        self._shift, self._flip = shift.to(self.device), (flips ^ bool(epoch % 2)).to(self.device)
+        self._angle, self._jitter = angle.to(self.device), jitter.to(self.device)
+
+    def __call__(self, pixels: Tensor, index: Tensor) -> Tensor:
+        """Augment `pixels`, the images numbered `index` (B,); uint8, or float where rotated or jittered."""
+        pixels = self._crop_and_flip(pixels, index)
+        if self.config.affine_degrees or self.config.color_jitter:
+            pixels = pixels.float()
+        if self.config.affine_degrees:
+            pixels = rotate(pixels, self._angle[index])
+        if self.config.color_jitter:
+            pixels = jitter(pixels, *self._jitter[:, index])
+        return pixels
+
+    def _crop_and_flip(self, pixels: Tensor, index: Tensor) -> Tensor:
+        padding, flips = self.config.crop_padding, self.config.flip
+        if not padding and not flips:
+            return pixels
+        height, width = pixels.shape[2:]
+        if padding:
+            pixels = functional.pad(pixels, [padding], padding_mode="reflect")
+        # where a pixel comes from: (B, H) rows and (B, W) columns
+        rows = torch.arange(height, device=self.device) + self._shift[index, 0, None]
+        columns = torch.arange(width, device=self.device) + self._shift[index, 1, None]
+        if flips:
+            columns = torch.where(self._flip[index, None], columns.flip(1), columns)
+        batch = torch.arange(len(pixels), device=self.device)[:, None, None]
+        taken = pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3), one gather
+        return taken.permute(0, 3, 1, 2)
+
+
+def hash_seed(seed: int, epoch: int, purpose: str) -> int:
+    """A seed of its own for each purpose in each epoch."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {purpose}".encode(), digest_size=7).digest(), "little")
+
+
+def rotate(pixels: Tensor, angles: Tensor) -> Tensor:
+    """Rotate (B, 3, H, W) float images counter-clockwise by (B,) radians; the border is reflected."""
+    cosine, sine = angles.cos(), angles.sin()
+    zero = torch.zeros_like(angles)
+    matrices = torch.stack([torch.stack([cosine, -sine, zero], 1), torch.stack([sine, cosine, zero], 1)], 1)
+    grid = F.affine_grid(matrices, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+
+
+def jitter(pixels: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Scale brightness, contrast and saturation of (B, 3, H, W) float images in [0, 255] by (B,) factors each.
+
+    As torchvision's adjust_brightness, adjust_contrast and adjust_saturation, in this order, with a factor an image.
+    """
+
+    def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+        return (factor[:, None, None, None] * images + (1 - factor)[:, None, None, None] * other).clamp(0, 255)
+
+    pixels = blend(pixels, 0.0, brightness)
+    pixels = blend(pixels, functional.rgb_to_grayscale(pixels).mean(dim=(1, 2, 3), keepdim=True), contrast)
+    return blend(pixels, functional.rgb_to_grayscale(pixels), saturation)

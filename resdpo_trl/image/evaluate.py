@@ -15,15 +15,23 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 from torchvision.transforms.v2 import functional
-from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 
 from resdpo_trl.errors import UserError, printable
 from resdpo_trl.image.data import ImageDataConfig, Images, load_images
 from resdpo_trl.image.model import ImageClassifier, as_numbered_by, load_classifier, load_processor
-from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, with_intervals
-from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
+from resdpo_trl.metrics import (
+    FIGURES,
+    classifier_metrics,
+    cross_entropy_metrics,
+    figure_rows,
+    number,
+    table,
+    with_intervals,
+)
+from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.run import use_the_cores, write_figures
+from resdpo_trl.scorer import score_rows
 
 CALIBRATION_BINS = 15
 
@@ -96,7 +104,8 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
             "order: name the reference that it was trained from"
         )
     rows = images[config.split]
-    split = rows[unseen(rows.digests(), seen_by(*known) if held_out else set(), f"--dataset_name {data.dataset_name}")]
+    kept, left_out = unseen(rows.digests(), known if held_out else (), f"--dataset_name {data.dataset_name}")
+    split = rows[kept]
     how = (split, processor, config.batch_size, bf16, config.test_time_views)
     logps = image_logps(model, *how)
     ref_logps = image_logps(reference, *how) if reference else None
@@ -105,7 +114,7 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
         "reference": config.reference,
         "data": images.counts,
         "split": config.split,
-        "seen_in_training_left_out": len(rows) - len(split),
+        "left_out": left_out,
         "settings": {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()},
         "test_time_views": config.test_time_views,
         **classification_figures(logps, split.labels, images.label_names),
@@ -118,7 +127,6 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
     return figures
 
 
-@torch.no_grad()
 def image_logps(
     model: ImageClassifier,
     images: Images,
@@ -129,15 +137,16 @@ def image_logps(
 ) -> Tensor:
     """(N, K) log-probabilities on the CPU, in the order of the images."""
     device = PartialState().device
-    model = model.to(device).eval()
-    parts = []
-    for start in tqdm(range(0, len(images), batch_size), desc="Scoring", leave=False, delay=2):
-        pixels = images.pixels[start : start + batch_size].to(device, torch.float32) / 255
-        pixels = functional.normalize(pixels, list(processor.image_mean), list(processor.image_std))
+    network: Any = model.to(device)
+    mean, std = list(processor.image_mean), list(processor.image_std)
+
+    def logps(batch: Tensor) -> list[Tensor]:
+        pixels = functional.normalize(batch.to(device, torch.float32) / 255, mean, std)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = sum(weight * model(view).logits.float() for weight, view in _views(pixels, test_time_views))
-        parts.append(logits.log_softmax(1).cpu())
-    return torch.cat(parts)
+            logits = sum(weight * network(view).logits.float() for weight, view in _views(pixels, test_time_views))
+        return [logits.log_softmax(1)]
+
+    return score_rows(logps, range(len(images)), images.pixels.__getitem__, batch_size, [network], "Scoring")[0]
 
 
 def _views(images: Tensor, count: int) -> list[tuple[float, Tensor]]:
@@ -176,31 +185,18 @@ def classification_figures(logps: Tensor, labels: Tensor, names: list[str]) -> d
 
 def describe(figures: dict[str, Any]) -> str:
     """The figures as tables for the terminal."""
-    low, high = figures["interval_95"]["accuracy"]
     settings = {name: (each["value"], each["from"]) for name, each in figures["settings"].items()}
-    lines = [
-        "",
-        f"  {figures['model']} on {figures['n']} {figures['split']} images"
-        + (f", {views} views of each" if (views := figures["test_time_views"]) > 1 else ""),
-        *describe_settings(settings, figures["seen_in_training_left_out"]),
-        "",
-        f"  accuracy           {figures['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}",
-        f"  loss               {figures['loss']:.4f}",
-        f"  calibration error  {figures['calibration_error']:.4f}",
+    views = figures["test_time_views"]
+    head = f"on {figures['n']} {figures['split']} images" + (f", {views} views of each" if views > 1 else "")
+    rows = [*figure_rows(figures), ["calibration error", number(figures["calibration_error"], 4), ""]]
+    if "dpo" in figures:  # its loss and accuracy would be a second row of the same name
+        rows += figure_rows(figures["dpo"], [name for name in FIGURES if name not in figures])
+    by_class = figures["accuracy_by_class"]
+    classes = [
+        [printable(name), number(by_class[name]), *row]
+        for name, row in zip(by_class, figures["confusion_matrix"], strict=True)
     ]
-    if "dpo" in figures:
-        dpo = figures["dpo"]
-        lines += [
-            f"  pairs ranked right {dpo['rewards/accuracies']:.4f}",
-            f"  rewards            {dpo['rewards/chosen']:.3f} chosen, {dpo['rewards/rejected']:.3f} rejected",
-            f"  KL from reference  {dpo['kl']:.4f} nats per image",
-        ]
-    names = {name: printable(name) for name in figures["accuracy_by_class"]}
-    width = max(map(len, names.values()))
-    cells = max(5, max(len(str(number)) for row in figures["confusion_matrix"] for number in row) + 1)
-    lines += ["", "  accuracy by class, and predictions (rows: true class)", ""]
-    for name, row in zip(names, figures["confusion_matrix"], strict=True):
-        accuracy = figures["accuracy_by_class"][name]
-        shown = "    -" if accuracy is None else f"{accuracy:.3f}"
-        lines.append(f"  {names[name]:<{width}}  {shown}  " + "".join(f"{number:>{cells}}" for number in row))
-    return "\n".join([*lines, ""])
+    columns = ("predictions (rows: true class)", "accuracy", *map(str, range(1, len(classes) + 1)))
+    settings_used = describe_settings(settings, figures["left_out"])
+    tables = ["", table(rows, (head, "mean", "95% interval")), "", table(classes, columns), ""]
+    return "\n".join(["", f"  {figures['model']}", *settings_used, *tables])

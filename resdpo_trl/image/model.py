@@ -1,7 +1,7 @@
 """Image classifiers: torchvision's ResNets and a small fast network, as models of transformers.
 
-A saved folder holds the weights (safetensors), the architecture, the label names and the preprocessing, so that after
-`import resdpo_trl`
+A saved folder holds the weights (safetensors), the architecture, the label names and the preprocessing. After
+`import resdpo_trl.image`
 
     transformers.pipeline("image-classification", model=FOLDER)
 
@@ -20,20 +20,55 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     ViTImageProcessor,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.architecture import FAST, ImageClassifierConfig
 from resdpo_trl.sources import check_model_folder, first_line
 
 if TYPE_CHECKING:
     from resdpo_trl.image.data import LabelledImages
 
+FAST = "fast"
 PROCESSOR_FILE = "preprocessor_config.json"
+
+
+class ImageClassifierConfig(PreTrainedConfig):
+    """Architecture of an `ImageClassifier`.
+
+    Args:
+        arch: a ResNet of torchvision's (`resnet18`, `resnext50_32x4d`, …) or `fast`.
+        stem: `cifar` (3×3, stride 1, no max-pool) or `imagenet` (torchvision's own); `fast` has its own.
+        head: `linear`, or `dropout` (dropout, linear to half the width, ReLU, dropout, linear).
+        dropout: probability of the dropout head.
+        widths: channels of the stages of `fast`.
+        image_size: height and width of the images it was made for.
+    """
+
+    model_type = "resdpo_image_classifier"
+
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        stem: str = "cifar",
+        head: str = "linear",
+        dropout: float = 0.1,
+        widths: list[int] | tuple[int, ...] = (64, 128, 256),
+        image_size: int = 32,
+        **kwargs: Any,
+    ):
+        self.arch = arch
+        self.stem = stem
+        self.head = head
+        self.dropout = dropout
+        self.widths = list(widths)
+        self.image_size = image_size
+        super().__init__(**kwargs)
 
 
 class ImageClassifier(PreTrainedModel):
@@ -354,5 +389,5 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"--pretrained_weights {path}: can't be read ({first_line(error)})") from None
 
 
-# `import resdpo_trl` sees to it that this runs before transformers' auto classes are used
+AutoConfig.register(ImageClassifierConfig.model_type, ImageClassifierConfig)
 AutoModelForImageClassification.register(ImageClassifierConfig, ImageClassifier)

@@ -18,22 +18,22 @@ from transformers import set_seed
 
 from resdpo_trl.arguments import RunConfig, preference_loss
 from resdpo_trl.callbacks import use_run_callbacks
-from resdpo_trl.card import write_image_card
+from resdpo_trl.card import write_card
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import step_of
-from resdpo_trl.image.architecture import FAST, ImageClassifierConfig
-from resdpo_trl.image.augment import AugmentConfig
 from resdpo_trl.image.config import (
-    ClassifierDPOConfig,
-    CrossEntropyConfig,
+    ImageCrossEntropyConfig,
+    ImageDPOConfig,
     ImageModelConfig,
     ReferenceStageConfig,
     parse_mode,
     reference_stage,
 )
-from resdpo_trl.image.data import QUICKSTART, ImageDataConfig, LabelledImages, load_images
+from resdpo_trl.image.data import QUICKSTART, AugmentConfig, ImageDataConfig, LabelledImages, load_images
 from resdpo_trl.image.model import (
+    FAST,
     ImageClassifier,
+    ImageClassifierConfig,
     as_numbered_by,
     build_classifier,
     check_architecture,
@@ -41,12 +41,13 @@ from resdpo_trl.image.model import (
     load_classifier,
     load_processor,
 )
-from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
-from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
+from resdpo_trl.image.trainer import ImageCrossEntropyTrainer, ImageDPOTrainer
+from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.losses import PreferenceLoss
-from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, with_intervals
+from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, table, with_intervals
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.provenance import read_facts, seen_by, training_facts
+from resdpo_trl.report import SIDE_BY_SIDE, side_by_side
 from resdpo_trl.sources import SPLITS, describe_cuts, describe_left_out
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
@@ -61,12 +62,12 @@ class ImageRun(Job):
         model: ImageModelConfig,
         augment: AugmentConfig,
         options: RunConfig,
-        training: ClassifierDPOConfig | CrossEntropyConfig,
+        training: ImageDPOConfig | ImageCrossEntropyConfig,
         stage: ReferenceStageConfig | None = None,
         preset: Path | None = None,
         given: Collection[str] | None = None,
     ):
-        """`training` is a `ClassifierDPOConfig` with the reference `stage` before it, or cross-entropy alone."""
+        """`training` is a `ImageDPOConfig` with the reference `stage` before it, or cross-entropy alone."""
         self.data, self.model, self.augment, self.stage = data, model, augment, stage
         check_architecture(model.arch)
         if is_sharded():
@@ -92,7 +93,7 @@ class ImageRun(Job):
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
-        named = self.stage.reference_model if self.stage else None
+        named = self.stage.reference if self.stage else None
         model = f"from {named}" if named else f"of {self.model.arch}"
         source = self.data.dataset_name
         if source == QUICKSTART:
@@ -107,15 +108,15 @@ class ImageRun(Job):
 
     def prepare_images(self) -> LabelledImages:
         """Decoded images, their preprocessing, and whether a given reference fits both."""
-        named = self.stage.reference_model if self.stage else None
+        named = self.stage.reference if self.stage else None
         if named is None and self.resume and self.run.reference.is_dir():
             named = str(self.run.reference)
-        given = load_classifier(named, "--reference_model") if named else None
+        given = load_classifier(named, "--reference") if named else None
         started = time.perf_counter()
         images = load_images(self.data)
         self.preparation_seconds = time.perf_counter() - started
         if given is not None:
-            images = as_numbered_by(given, images, "--reference_model", str(named))
+            images = as_numbered_by(given, images, "--reference", str(named))
         counts = images.counts
         counts["adapted"] = self.adapt(counts["train"])
         height, width = counts["image_size"]
@@ -127,7 +128,7 @@ class ImageRun(Job):
         self.say(describe_images(counts) + describe_cuts(counts, self.data))
         if given is not None:
             assert named is not None
-            self.processor = load_processor(named, "--reference_model")
+            self.processor = load_processor(named, "--reference")
         else:
             mean, std = self._statistics(images)
             self.processor = image_processor(height, mean, std)
@@ -144,7 +145,7 @@ class ImageRun(Job):
     def _new_model(self, images: LabelledImages) -> ImageClassifier:
         """Untrained, as --arch and its like say; or as a given reference is, whose baseline it then is."""
         names, weights = images.label_names, self.model.pretrained_weights
-        if self.stage is not None and self.stage.reference_model:
+        if self.stage is not None and self.stage.reference:
             config = ImageClassifierConfig.from_pretrained(str(self.run.reference))
             if config.arch != self.model.arch:
                 weights = None  # they are --arch's
@@ -168,10 +169,11 @@ class ImageRun(Job):
         return build_classifier(config, self.training.seed, some, weights)
 
     def _facts(self, args: Any, images: LabelledImages) -> dict[str, Any]:
-        seen = {*images["train"].digests(), *images["validation"].digests()}
-        if self.run.reference.is_dir():
-            seen |= seen_by(read_facts(str(self.run.reference), None, "reference"))
-        return training_facts(args, seen)
+        reference = [read_facts(str(self.run.reference), None, "reference")] if self.run.reference.is_dir() else []
+        trained, validated = seen_by(*reference)
+        trained.update(images["train"].digests())
+        validated.update(images["validation"].digests())
+        return training_facts(args, trained, validated)
 
     # --- cross-entropy -------------------------------------------------------------------------------------------
 
@@ -186,22 +188,22 @@ class ImageRun(Job):
         assert self.stage is not None
         if self.past("reference", self.run.reference, self.run.summary.get("reference")):
             return
-        if self.stage.reference_model:
-            model = load_classifier(self.stage.reference_model, "--reference_model")
+        if self.stage.reference:
+            model = load_classifier(self.stage.reference, "--reference")
             save = model.save_pretrained if self.run.main_process else silent
-            facts = read_facts(self.stage.reference_model, None, "--reference_model")
+            facts = read_facts(self.stage.reference, None, "--reference")
             self.publish(self.run.reference, save, self.processor, facts)
-            self.run.summarize(reference={"given": self.stage.reference_model})
+            self.run.summarize(reference={"given": self.stage.reference})
             return
         args = reference_stage(self.training, self.stage)
         self.run.summarize(reference=self._cross_entropy("reference", images, args, self.run.reference))
 
     def _cross_entropy(
-        self, stage: str, images: LabelledImages, args: CrossEntropyConfig, folder: Path
+        self, stage: str, images: LabelledImages, args: ImageCrossEntropyConfig, folder: Path
     ) -> dict[str, Any]:
         """Train by cross-entropy into `folder`; what summary.json says of it."""
         set_seed(self.training.seed)
-        trainer = ClassifierTrainer(
+        trainer = ImageCrossEntropyTrainer(
             model=self._new_model(images),
             args=self._own_folder(args, stage),
             train=images["train"],
@@ -211,7 +213,7 @@ class ImageRun(Job):
         )
         use_run_callbacks(trainer, self.run, stage, "cross-entropy")
         if self.stage is None:
-            self.push_saves(trainer, "image-classification")
+            self.push_saves(trainer)
         seconds, trained = self._train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         summary: dict[str, Any] = {
@@ -272,12 +274,12 @@ class ImageRun(Job):
             self.run.summarize(compared=compared)
 
     def _dpo(
-        self, stage: str, images: LabelledImages, args: ClassifierDPOConfig, folder: Path
+        self, stage: str, images: LabelledImages, args: ImageDPOConfig, folder: Path
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Train by DPO into `folder`; what summary.json says of the policy, and of the reference's test."""
         set_seed(self.training.seed)
         name = str(self.run.reference)
-        trainer = ClassifierDPOTrainer(
+        trainer = ImageDPOTrainer(
             model=load_classifier(name, "reference"),
             ref_model=load_classifier(name, "reference"),
             args=self._own_folder(args, stage),
@@ -288,7 +290,7 @@ class ImageRun(Job):
         )
         use_run_callbacks(trainer, self.run, stage, "DPO")
         if stage == "dpo":
-            self.push_saves(trainer, "image-classification")
+            self.push_saves(trainer)
         seconds, trained = self._train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
@@ -351,7 +353,7 @@ class ImageRun(Job):
             report_to=args.report_to or "none",
         )
 
-    def _train(self, trainer: ClassifierTrainer, stage: str) -> tuple[float, int]:
+    def _train(self, trainer: ImageCrossEntropyTrainer, stage: str) -> tuple[float, int]:
         """Train; the seconds it took without evaluation, and the images it saw."""
         checkpoint = self.checkpoint(stage)
         first = step_of(Path(checkpoint)) if checkpoint else 0
@@ -364,8 +366,8 @@ class ImageRun(Job):
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        card = partial(write_image_card, self.run, self.run.policy)
-        self.end(describe_results, card)
+        started_from = self.stage.reference if self.stage else None
+        self.end(describe_results, partial(write_card, self.run, self.run.policy, started_from))
 
 
 def _png(pixels: Tensor) -> str:
@@ -403,58 +405,8 @@ def _some(names: list[str]) -> str:
 
 
 def describe_results(summary: dict[str, Any]) -> str:
-    """The table at the end of a run."""
-    data = summary["data"]
-    rows = [("images", f"{data['train']} train, {data['validation']} validation, {data['test']} test")]
-    if "cross_entropy" in summary:
-        test = summary["cross_entropy"]["test"]
-        rows += [
-            ("loss, test", f"{test['loss']:.4f}"),
-            ("accuracy, test", f"{_with_interval(test, 'accuracy')}, n = {test['n']}"),
-            *describe_epochs(summary["cross_entropy"]),
-            ("images per second", f"{summary['cross_entropy']['images_per_second']:.0f}"),
-        ]
+    """The tables at the end of a run."""
+    tables = [describe_run(summary, "images")]
     if "dpo" in summary:
-        test = summary["dpo"]["test"]
-        before = "   (ln 2 = 0.6931 before training)" if summary["dpo"]["loss_type"] == ["sigmoid"] else ""
-        rows += [
-            ("DPO loss, test", f"{test['loss']:.4f}{before}"),
-            ("pairs ranked right, test", f"{_with_interval(test, 'rewards/accuracies')}, n = {test['n']}"),
-            ("margin, test", f"{test['rewards/margins']:.3f}"),
-            ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
-            *describe_epochs(summary["dpo"]),
-        ]
-    rows.append(describe_seconds(summary["throughput"]))
-    return as_table(rows) + ("\n" + describe_comparison(summary) if "dpo" in summary else "")
-
-
-def describe_comparison(summary: dict[str, Any]) -> str:
-    """Reference, policies and baseline side by side, on the test images."""
-    dpo, reference = summary["dpo"], summary["reference"]
-    lines = [("reference", reference)]
-    lines.append((f"DPO, {dpo['rejected_sampling']}/{dpo['reference_update']}", dpo))
-    for name, figures in summary.get("compared", {}).items():
-        lines.append((name if name == "cross-entropy" else f"DPO, {name}", figures))
-    table = [("", "test accuracy", "95% interval", "KL from reference", "seconds", "images/s")]
-    for name, figures in lines:
-        test = figures["test"]
-        low, high = test["interval_95"]["accuracy"]
-        table.append(
-            (
-                name,
-                f"{test['accuracy']:.4f}",
-                f"{low:.4f} to {high:.4f}",
-                f"{test['kl']:.3f}" if "kl" in test else "-",
-                f"{figures['seconds']:.1f}" if "seconds" in figures else "-",
-                f"{figures['images_per_second']:.0f}" if "seconds" in figures else "-",
-            )
-        )
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-    )
-
-
-def _with_interval(test: dict[str, Any], name: str) -> str:
-    low, high = test["interval_95"][name]
-    return f"{test[name]:.4f}   95% interval {low:.4f} to {high:.4f}"
+        tables.append(table(side_by_side(summary), SIDE_BY_SIDE))
+    return "\n\n".join([*tables, ""])

@@ -1,7 +1,10 @@
 """transformers' Trainer on images in memory: by cross-entropy, and by DPO with this project's loss.
 
-The data loader carries image numbers alone. The images wait on the device as uint8; a step gathers its own, augments
-and normalizes them there, and reads no figure back, so that nothing stands between two steps.
+The data loader yields image numbers. The images are on the device as uint8. A step gathers its images, augments and
+normalizes them there, and reads no figure back, so that no step waits for the device.
+
+An image goes from its file to its loss through four files: `data` (decoding, splits, augmentation), `model` (logits),
+this one (log-probabilities, rejected classes) and `resdpo_trl.losses`.
 """
 
 from __future__ import annotations
@@ -13,35 +16,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from torchvision.transforms.v2 import functional
 from transformers import ViTImageProcessor
+from trl.trainer.utils import disable_dropout_in_model
 
 from resdpo_trl.arguments import preference_loss
-from resdpo_trl.errors import UserError
-from resdpo_trl.image.augment import Augmentation, AugmentConfig, hash_seed
-from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig
-from resdpo_trl.image.data import Images
+from resdpo_trl.errors import UserError, renamed
+from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig
+from resdpo_trl.image.data import Augmentation, AugmentConfig, Images, hash_seed
 from resdpo_trl.image.model import ImageClassifier, share_statistics
 from resdpo_trl.image.muon import with_muon
-from resdpo_trl.image.rejected import RejectedClasses
-from resdpo_trl.losses import LogProbs, PreferenceLoss
-from resdpo_trl.metrics import RunningMeans, classifier_metrics, classifier_pairs
+from resdpo_trl.losses import LogProbs, PreferenceLoss, classifier_pairs, wrong_classes
+from resdpo_trl.metrics import RunningMeans, classifier_metrics, training_figures
 from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
+from resdpo_trl.scorer import score_rows
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of `count` numbers, drawn anew each epoch from seed and epoch: the same on every process.
+    """A permutation of `count` numbers per epoch, drawn from seed and epoch: the same on every process.
 
-    What else is drawn once an epoch hears of a new one from here: the Trainer tells its loader's sampler (and so does
-    `resdpo_trl.resume`, where the Trainer's call does not arrive), often more than once.
+    The Trainer calls `set_epoch` of its loader's sampler, often more than once per epoch, and so does
+    `resdpo_trl.resume`. This sampler passes a new epoch on to everything else that is drawn once per epoch.
 
     Args:
         count: how many numbers.
         seed: with the epoch's number it determines the order.
-        others: objects with a `set_epoch`, which have drawn epoch 0 already.
+        others: objects with a `set_epoch` method that have already drawn epoch 0.
     """
 
     def __init__(self, count: int, seed: int, others: list[Any]):
@@ -62,7 +65,50 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
-class ClassifierTrainer(EveryRowOnce, Resumable):
+class RejectedClasses:
+    """Rejected classes: what makes a preference pair of a label. The true class is chosen; a rejected class is
+
+        random    any of the K classes; a pair whose rejected class is the true one has no signal and is masked
+        uniform   any of the K−1 wrong classes, with equal probability
+        hard      a wrong class, with the reference's probabilities renormalized over the wrong classes
+        all       every wrong class at once: the exact expectation of `uniform`, with nothing drawn
+
+    A draw is a function of (seed, epoch, image), and for `hard` of the reference.
+
+    Args:
+        sampling: one of `SAMPLING`.
+        labels: (N,) true classes of the training images.
+        classes: K.
+        seed: determines the draw, with the epoch and the image's number.
+    """
+
+    def __init__(self, sampling: str, labels: Tensor, classes: int, seed: int):
+        self.sampling, self.labels, self.classes, self.seed = sampling, labels, classes, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch, "rejected"))
+        self._uniform = torch.rand(len(self.labels), generator=generator).to(self.labels.device)
+
+    def __call__(self, index: Tensor, ref_logps: Tensor) -> Tensor:
+        """(B, T) rejected classes of the images numbered `index` (B,), given `ref_logps` (B, K) under the reference.
+
+        T is K−1 for `all` and 1 otherwise.
+        """
+        labels, draw = self.labels[index], self._uniform[index]
+        wrong = wrong_classes(labels, self.classes)
+        if self.sampling == "all":
+            return wrong
+        if self.sampling == "random":
+            return (draw * self.classes).long().clamp(max=self.classes - 1)[:, None]
+        if self.sampling == "uniform":
+            place = (draw * (self.classes - 1)).long()
+        else:  # hard: the inverse of the cumulative distribution at the image's own draw
+            place = (ref_logps.gather(1, wrong).softmax(1).cumsum(1) <= draw[:, None]).sum(1)
+        return wrong.gather(1, place.clamp(max=self.classes - 2)[:, None])
+
+
+class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
     """Cross-entropy on images in memory.
 
     Args:
@@ -74,16 +120,16 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         augment: augmentation of the training images.
 
     Raises:
-        UserError: too few images for a batch, or a crop that is wider than the images.
+        UserError: there are too few images for a batch, or a crop is wider than the images.
 
-    On several GPUs the batch norms see the images of all of them, as one GPU's would. torch has no such batch norm for
-    the CPU: there each process normalizes by its own images, and the main process's running statistics are kept.
+    On several GPUs the batch norms use the statistics of the global batch (SyncBatchNorm). torch has no SyncBatchNorm
+    for the CPU: there each process normalizes by its own images, and the main process's running statistics are kept.
     """
 
     def __init__(
         self,
         model: ImageClassifier,
-        args: CrossEntropyConfig | ClassifierDPOConfig,
+        args: ImageCrossEntropyConfig | ImageDPOConfig,
         train: Images,
         validation: Images | None,
         processor: ViTImageProcessor,
@@ -91,7 +137,7 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
     ):
         _check_images(train, args, augment)
         if args.channels_last:
-            _channels_last(model)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         if args.world_size > 1 and args.device.type == "cuda":
             share_statistics(model)
         super().__init__(
@@ -158,25 +204,14 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         return {"loss": float(F.nll_loss(logps.double(), images.labels)), "accuracy": float(accuracy)}
 
     def _over_images(self, images: Images, function: Any, models: list[Any], description: str) -> list[Tensor]:
-        """Apply `function` to batches of normalized images, every model in eval mode; its outputs, in order."""
-        from tqdm.auto import tqdm
+        """`function` of batches of normalized images; its outputs on the CPU, in the order of the images."""
 
-        loader = self.accelerator.prepare_data_loader(
-            DataLoader(range(len(images)), batch_size=self.args.per_device_eval_batch_size, collate_fn=_number)  # type: ignore[arg-type]
-        )
-        training = [model.training for model in models]
-        for model in models:
-            model.eval()
-        parts = []
-        hidden = not self.is_world_process_zero() or None  # None: where stderr is no terminal
-        with torch.no_grad(), self.accelerator.autocast():
-            for inputs in tqdm(loader, desc=description, leave=False, disable=hidden, delay=2):
-                pixels = images.pixels[inputs["index"].cpu()].to(self.accelerator.device)
-                outputs = self.accelerator.gather_for_metrics(list(function(self.normalize(pixels))))
-                parts.append([value.cpu() for value in outputs])
-        for model, mode in zip(models, training, strict=True):
-            model.train(mode)
-        return [torch.cat(values) for values in zip(*parts, strict=True)]
+        def of_batch(pixels: Tensor) -> list[Tensor]:
+            with self.accelerator.autocast():
+                return [*function(self.normalize(pixels.to(self.accelerator.device)))]
+
+        rows, batch_size = range(len(images)), self.args.per_device_eval_batch_size
+        return score_rows(of_batch, rows, images.pixels.__getitem__, batch_size, models, description)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(name.startswith("eval_") for name in logs):
@@ -199,7 +234,7 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """`--optim` with biases and norms at their own rate, and the convolutions' weights by Muon where asked for."""
+        """`--optim` with a separate rate for biases and norms, and Muon for the convolutions' weights if asked for."""
         created = self.optimizer is None
         if created and self.args.muon_learning_rate:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -218,25 +253,25 @@ class ClassifierTrainer(EveryRowOnce, Resumable):
         return self._sampler
 
 
-class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
-    """DPO for classifiers: the true class is preferred to wrong ones, and everything about a policy is exact.
+class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
+    """DPO for classifiers: the true class is preferred to wrong ones, and every figure of a policy is exact.
 
-    Policy and reference see the same augmented images in one step; the reference runs without gradient, in eval mode,
-    so that its batch norms stand still. The rejected classes are those of `RejectedClasses`; with `all` a pair's loss
-    is the mean over the K−1 wrong classes. Evaluation takes every wrong class whatever training samples, without
-    augmentation: means over images of means over their wrong classes.
+    In a step, policy and reference see the same augmented images. The reference runs without gradient in eval mode, so
+    that its batch norms do not change. The rejected classes are those of `RejectedClasses`; with `all` the loss of an
+    image is the mean over the K−1 wrong classes. Evaluation always takes every wrong class, without augmentation: means
+    over images of means over their wrong classes.
 
     Args:
         model: the policy.
-        ref_model: the reference; it is moved in place where `args.reference_update` says so.
-        args, train, validation, processor, augment: as for `ClassifierTrainer`.
+        ref_model: the reference; `args.reference_update` may change it in place.
+        args, train, validation, processor, augment: as for `ImageCrossEntropyTrainer`.
     """
 
     def __init__(
         self,
         model: ImageClassifier,
         ref_model: ImageClassifier,
-        args: ClassifierDPOConfig,
+        args: ImageDPOConfig,
         train: Images,
         validation: Images | None,
         processor: ViTImageProcessor,
@@ -246,10 +281,10 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
         self.ref_model: Any = ref_model
         if args.disable_dropout:
             for each in (model, ref_model):
-                _disable_dropout(each)
+                disable_dropout_in_model(each)
         super().__init__(model, args, train, validation, processor, augment)
         if args.channels_last:
-            _channels_last(ref_model)
+            ref_model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         ref_model.requires_grad_(False).eval()
         self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -275,7 +310,7 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
         pairs = classifier_pairs(logps, ref_logps, labels, rejected)
         signal = rejected != labels[:, None]
         if self.args.rejected_sampling == "random":
-            # a "pair" of the true class with itself teaches nothing: its loss is a constant
+            # a "pair" of the true class with itself has a constant loss
             kept = signal[:, 0]
             everywhere = self.accelerator.reduce(kept.sum().float(), "mean") if self.args.world_size > 1 else kept.sum()
             loss = self.preference_loss(_select(pairs, kept)).sum() / everywhere.clamp(min=1 / self.args.world_size)
@@ -304,18 +339,7 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
 
         Pairs without a signal add nothing here, and `_take_means` divides by the share of the others.
         """
-        chosen, rejected = self.preference_loss.rewards(pairs)
-        weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
-        figures = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": chosen > rejected,
-            "logps/chosen": pairs.chosen.detach(),
-            "logps/rejected": pairs.rejected.detach(),
-            "gradient_weights/chosen": weights_chosen,
-            "gradient_weights/rejected": weights_rejected,
-        }
+        figures = training_figures(pairs, self.preference_loss)
         self._means.add(
             {name: value.float().where(signal, 0.0).mean(1) for name, value in figures.items()}
             | {
@@ -326,7 +350,7 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
         )
 
     def _take_means(self) -> dict[str, float]:
-        """Those of pairs over the pairs with a signal; where no pair of these steps had one they are left out."""
+        """Figures of pairs are means over the pairs with a signal; they are left out if no pair has one."""
         means = super()._take_means()
         share = 1 - means.get("masked_pairs", 0.0)
         of_images = ("accuracy", "kl", "masked_pairs")
@@ -338,7 +362,7 @@ class ClassifierDPOTrainer(MovingReference, ClassifierTrainer):
 
 
 def _check_images(train: Images, args: Any, augment: AugmentConfig) -> None:
-    """Raise a UserError where the training images make no batch, or can't be cropped as asked."""
+    """Raise a UserError if the training images do not fill a batch, or can't be cropped as asked."""
     rows = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < rows:
         processes = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
@@ -358,12 +382,6 @@ def _logps(model: Any, images: Tensor) -> Tensor:
     return model(images).logits.float().log_softmax(1)
 
 
-def _channels_last(model: torch.nn.Module) -> None:
-    for parameter in [*model.parameters(), *model.buffers()]:
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-
 def _number(index: list[int]) -> dict[str, Tensor]:
     return {"index": torch.tensor(index)}
 
@@ -372,7 +390,6 @@ def _select(pairs: LogProbs, kept: Tensor) -> LogProbs:
     return LogProbs(pairs.chosen[kept], pairs.rejected[kept], pairs.ref_chosen[kept], pairs.ref_rejected[kept])
 
 
-def _disable_dropout(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+__getattr__ = renamed(
+    __name__, {"ClassifierTrainer": "ImageCrossEntropyTrainer", "ClassifierDPOTrainer": "ImageDPOTrainer"}
+)

@@ -1,4 +1,6 @@
-"""Causal attention in bfloat16 on the CPU, by matrix products.
+"""Attention under names of our own in transformers' registry, so that every family has it.
+
+`ATTENTION` is the default. On the CPU in bfloat16 it is plain products:
 
     O = softmax(Q·Kᵀ·scale + mask)·V        (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, Eq. 1)
 
@@ -7,24 +9,35 @@ here. Plain products of the whole (T, T) square do better, and in two blocks bet
 sees the first half of the keys alone, so a quarter of the square is never touched. The probabilities are kept for the
 backward pass: 1.5 bytes a square element in bfloat16. benchmarks/attention.py measures it.
 
-Everything else goes to transformers' SDPA: float32 (where SDPA is as fast), CUDA, dropout, a key–value cache, masks
-that are not boolean.
+Everything else goes to SDPA: float32 (where SDPA is as fast), CUDA, dropout, a key–value cache, masks that are not
+boolean. Where a mask is given, transformers copies the keys and values of grouped queries once per query head, for
+SDPA's kernels take either a mask or `enable_gqa`. `_grouped_sdpa` does not.
+
+`FLEX` (--attn_implementation flex_attention) is FlexAttention (https://arxiv.org/abs/2412.05496) where the batch brings
+a block mask, and `ATTENTION` elsewhere: in generation, SFT and reward models.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-CPU_ATTENTION = "resdpo_cpu"  # the name under which transformers knows it
+from resdpo_trl.errors import UserError
+
+ATTENTION, FLEX = "resdpo", "resdpo_flex"  # the names under which transformers knows them
+BLOCK = 128  # tokens of a block of FlexAttention's mask
 
 
-def cpu_attention(
+def attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -39,20 +52,25 @@ def cpu_attention(
 
     A boolean mask is (B or 1, 1, T, T), True where a query sees a key; None is the causal one.
     """
-    if torch.is_autocast_enabled("cpu"):
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         kind = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     length = query.shape[2]
-    ours = (
-        query.device.type == "cpu"
+    plain = length > 1 and all(options.get(name) is None for name in ("position_bias", "softcap"))
+    products = (
+        plain
+        and query.device.type == "cpu"
         and query.dtype == torch.bfloat16
-        and 1 < length == key.shape[2]
+        and length == key.shape[2]
         and not dropout
         and (attention_mask is None or attention_mask.dtype == torch.bool)
         and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        and all(option is None for option in (options.get("position_bias"), options.get("softcap")))
     )
-    if not ours:
+    masked = attention_mask is not None and attention_mask.shape[1:3] == (1, length)
+    if not products and plain and masked and _pays(key, query.shape[1]):
+        assert attention_mask is not None
+        return _grouped_sdpa(query, key, value, attention_mask, dropout, scaling), None
+    if not products:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **options
         )
@@ -73,7 +91,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
         length, key_heads = query.shape[2], key.shape[1]
         half = length // 2
-        causal = hidden[..., :half, half:].all()  # a mask may let a query see what comes after it
+        # a mask may let a query see what comes after it; a compiled graph cannot depend on what a tensor holds
+        causal = not torch.compiler.is_compiling() and bool(hidden[..., :half, half:].all())
         blocks = [(0, half), (half, length)] if causal else [(0, length)]
         outputs, kept = [], []
         for start, end in blocks:
@@ -110,5 +129,106 @@ def _grouped(rows: Tensor, key_heads: int) -> Tensor:
     return rows.reshape(len(rows), key_heads, -1, rows.shape[-1])
 
 
-AttentionInterface.register(CPU_ATTENTION, cpu_attention)
-AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
+def _pays(key: Tensor, heads: int) -> bool:
+    """Whether `_grouped_sdpa` moves fewer bytes than copies of the keys and values.
+
+    For one query token and G = H / K: the mask grows by 3·(G − 1)·T bytes (a boolean, and the 16-bit bias that SDPA
+    makes of it). Copies of the keys and values grow by 4·(H − K)·D bytes in 16 bits, and so do their gradients.
+    """
+    _, key_heads, length, width = key.shape
+    return heads > key_heads and 3 * length < 8 * key_heads * width
+
+
+def _grouped_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
+    """SDPA of (B, H, T, D) queries and (B, K, S, D) keys and values, with a (B or 1, 1, T, S) mask -> (B, T, H, D).
+
+    The queries of a key head are the rows of one product, as in `_Attention`: the mask is repeated instead of the keys.
+    """
+    groups = query.shape[1] // key.shape[1]
+    mask = mask.repeat(1, 1, groups, 1)
+    rows = _grouped(query, key.shape[1])
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return out.reshape(*query.shape[:3], value.shape[-1]).transpose(1, 2).contiguous()
+
+
+def block_mask(document: Tensor, part: Tensor) -> BlockMask:
+    """The mask of a batch in FlexAttention's blocks, without a dense one. A query q sees a key k where
+
+        document_q = document_k  ∧  k ≤ q  ∧  ¬(part_q = 2 ∧ part_k = 1).
+
+    Args:
+        document: (R, T) integers, the same for the tokens of one pair, which are neighbors; padding is another.
+        part: (R, T) integers: 0 prompt, 1 chosen, 2 rejected.
+
+    A block (i, j) is left out where no document is in both, where it lies above the diagonal, or where all queries are
+    rejected and all keys chosen. It is full where both have one document alone, it lies below the diagonal, and no
+    rejected query meets a chosen key. Others are decided element by element.
+    """
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        blind = (part[row, query] == 2) & (part[row, key] == 1)
+        return (document[row, query] == document[row, key]) & (key <= query) & ~blind
+
+    length = document.shape[1]
+
+    def ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value of each block, (R, n); the last block ends with copies of the last token."""
+        missing = -length % BLOCK
+        blocks = torch.cat([values, values[:, -1:].expand(-1, missing)], 1).unflatten(1, (-1, BLOCK))
+        return blocks.amin(2), blocks.amax(2)
+
+    first, last = ranges(document)
+    lowest, highest = ranges(part)
+    at = torch.arange(first.shape[1], device=document.device)
+    q, k = (slice(None), slice(None), None), (slice(None), None)
+    shared = (first[q] <= last[k]) & (first[k] <= last[q]) & (at[:, None] >= at)
+    shared &= ~((lowest[q] == 2) & (lowest[k] == 1) & (highest[k] == 1))
+    whole = (first[q] == last[q]) & (first[k] == last[k]) & (first[q] == first[k]) & (at[:, None] > at)
+    # parts rise along a document: a block of keys has a chosen one where 1 lies between its ends
+    whole &= ~((highest[q] == 2) & (lowest[k] <= 1) & (highest[k] >= 1))
+
+    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        numbers = blocks[:, None].int()
+        return numbers.sum(-1, dtype=torch.int32), numbers.argsort(dim=-1, descending=True, stable=True).int()
+
+    partial, full = ordered(shared & ~whole), ordered(whole)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK, sees, (length, length))
+
+
+def flex(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    block_mask: BlockMask | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`attention`; by FlexAttention where a block mask is given, whatever the mask says then."""
+    if block_mask is None:
+        return attention(module, query, key, value, attention_mask, dropout, **options)
+    if dropout:
+        raise UserError("--attn_implementation flex_attention has no dropout: pass --disable_dropout true, or use sdpa")
+    device, softcap = query.device.type, options.get("softcap")
+    if torch.is_autocast_enabled(device):
+        kind = torch.get_autocast_dtype(device)
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    if device != "cpu":  # compiled
+        return flex_attention_forward(module, query, key, value, block_mask, **options)[0], None
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    grouped = query.shape[1] != key.shape[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        out = flex_attention(query, key, value, capped, block_mask, options.get("scaling"), enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+for name, function in ((ATTENTION, attention), (FLEX, flex)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)

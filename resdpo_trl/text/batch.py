@@ -9,6 +9,7 @@ head runs there alone, and the rest of the code does not know the difference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class PairCollator:
         input_ids: (R, T).
         position_ids: (R, T), with sharing; without, they are the model's own.
         attention_mask: (R, 1, T, T) bool, True where a query (row) sees a key (column), with sharing; (R, T) without.
+        document, part: (R, T), instead of a mask with sharing and `block_mask`; see `attention.block_mask`.
         predicted_at: (2, N) row and column of the hidden states that predict a response token. Columns count from the
             end (−1 is the last), so that what PEFT's prompt tuning puts before a row moves none.
         predicted: (N,) the token predicted there.
@@ -36,6 +38,7 @@ class PairCollator:
 
     pad_token_id: int
     prefix_sharing: bool = True
+    block_mask: bool = False
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self._shared(pairs) if self.prefix_sharing else self._separate(pairs)
@@ -64,12 +67,16 @@ class PairCollator:
             at[chosen] = prompt - 1
             predicted_at.append(torch.stack([torch.full_like(at, row), at - width]))
             response += [2 * row] * chosen + [2 * row + 1] * rejected
-        queries, keys = part[:, :, None], part[:, None, :]
-        # padding comes last, so a padded query still sees real keys: a row of the softmax is never empty
-        sees = torch.ones(width, width, dtype=torch.bool).tril() & (keys != 3) & ~((queries == 2) & (keys == 1))
+        if self.block_mask:
+            mask = {"document": (part == 3).int(), "part": part.int()}
+        else:
+            queries, keys = part[:, :, None], part[:, None, :]
+            # padding comes last, so a padded query still sees real keys: a row of the softmax is never empty
+            sees = torch.ones(width, width, dtype=torch.bool).tril() & (keys != 3) & ~((queries == 2) & (keys == 1))
+            mask = {"attention_mask": sees[:, None]}
         return {
             "input_ids": _pad(rows, width, self.pad_token_id),
-            "attention_mask": sees[:, None],
+            **mask,
             "position_ids": position_ids,
             "copies": torch.tensor([2.0, 1.0, 1.0, 0.0])[part.int()],
             "predicted_at": torch.cat(predicted_at, 1),
@@ -94,6 +101,23 @@ class PairCollator:
             "predicted": torch.tensor([token for _, response in sides for token in response]),
             "response": response,
         }
+
+
+@dataclass
+class LabelCollator:
+    """A collator of rows with labels, and what the response head reads: found here, no step waits for the device.
+
+    Adds, for N tokens with a label (a row's first is not predicted): predicted_at and predicted, as in `PairCollator`.
+    """
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.collate(rows)
+        labels = batch["labels"]
+        row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
+        at = torch.stack([row, column - labels.shape[1]])
+        return {**batch, "predicted_at": at, "predicted": labels[row, column + 1]}
 
 
 def _pad(rows: list[list[int]], width: int, pad_token_id: int) -> Tensor:

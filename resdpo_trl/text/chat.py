@@ -17,9 +17,8 @@ from resdpo_trl.errors import UserError, printable
 from resdpo_trl.run import use_the_cores
 from resdpo_trl.signals import Interrupted
 from resdpo_trl.text.config import ChatConfig, ChatModelConfig, named_models
-from resdpo_trl.text.generate import answer, stop_tokens
+from resdpo_trl.text.generate import answer, prompt_ids, stop_tokens
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, positions_of
-from resdpo_trl.text.prompts import prompt_ids
 
 NEXT_TURN = "\n\nHuman:"  # how a model without a chat template begins to write the user's next message
 HELP = """/reset  forget the conversation

@@ -14,6 +14,7 @@ from resdpo_trl.arguments import (
     ReferenceUpdate,
     check_positive,
     has_bfloat16,
+    has_cuda,
     preference_loss,
     refuse,
 )
@@ -145,6 +146,15 @@ class TextModelConfig(ModelConfig):
             "needs no network."
         },
     )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the weights; by default float32, and bfloat16 for frozen ones under an adapter that "
+            "trains with --bf16."
+        },
+    )
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,7 +172,7 @@ class SFTStageConfig:
 
     _argument_group_name = "SFT stage"
 
-    sft_checkpoint: str | None = field(
+    reference: str | None = field(
         default=None, metadata={"help": "A folder or Hub id of a finished reference: skips SFT."}
     )
     sft_epochs: float = field(default=1.0, metadata={"help": "Epochs of SFT; 0 takes the model as it is."})
@@ -202,6 +212,9 @@ class ShortDialogues(OneMachine):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Not supported: batches are padded to their longest row."}
     )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that make batches; 2 with a GPU by default, none without."}
+    )
     merge_adapter: bool = field(
         default=False,
         metadata={"help": "Add a trained LoRA adapter to its base model, and keep that full model instead of it."},
@@ -215,6 +228,13 @@ class ShortDialogues(OneMachine):
             raise UserError("--do_eval is not supported here: pass --eval_strategy epoch or steps")
         if args.liger_kernel_config is not None and not args.use_liger_kernel:
             raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
+        if self.metric_for_best_model is not None and args.greater_is_better is None:  # transformers knows losses alone
+            args.greater_is_better = not self.metric_for_best_model.endswith(("loss", "rejected"))
+        on_gpu = has_cuda(args.use_cpu)
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 2 if on_gpu else 0
+        if args.accelerator_config is None and on_gpu:  # copies run while the GPU computes; memory is pinned by default
+            args.accelerator_config = {"non_blocking": args.dataloader_pin_memory}
         super().__post_init__()
 
 
@@ -231,6 +251,9 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
     output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Peak learning rate of DPO; ten times that with --use_peft."}
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "How strongly the loss ties the policy to the reference; IPO's τ."}
     )
     prefix_sharing: bool = field(
         default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}
@@ -317,132 +340,6 @@ def sft_stage(own: TextDPOConfig | TextRewardConfig, sft: SFTStageConfig) -> Tex
         select=own.select_asked if isinstance(own, TextDPOConfig) else own.select,
         **{name: getattr(own, name) for name in sorted(both) if name not in OF_ONE_STAGE and "hub" not in name},
     )
-
-
-@dataclass
-class CompareConfig:
-    """Which models answer which prompts, and who judges."""
-
-    _argument_group_name = "comparison"
-
-    models: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=PATH of every model: a folder (LoRA adapters too) or a Hub id."},
-    )
-    prompts: str | None = field(
-        default=None,
-        metadata={
-            "help": "A .jsonl or .jsonl.gz file with a prompt a row (text or messages; HH's pairs lend theirs), or a "
-            ".txt file with a question a line. Default: held-out prompts of the quickstart."
-        },
-    )
-    max_prompts: int | None = field(
-        default=None,
-        metadata={"help": "Use the first so many prompts; all of a file's by default, the quickstart's 32."},
-    )
-    output_dir: str = field(default="runs/compare_hh", metadata={"help": "The comparison's folder."})
-    reference: str | None = field(
-        default=None,
-        metadata={
-            "help": "A NAME of --models, a folder or a Hub id: gives every answer's implicit reward "
-            "β·log(π/π_ref) under each policy."
-        },
-    )
-    beta: float | None = field(
-        default=None, metadata={"help": "β of these rewards, above 0; by default that of the models' training, or 0.1."}
-    )
-    baseline: str | None = field(
-        default=None,
-        metadata={
-            "help": "A NAME: words are marked and wins are counted against this model alone. By default words against "
-            "the first, wins of every pair."
-        },
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
-    max_length: int = field(
-        default=256,
-        metadata={"help": "Tokens of a prompt with its answer, at most: the prompt loses its oldest turns."},
-    )
-    do_sample: bool = field(default=False, metadata={"help": "Draw the answers; greedy otherwise."})
-    temperature: float = field(default=1.0, metadata={"help": "Of --do_sample and --best_of_n."})
-    top_p: float = field(default=1.0, metadata={"help": "Of --do_sample and --best_of_n."})
-    batch_size: int = field(
-        default=32, metadata={"help": "Prompts answered at once, and pairs of answers scored at once."}
-    )
-    prefix_sharing: bool = field(default=True, metadata={"help": "Score two answers of a prompt as one row."})
-    bf16: bool | None = field(
-        default=None, metadata={"help": "Score in bfloat16, as the training did; by itself where the hardware has it."}
-    )
-    reward_model: str | None = field(
-        default=None, metadata={"help": "A reward model (recipes/reward_hh.py): scores every answer and judges."}
-    )
-    best_of_n: int | None = field(
-        default=None, metadata={"help": "One more model: the best of so many samples by --reward_model."}
-    )
-    best_of_n_model: str | None = field(
-        default=None, metadata={"help": "The NAME that these samples are drawn from; the first of --models by default."}
-    )
-    judge: str | None = field(
-        default=None,
-        metadata={
-            "help": "MODULE:CLASS, a judge with the interface of TRL's pairwise judges, of the working directory or "
-            "installed. Its code is run."
-        },
-    )
-    judge_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "An OpenAI-compatible endpoint (http://localhost:8000/v1) whose model judges; its key comes from "
-            "the environment variable JUDGE_API_KEY."
-        },
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "The model's name at --judge_url."})
-    judge_options: str = field(
-        default='{"temperature": 0}', metadata={"help": "Further fields of the request to --judge_url, as JSON."}
-    )
-    judge_workers: int = field(default=8, metadata={"help": "Questions that --judge_url is asked at once."})
-    judge_timeout_seconds: float = field(default=60.0, metadata={"help": "How long a reply of --judge_url may take."})
-    seed: int = field(default=42, metadata={"help": "Draws the answers."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": "last",
-            "help": "Continue the comparison in --output_dir: answers and verdicts that are there are kept.",
-        },
-    )
-
-    def __post_init__(self) -> None:
-        names = list(named_models(self.models))
-        for flag in ("baseline", "best_of_n_model"):
-            asked = getattr(self, flag)
-            if asked is not None and asked not in names:
-                raise UserError(f"--{flag} {asked}: not one of --models ({', '.join(names)})")
-        if self.best_of_n is not None and self.reward_model is None:
-            raise UserError("--best_of_n needs a reward model to choose by: pass --reward_model (recipes/reward_hh.py)")
-        if self.best_of_n is not None and self.best_of_n < 2:
-            raise UserError(f"--best_of_n {self.best_of_n}: must be at least 2")
-        if self.best_of_n is None and self.best_of_n_model is not None:
-            raise UserError("--best_of_n_model needs --best_of_n, the number of samples")
-        if (self.judge_url is None) != (self.judge_model is None):
-            raise UserError("--judge_url and --judge_model belong together: pass both")
-        if self.beta is not None and not self.beta > 0:
-            raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
-        for flag in ("max_new_tokens", "batch_size", "judge_workers", "max_prompts"):
-            if getattr(self, flag) is not None and getattr(self, flag) < 1:
-                raise UserError(f"--{flag} {getattr(self, flag)}: must be at least 1")
-        if self.max_length < self.max_new_tokens + SHORTEST // 2:
-            raise UserError(
-                f"--max_length {self.max_length}: must leave {SHORTEST // 2} tokens of the prompt beside "
-                f"--max_new_tokens {self.max_new_tokens}"
-            )
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise UserError("--temperature must be above 0 and --top_p in (0, 1]")
-        if not self.judge_timeout_seconds > 0:
-            raise UserError(f"--judge_timeout_seconds {self.judge_timeout_seconds}: must be above 0")
-        if self.bf16 is None:
-            self.bf16 = has_bfloat16()
 
 
 def named_models(words: Sequence[str]) -> dict[str, str]:

@@ -10,8 +10,8 @@ One row becomes
     shown        the prompt as people read it, in HH's form, whatever the format
     group        a digest of the conversation's opening turn: what keeps a conversation's pairs in one split
     whole        a digest of the whole prompt
-    pair         a digest of the prompt and the two responses, whichever is chosen: what no two splits may share
-
+    pair         a digest of the prompt and the two responses, whichever is chosen: what no two splits may share; the
+                 same in whatever layout a file has them
 
 or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt (a message without text
 or role counts as one), or `no_marker`, a dialogue whose two sides share no "\\n\\nAssistant:". The digests are of the
@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from resdpo_trl.errors import UserError
+from resdpo_trl.errors import UserError, renamed
 from resdpo_trl.sources import (
     READABLE,
     SPLITS,
@@ -76,7 +76,7 @@ NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for ea
 
 
 @dataclass
-class DataConfig(DatasetConfig):
+class TextDataConfig(DatasetConfig):
     """Which preference pairs to use, and how many."""
 
     _argument_group_name = "data"
@@ -167,7 +167,7 @@ class Preferences:
 
 
 def load_preferences(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None, held_out: bool = False
+    config: TextDataConfig, tokenizer: PreTrainedTokenizerBase | None = None, held_out: bool = False
 ) -> Preferences:
     """Load, parse and split preference pairs.
 
@@ -272,7 +272,7 @@ def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
         UserError: columns that make no layout, a row that the template refuses, or no usable pair.
     """
     template = tokenizer if tokenizer.chat_template is not None else None
-    config = DataConfig(dataset_name="(the data set given)")
+    config = TextDataConfig(dataset_name="(the data set given)")
     found, kind, _, ignored = _recognized(rows, {}, template, config.dataset_name)
     if ignored:
         logger.warning(f"columns ignored: {', '.join(sorted(ignored))}")
@@ -285,7 +285,7 @@ def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
     return tokenize(pairs, tokenizer, max_length, None, template is not None, "Tokenizing")
 
 
-def _template(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+def _template(config: TextDataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer where its chat template renders the pairs; None for plain text."""
     if tokenizer is None:
         return None
@@ -469,7 +469,7 @@ def _utterance(message: list[dict[str, str]]) -> str:
     return " ".join(" ".join(part["text"].split()) for part in message).strip()
 
 
-def _load(config: DataConfig) -> dict[str, Dataset]:
+def _load(config: TextDataConfig) -> dict[str, Dataset]:
     """The raw rows, by the data's own split names."""
     folder = Path(config.dataset_name).is_dir()
     local = config.dataset_name == QUICKSTART or folder or bool(named_files(config.dataset_name))
@@ -487,7 +487,9 @@ def _load(config: DataConfig) -> dict[str, Dataset]:
     )
 
 
-def _by_split(sources: dict[str, Dataset], config: DataConfig, held_out: bool) -> tuple[dict[str, Dataset], list[str]]:
+def _by_split(
+    sources: dict[str, Dataset], config: TextDataConfig, held_out: bool
+) -> tuple[dict[str, Dataset], list[str]]:
     """The raw rows by `SPLITS`, and the data's own splits that are not used; a test split alone if that is wanted."""
     from datasets import concatenate_datasets
 
@@ -544,7 +546,7 @@ def _template_options(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(
-    rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: DataConfig, split: str
+    rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: TextDataConfig, split: str
 ) -> tuple[Dataset, Counter[str]]:
     """Rows of a split -> usable pairs and a count of the statuses."""
     from datasets import Features, List, Value
@@ -682,10 +684,10 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
         return "empty"
     starts = turn_starts(prompt)
     early = kind == "dialogue" and (MARKER in chosen or MARKER in rejected)
+    said = _pair_digest(messages_of(prompt), _answer(chosen), _answer(rejected))
     return _Pair(
         prompt, chosen, rejected, starts, shown=prompt, group=_digest(_opening(prompt, starts)), whole=_digest(prompt),
-        pair=_digest(json.dumps([prompt, *sorted([chosen.strip(), rejected.strip()])])),
-        status="parted_early" if early else "kept",
+        pair=said, status="parted_early" if early else "kept",
     )  # fmt: skip
 
 
@@ -731,9 +733,30 @@ def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Me
     if not messages or not good or not bad:
         return "empty"
     said = next((at for at, message in enumerate(messages) if message["role"] != "system"), 0)
-    told = [json.dumps(part, default=str) for part in (messages[: said + 1], messages, good, bad)]
-    opening, whole, pair = map(_digest, (told[0], told[1], "\n".join([told[1], *sorted(told[2:])])))
+    opening, whole = (_digest(json.dumps(part, default=str)) for part in (messages[: said + 1], messages))
+    pair = _pair_digest(messages, good, bad)
     return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole, pair=pair)
+
+
+def _answer(text: str) -> Messages:
+    """A response of text as messages."""
+    return messages_of(MARKER + text) if MARKER in text else [{"role": "assistant", "content": text.strip()}]
+
+
+def _pair_digest(prompt: Messages, chosen: Messages, rejected: Messages) -> str:
+    """A digest of a pair's messages, without the spaces around a content, keys without a value and their order."""
+    told = [
+        json.dumps(
+            [
+                {name: each.strip() if isinstance(each, str) else each for name, each in turn.items() if each}
+                for turn in part
+            ],
+            sort_keys=True,
+            default=str,
+        )
+        for part in (prompt, chosen, rejected)
+    ]
+    return _digest("\n".join([told[0], *sorted(told[1:])]))
 
 
 def _render(pair: _Pair, template: Any, options: dict[str, Any]) -> _Pair:
@@ -744,10 +767,7 @@ def _render(pair: _Pair, template: Any, options: dict[str, Any]) -> _Pair:
     messages, (chosen, rejected) = pair.messages, pair.responses
     if not messages:  # a row of text
         messages = messages_of(pair.prompt)
-        chosen, rejected = (
-            messages_of(MARKER + text) if MARKER in text else [{"role": "assistant", "content": text.strip()}]
-            for text in (pair.chosen, pair.rejected)
-        )
+        chosen, rejected = _answer(pair.chosen), _answer(pair.rejected)
     status = pair.status
     try:
         texts = _rendered(messages, chosen, rejected, template, options)
@@ -871,7 +891,7 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _split(rows_of: dict[str, Dataset], config: DataConfig) -> tuple[dict[str, Dataset], int, dict[str, int]]:
+def _split(rows_of: dict[str, Dataset], config: TextDataConfig) -> tuple[dict[str, Dataset], int, dict[str, int]]:
     """Three splits: the data's own where it has them, the rest held out from its training rows by group; how many rows
     are in none, for their conversation has others in a held-out split that was full; and how many a split loses because
     a held-out one has them too.
@@ -925,3 +945,6 @@ def _spread(groups: np.ndarray) -> np.ndarray:
     _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
     place_in_group = np.arange(len(order)) - first[inverse]
     return order[np.argsort(place_in_group, kind="stable")]
+
+
+__getattr__ = renamed(__name__, {"DataConfig": "TextDataConfig"})

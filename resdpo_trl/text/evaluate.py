@@ -11,24 +11,29 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import (
-    concatenate,
+    FIGURES,
+    figure_rows,
+    number,
     paired_difference,
     preference_metrics,
     rank_correlation,
     raw_accuracy,
+    shown,
+    table,
     with_intervals,
 )
-from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, seen_by, unseen
+from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.run import use_the_cores, write_figures
+from resdpo_trl.scorer import score_rows
 from resdpo_trl.text.batch import PairCollator
-from resdpo_trl.text.config import CompareConfig, TextModelConfig
-from resdpo_trl.text.data import DataConfig, Preferences, load_preferences
+from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.data import Preferences, TextDataConfig, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer, local_model
 from resdpo_trl.text.reward import RewardModel, reward_figures
@@ -88,7 +93,7 @@ class EvaluateConfig:
             raise UserError("--batch_size and --max_new_tokens must be at least 1, --num_samples at least 0")
 
 
-def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfig) -> dict[str, Any]:
     """The figures of `config.model` on one split; written to `config.output` if asked.
 
     What no flag says is as the model's training had it. Test pairs that the training has seen are left out.
@@ -119,9 +124,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
     held_out = config.split == "test"
     texts = load_preferences(data, tokenizer, held_out)
     rows = texts[config.split]
-    kept = unseen(
-        rows["pair"][:], seen_by(*known.values()) if held_out else set(), f"--dataset_name {data.dataset_name}"
-    )
+    kept, left_out = unseen(rows["pair"][:], known.values() if held_out else (), f"--dataset_name {data.dataset_name}")
     pairs = tokenize(
         rows.select(kept), tokenizer, used["max_length"], data.max_response_length, texts.ends_turns, "Tokenizing"
     )
@@ -138,7 +141,8 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
         check_fits(loaded, tokenizer, used["max_length"], config.max_new_tokens if config.num_samples else 0)
         if not getattr(loaded, "is_quantized", False):
             loaded.to(PartialState().device)
-        logps[flag] = score_pairs(loaded, pairs, tokenizer, config, f"Scoring, {flag.lstrip('-')}")
+        how = (config.batch_size, f"Scoring, {flag.lstrip('-')}", config.prefix_sharing, config.bf16)
+        logps[flag] = score_pairs(loaded, pairs, tokenizer, *how)
         if flag == "--model" and config.num_samples:
             prompts = answerable(loaded, pairs["prompt_ids"][: config.num_samples], config.max_new_tokens)
             answers = answer(
@@ -156,7 +160,7 @@ def evaluate(config: EvaluateConfig, data: DataConfig, model: TextModelConfig) -
         "reference": config.reference,
         "data": texts.counts,
         "split": config.split,
-        "seen_in_training_left_out": len(rows) - len(kept),
+        "left_out": left_out,
         "settings": {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()},
         "dialogue_format": texts.counts["dialogue_format"],
         "pairs": with_intervals(per_pair),
@@ -185,7 +189,7 @@ def explicit_rewards(
     answers: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluateConfig,
-    data: DataConfig,
+    data: TextDataConfig,
 ) -> dict[str, Any]:
     """What a trained reward model says of the same pairs, and how its ranking agrees with the implicit reward's.
 
@@ -232,31 +236,30 @@ def texts_of(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBas
     return tokenizer.batch_decode([list(row) for row in answers], skip_special_tokens=True), ended
 
 
-@torch.no_grad()
 def score_pairs(
     model: Any,
     pairs: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    config: EvaluateConfig | CompareConfig,
+    batch_size: int,
     description: str,
+    prefix_sharing: bool = True,
+    bf16: bool | None = False,
 ) -> LogProbs:
-    """(N,) log-probabilities of both responses under `model`, in the order of the pairs; longest batches first."""
-    check_adapters(model, None, config.prefix_sharing)
-    longest = max(pairs["length"][:]) if config.prefix_sharing else None
+    """(N,) log-probabilities of both responses under `model`, in the order of the pairs."""
+    check_adapters(model, None, prefix_sharing)
     sequences = (len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs)
-    add_response_head(base_model(model), longest, max(sequences))
-    model.eval()
-    collate = PairCollator(int(tokenizer.pad_token_id), config.prefix_sharing)
-    order = np.argsort(np.asarray(pairs["length"][:]), kind="stable")[::-1].copy()
-    parts = []
-    for start in tqdm(range(0, len(order), config.batch_size), desc=description, leave=False, delay=2):
-        rows = pairs.select(order[start : start + config.batch_size]).to_list()
-        batch = {name: value.to(model.device) for name, value in collate(rows).items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.bf16)):
-            chosen, rejected = pair_logps(model, batch)
-        parts.append(LogProbs(chosen, rejected, chosen, rejected, batch["chosen_tokens"], batch["rejected_tokens"]))
-    place = torch.from_numpy(np.argsort(order))
-    return LogProbs(*(value[place] for value in vars(concatenate(parts)).values()))
+    add_response_head(base_model(model), max(pairs["length"][:]) if prefix_sharing else None, max(sequences))
+
+    def logps(batch: dict[str, Tensor]) -> list[Tensor]:
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(bf16)):
+            return [*pair_logps(model, batch), batch["chosen_tokens"], batch["rejected_tokens"]]
+
+    collate = PairCollator(int(tokenizer.pad_token_id), prefix_sharing)
+    chosen, rejected, *tokens = score_rows(
+        logps, pairs, collate, batch_size, [model], description, lengths=pairs["length"][:]
+    )
+    return LogProbs(chosen, rejected, chosen, rejected, *tokens)
 
 
 def pair_figures(scores: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray]:
@@ -292,7 +295,7 @@ def length_controlled(accuracies: np.ndarray, scores: LogProbs) -> dict[str, Any
 
 
 def answer_figures(
-    answers: Sequence[Sequence[int]], log_ratios: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+    answers: Sequence[Sequence[int]], log_ratios: Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Figures of sampled answers.
 
@@ -324,14 +327,14 @@ def answer_logps(
     answers: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluateConfig,
-) -> torch.Tensor:
+) -> Tensor:
     """(N,) log-probabilities of the answers: each is scored as a pair with itself, in the precision it was drawn in."""
-    config = dataclasses.replace(config, bf16=False)
     rows = [
         {"prompt_ids": prompt, "chosen_ids": text, "rejected_ids": text[:1], "length": len(prompt) + len(text) + 1}
         for prompt, text in zip(prompts, answers, strict=True)
     ]
-    return score_pairs(model, Dataset.from_list(rows), tokenizer, config, "Scoring answers").chosen
+    how = (config.batch_size, "Scoring answers", config.prefix_sharing)
+    return score_pairs(model, Dataset.from_list(rows), tokenizer, *how).chosen
 
 
 def _against(policy: LogProbs, reference: LogProbs) -> LogProbs:
@@ -346,51 +349,29 @@ def _against(policy: LogProbs, reference: LogProbs) -> LogProbs:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """The figures as a table for the terminal."""
-    pairs, controlled = figures["pairs"], figures["length_controlled_accuracy"]
-    shown = {
-        "loss": "DPO loss",
-        "rewards/accuracies": "accuracy",
-        "logps/accuracies": "  of the policy's log-likelihood",
-        "logps/ref_accuracies": "  of the reference's",
-        "baselines/shorter_wins": "  of 'shorter wins'",
-        "baselines/longer_wins": "  of 'longer wins'",
-        "rewards/margins": "margin",
-        "rewards/chosen": "reward, chosen",
-        "rewards/rejected": "reward, rejected",
-    }
-    rows = [(text, pairs[name], pairs["interval_95"][name]) for name, text in shown.items()]
+    """The figures as tables for the terminal."""
+    pairs, controlled, explicit = figures["pairs"], figures["length_controlled_accuracy"], figures.get("reward_model")
+    rows = figure_rows(pairs)
     if controlled["accuracy"] is not None:
-        rows.insert(6, ("  length-controlled", controlled["accuracy"], controlled["interval_95"]))
-    if "answers" in figures:
-        answers = figures["answers"]
-        rows += [
-            ("tokens of an answer", answers["length_tokens"], answers["interval_95"]["length_tokens"]),
-            ("KL(policy‖reference) of an answer", answers["kl"], answers["interval_95"]["kl"]),
-        ]
-    if "reward_model" in figures:
-        found = figures["reward_model"]
-        explicit = [("accuracy of the reward model", "rewards/accuracies"), ("  agrees with the policy", "agreement")]
-        rows += [(text, found["pairs"][name], found["pairs"]["interval_95"][name]) for text, name in explicit]
-        rows += [
-            (f"rank correlation of {name}", correlation["spearman"], correlation["interval_95"])
-            for name, correlation in found["rank_correlation"].items()
-            if correlation["spearman"] is not None
-        ]
-        if "answers" in found:
-            rows.append(("reward of an answer", found["answers"]["reward"], found["answers"]["interval_95"]["reward"]))
+        rows.append(["pairs ranked right, length-controlled", *shown(controlled, "accuracy", 4)])
+    if explicit:
+        rows.append(["pairs ranked right by the reward model", *shown(explicit["pairs"], "rewards/accuracies", 4)])
+        rows.append(["pairs on which both models agree", *shown(explicit["pairs"], "agreement", 4)])
+        for name, found in explicit["rank_correlation"].items():
+            rows.append([f"rank correlation of {name}", *shown(found, "spearman", 4)])
+    if answers := figures.get("answers"):
+        rows.append(["tokens of an answer", *shown(answers, "length_tokens", 1)])
+        rows.append(["KL(policy‖reference) of an answer, nats", *shown(answers, "kl", 3)])
+        if explicit:
+            rows.append(["reward of an answer", *shown(explicit["answers"], "reward", 3)])
+        rows += [[f"distinct {n}-grams of the answers", number(answers[f"distinct_{n}"]), ""] for n in (1, 2, 3)]
     settings = {name: (each["value"], each["from"]) for name, each in figures["settings"].items()}
-    lines = ["", f"  {figures['model']} on {pairs['n']} {figures['split']} pairs"]
-    lines += [*describe_settings(settings, figures["seen_in_training_left_out"]), ""]
-    lines += [f"  {text:<34}{value:>9.4f}   {low:.4f} to {high:.4f}" for text, value, (low, high) in rows]
-    if "answers" in figures:
-        distinct = (f"{figures['answers'][f'distinct_{n}'] or 0:.3f}" for n in (1, 2, 3))
-        lines.append(f"  {'distinct 1-, 2-, 3-grams':<34}{'  '.join(distinct):>9}   n = {figures['answers']['n']}")
+    lines = ["", f"  {figures['model']}", *describe_settings(settings, figures["left_out"]), ""]
+    lines.append(table(rows, (f"on {pairs['n']} {figures['split']} pairs", "mean", "95% interval")))
     if "difference" in figures:
-        lines += ["", f"  minus {figures['other_model']['model']}", ""]
-        lines += [
-            f"  {shown[name]:<34}{found['difference']:>9.4f}   {found['interval_95'][0]:.4f} to "
-            f"{found['interval_95'][1]:.4f}   p = {found['p_value']:.4f}"
+        rows = [
+            [FIGURES[name].words, *shown(found, "difference", 4), f"{found['p_value']:.4f}"]
             for name, found in figures["difference"].items()
         ]
+        lines += ["", table(rows, (f"minus {figures['other_model']['model']}", "difference", "95% interval", "p"))]
     return "\n".join([*lines, ""])

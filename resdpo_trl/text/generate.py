@@ -1,4 +1,9 @@
-"""Answers to prompts, in batches with a KV cache."""
+"""Prompts as each tokenizer expects them, and answers to them, in batches with a KV cache.
+
+A prompt is a text or a list of messages. A tokenizer with a chat template renders the messages; `messages_of` turns a
+text into messages. A tokenizer without a chat template reads a text as it is, and messages in the format of HH's
+dialogues ("\\n\\nHuman: … \\n\\nAssistant:").
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,21 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from resdpo_trl.text.data import end_of_turn
+from resdpo_trl.errors import UserError
+from resdpo_trl.sources import first_line
+from resdpo_trl.text.data import (
+    Messages,
+    alternating,
+    dialogue,
+    end_of_turn,
+    messages_of,
+    rendered_turns,
+    turn_starts,
+)
 from resdpo_trl.text.model import base_model, positions_of
+from resdpo_trl.text.tokens import encode, response_ids, tokenize_prompts
+
+Prompt = str | Messages
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -26,6 +44,56 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if special and special[0] not in stops:
             stops.append(special[0])
     return stops
+
+
+def write_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], int]:
+    """A prompt as a model of this tokenizer reads it: text, where its turns start, where its first turn starts.
+
+    Raises:
+        UserError: a conversation that the template does not take.
+    """
+    if tokenizer.chat_template is None:
+        text = prompt if isinstance(prompt, str) else dialogue(prompt)
+        return text, turn_starts(text), 0
+    messages = messages_of(prompt) if isinstance(prompt, str) else prompt
+    try:
+        text, messages = _rendered(messages, tokenizer)
+    except Exception as error:  # a template is a program: it may raise anything
+        raise UserError(
+            f"the tokenizer's chat template refuses the conversation that begins {str(messages)[:80]} "
+            f"({first_line(error)}): fix or drop it"
+        ) from None
+    header_end, starts = rendered_turns(messages, text, tokenizer)
+    return text, starts, header_end
+
+
+def _rendered(messages: Messages, tokenizer: Any) -> tuple[str, Messages]:
+    """The rendering of messages, or of the same with their roles repaired where the template refuses them."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), messages
+    except Exception:
+        repaired = alternating(messages)
+        if repaired == messages:
+            raise
+        return str(tokenizer.apply_chat_template(repaired, tokenize=False, add_generation_prompt=True)), repaired
+
+
+def prompt_ids(
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, budget: int
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of prompts, at most `budget` tokens each, and how many tokens each lost."""
+    texts, starts, headers = zip(*(write_prompt(prompt, tokenizer) for prompt in prompts), strict=True)
+    rendered = tokenizer.chat_template is not None
+    return tokenize_prompts(list(texts), list(starts), list(headers), tokenizer, budget, rendered)
+
+
+def answer_ids(
+    prompts: list[Prompt], answers: list[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of answers' texts after their prompts, and how many of each prompt's last tokens they replace."""
+    asked = [write_prompt(prompt, tokenizer)[0] for prompt in prompts]
+    (found,), merged = response_ids(tokenizer, asked, [answers], encode(tokenizer, asked))
+    return found, merged
 
 
 def answerable(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:

@@ -34,7 +34,7 @@ NAMES = {
     "conversation": "TRL's lists of messages",
     "conversation-implicit": "TRL's lists of messages with an implicit prompt",
     "scored": "UltraFeedback's prompts and lists of messages",
-    "question": "Orca's questions and answers",
+    "question": "texts in columns",
     "turns": "ShareGPT's turns",
 }
 LOOKED_AT = 1000  # rows in which a marker makes the texts dialogues
@@ -135,6 +135,10 @@ def _has_markers(rows: Dataset) -> bool:
 
 
 def _named(kind: str, columns: dict[str, str]) -> str:
+    if kind == "question":  # of many data sets: its columns are its name
+        return f"{NAMES[kind]} " + ", ".join(
+            column if column == role else f"{column} ({role})" for role, column in columns.items()
+        )
     others = [f"{column} as {role}" for role, column in columns.items() if column != role]
     return NAMES[kind] + (f" ({', '.join(others)})" if others else "")
 

@@ -7,6 +7,7 @@ a GGUF file. transformers reads such a file and dequantizes it to float32. The r
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -24,17 +25,20 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.quantizers.auto import get_hf_quantizer
 
+from resdpo_trl.arguments import hardware_precision
 from resdpo_trl.errors import UserError
 from resdpo_trl.provenance import read_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, check_model_folder, first_line
-from resdpo_trl.text.attention import CPU_ATTENTION
+from resdpo_trl.text.attention import ATTENTION, FLEX
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.fused import use_fused_layers
 from resdpo_trl.text.tokens import SHORTEST
@@ -169,13 +173,11 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
     Args:
         name: a folder, a Hub id, a .gguf file or `smollm2`.
     """
-    from trl import get_quantization_config
-
     name = local_model(name, flag)
     check_model_folder(name, flag)
     if trust_remote_code:
         _say_that_code_runs(name)
-    quantization = get_quantization_config(model)
+    quantization = quantization_of(model)
     options = loading_options(model, trust_remote_code)
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
@@ -195,23 +197,38 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
         # and has no gradient through them from then on: training would go on without a word and without learning
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return with_faster_parts(loaded, chosen=model.attn_implementation is None)
+    return with_faster_parts(loaded, model.attn_implementation)
 
 
-def with_faster_parts(model: PreTrainedModel, chosen: bool = True) -> PreTrainedModel:
-    """GPT-2's GELU as PyTorch's one kernel (transformers' eight take a tenth of a step), and on the CPU the layers of
-    `resdpo_trl.text.fused` and the attention of `resdpo_trl.text.attention` where it is ours to choose.
+def is_quantized(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> bool:
+    """Whether the weights of a checkpoint stay quantized once they are loaded, by its config.json alone.
+
+    Where the hardware has no kernels for its format, transformers dequantizes some formats.
+    """
+    name = local_model(name, flag)
+    if (Path(name) / "adapter_config.json").is_file():
+        name = full_model(name, flag)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust_remote_code)
+        quantizer, *_ = get_hf_quantizer(config, None, None, True, {})
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise not_a_model(name, flag, error) from None
+    return quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
+
+
+def with_faster_parts(model: PreTrainedModel, attention: str | None = None) -> PreTrainedModel:
+    """GPT-2's GELU as PyTorch's one kernel (transformers' eight take a tenth of a step), on the CPU the layers of
+    `resdpo_trl.text.fused`, and the attention of `resdpo_trl.text.attention` where `attention` does not name another.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, GELUTanh())
     base = base_model(model)
-    on_cpu = PartialState().device.type == "cpu"
-    if on_cpu:
+    if PartialState().device.type == "cpu":
         use_fused_layers(base)
-    if chosen and on_cpu and base.config._attn_implementation == "sdpa":
-        base.set_attn_implementation(CPU_ATTENTION)
+    if attention in (None, "flex_attention") and base.config._attn_implementation == "sdpa":
+        base.set_attn_implementation(FLEX if attention else ATTENTION)
     return model
 
 
@@ -224,11 +241,24 @@ def loading_options(model: TextModelConfig, trust_remote_code: bool) -> dict[str
     """What `from_pretrained` of every model gets from the flags."""
     return {
         "revision": model.model_revision,
-        "dtype": model.dtype if model.dtype in (None, "auto") else getattr(torch, model.dtype),
-        "attn_implementation": model.attn_implementation,
+        "dtype": "auto" if model.dtype == "auto" else getattr(torch, model.dtype or "float32"),
+        # not every family has FlexAttention of its own; see `with_faster_parts`
+        "attn_implementation": "sdpa" if model.attn_implementation == "flex_attention" else model.attn_implementation,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
     }
+
+
+def quantization_of(model: TextModelConfig) -> Any:
+    """TRL's quantization, with 4-bit products in the hardware's 16-bit type unless --dtype names one.
+
+    TRL computes them in --dtype, which is float32 by default: the products of the backward pass would be in float32.
+    """
+    from trl import get_quantization_config
+
+    if model.load_in_4bit and model.dtype not in ("bfloat16", "float16"):
+        model = dataclasses.replace(model, dtype=hardware_precision(PartialState().device.type == "cpu"))
+    return get_quantization_config(model)
 
 
 def positions_of(model: PreTrainedModel) -> int | None:

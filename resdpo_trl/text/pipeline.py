@@ -11,18 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, set_seed
 from trl import get_peft_config
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.callbacks import use_run_callbacks
-from resdpo_trl.card import write_text_card
+from resdpo_trl.card import write_card
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import ASIDE, replace_folder, step_of
 from resdpo_trl.hub import check_public_base
-from resdpo_trl.job import Job, as_table, describe_epochs, describe_seconds, epochs, free, silent
+from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.processes import is_sharded
 from resdpo_trl.provenance import read_facts, seen_by, training_facts, write_facts
@@ -37,13 +38,14 @@ from resdpo_trl.text.config import (
     TextSFTConfig,
     sft_stage,
 )
-from resdpo_trl.text.data import QUICKSTART, DataConfig, fingerprint, load_preferences
+from resdpo_trl.text.data import QUICKSTART, TextDataConfig, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import (
     base_model,
     check_fits,
     check_same_tokenizer,
     full_model,
+    is_quantized,
     load_model,
     load_tokenizer,
     local_model,
@@ -61,7 +63,7 @@ class TextRun(Job):
 
     def __init__(
         self,
-        data: DataConfig,
+        data: TextDataConfig,
         model: TextModelConfig,
         samples: SamplesConfig,
         options: RunConfig,
@@ -74,9 +76,11 @@ class TextRun(Job):
         self.data, self.model, self.samples = data, model, samples
         self.sft = sft or SFTStageConfig()
         # the model that SFT starts from; a finished reference may come without its name
-        self.base = model.model_name_or_path or (None if self.sft.sft_checkpoint else SMOLLM2)
+        self.base = model.model_name_or_path or (None if self.sft.reference else SMOLLM2)
         self.training: Any = training
         self._check_model_flags()
+        if model.dtype is None and model.use_peft and training.bf16 and not isinstance(training, TextRewardConfig):
+            model.dtype = "bfloat16"  # autocast would convert the frozen float32 weights again in every step
         config = {
             "data": dataclasses.asdict(data),
             "model": dataclasses.asdict(model),
@@ -90,7 +94,7 @@ class TextRun(Job):
 
     @property
     def _skips_sft(self) -> bool:
-        return self.sft.sft_checkpoint is not None or self.sft.sft_epochs == 0
+        return self.sft.reference is not None or self.sft.sft_epochs == 0
 
     def _check_model_flags(self) -> None:
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
@@ -108,18 +112,29 @@ class TextRun(Job):
             raise UserError(
                 "--reference_update moves a full reference model, which --use_peft does not keep: drop either"
             )
-        trains_adapter = self.model.use_peft or any(
-            (Path(name) / "adapter_config.json").is_file() for name, _ in self._sources()[:1]
-        )
+        trains_adapter = self._trains_adapter
         if self.training.merge_adapter and not trains_adapter:
             raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or drop the flag")
         merges = self.training.merge_adapter or isinstance(self.training, TextRewardConfig)  # which always is
         if self.training.push_to_hub and trains_adapter and not merges:
             check_public_base(full_model(*self._sources()[0]))
 
+    @property
+    def _trains_adapter(self) -> bool:
+        return self.model.use_peft or (Path(self._sources()[0][0]) / "adapter_config.json").is_file()
+
+    def _check_weights(self, name: str, flag: str) -> None:
+        """Refuse a checkpoint with quantized weights where these would be trained."""
+        reward = isinstance(self.training, TextRewardConfig)
+        if self._trains_adapter and not reward:
+            return
+        if is_quantized(name, self.model, self.training.trust_remote_code, flag):
+            fix = "name a checkpoint that is not quantized" if reward else "add --use_peft to train adapters"
+            raise UserError(f"{flag} {name}: its weights are quantized, which freezes them: {fix}")
+
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
-        model = self.base or f"the reference {self.sft.sft_checkpoint}"
+        model = self.base or f"the reference {self.sft.reference}"
         if model == SMOLLM2:
             model = SMOLLM2_ID.partition("/")[2]
         source = source_name(self.data.dataset_name) + (
@@ -127,17 +142,18 @@ class TextRun(Job):
         )
         if source == QUICKSTART:
             source = "people's chit-chat (no network needed)"
-        last = {TextDPOConfig: "SFT and DPO", TextRewardConfig: "SFT and a reward model", TextSFTConfig: "SFT"}
+        last = {TextDPOConfig: "DPO", TextRewardConfig: "a reward model", TextSFTConfig: "SFT"}[type(self.training)]
+        sft_first = not self._skips_sft and not isinstance(self.training, TextSFTConfig)
         self.say(
-            f"{last[type(self.training)]} of {model} on {source}; for GPT-2 on Anthropic HH: "
+            f"{'SFT and ' if sft_first else ''}{last} of {model} on {source}; for GPT-2 on Anthropic HH: "
             "--config recipes/configs/hh/gpt2.yaml\n" + self.hardware_line()
         )
         if self.model.use_peft:
             alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
             sft = "" if alone else f", SFT {self.sft.sft_learning_rate:g}"
             self.say(
-                f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft} (about ten "
-                "times the rate of full fine-tuning)"
+                f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft} (--use_peft "
+                "multiplies the default by ten)"
             )
 
     # --- pairs ---------------------------------------------------------------------------------------------------
@@ -148,6 +164,7 @@ class TextRun(Job):
         found = [load_tokenizer(name, self.model, self.training.trust_remote_code, flag) for name, flag in flags]
         for tokenizer, (_, flag) in zip(found[1:], flags[1:], strict=True):
             check_same_tokenizer(found[0], flags[0][1], tokenizer, flag)
+        self._check_weights(*flags[0])
         self.tokenizer = found[0]
         with PartialState().main_process_first():
             started = time.perf_counter()
@@ -173,17 +190,18 @@ class TextRun(Job):
         return pairs
 
     def _facts(self, args: Any) -> dict[str, Any]:
-        seen = {*self.texts["train"]["pair"][:], *self.texts["validation"]["pair"][:]}
-        if self.run.reference.is_dir():
-            seen |= seen_by(read_facts(str(self.run.reference), None, "reference"))
+        reference = [read_facts(str(self.run.reference), None, "reference")] if self.run.reference.is_dir() else []
+        trained, validated = seen_by(*reference)
+        trained.update(self.texts["train"]["pair"][:])
+        validated.update(self.texts["validation"]["pair"][:])
         cap = {"max_length": args.max_length, "max_response_length": self.data.max_response_length}
-        return training_facts(args, seen, **cap)
+        return training_facts(args, trained, validated, **cap)
 
     def _sources(self) -> list[tuple[str, str]]:
         """(name, flag) of every place a tokenizer comes from; the first one's is used."""
         found = []
-        if self.sft.sft_checkpoint:  # it says in which format it was trained
-            found.append((self.sft.sft_checkpoint, "--sft_checkpoint"))
+        if self.sft.reference:  # it says in which format it was trained
+            found.append((self.sft.reference, "--reference"))
         if self.base:
             found.append((self.base, "--model_name_or_path"))
         return found
@@ -233,7 +251,7 @@ class TextRun(Job):
         del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if not isinstance(self.training, TextDPOConfig) and not self.training.merge_adapter:
-            self.push_saves(trainer, "text-generation")
+            self.push_saves(trainer)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
@@ -266,9 +284,6 @@ class TextRun(Job):
 
     def _prepare(self, model: Any) -> None:
         """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""
-        adapter = self.model.use_peft or hasattr(model, "peft_config")
-        if getattr(base_model(model), "is_quantized", False) and not adapter:
-            raise UserError("the model's weights are quantized, which freezes them: add --use_peft to train adapters")
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
         end_answers(model, self.tokenizer)
@@ -348,7 +363,7 @@ class TextRun(Job):
         args = trainer.args
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
         if not self.training.merge_adapter:  # a checkpoint holds the adapter alone
-            self.push_saves(trainer, "text-generation")
+            self.push_saves(trainer)
         test = pairs["test"]
         if args.precompute_ref_log_probs:
             test = trainer.add_reference(test)
@@ -487,7 +502,8 @@ class TextRun(Job):
 
     def _answers(self, name: str, model: Any, prompts: list[list[int]]) -> dict[str, list[str]]:
         if not getattr(model, "is_quantized", False):
-            model.to(self.training.device)
+            # autocast would convert float32 weights again at every token
+            model.to(self.training.device, torch.bfloat16 if self.training.bf16 else None)
         prompts = answerable(model, prompts, self.samples.max_new_tokens)
         return {
             kind: self.tokenizer.batch_decode(
@@ -507,8 +523,31 @@ class TextRun(Job):
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        base = str(self.base or self.sft.sft_checkpoint)
-        self.end(describe_results, partial(write_text_card, self.run, self.run.trained, base))
+        base = str(self.base or self.sft.reference)
+        if self.run.main_process:
+            self._say_where_answers_end()
+        self.end(describe_results, partial(write_card, self.run, self.run.trained, base))
+
+    def _say_where_answers_end(self) -> None:
+        """One line where a pipeline would end the answers of an adapter where its base ends them: transformers reads
+        no generation_config.json of an adapter's folder.
+        """
+        folder = self.run.trained
+        place: dict[str, Any] = {"revision": self.model.model_revision}
+        if not (folder / "adapter_config.json").is_file():
+            return
+        base, end = full_model(str(folder), "the adapter"), stop_tokens(self.tokenizer)[-1]
+        try:
+            ends: Any = GenerationConfig.from_pretrained(base, **place).eos_token_id
+        except OSError:  # it has no such file, and transformers reads its config.json
+            trust = self.training.trust_remote_code
+            ends = AutoConfig.from_pretrained(base, **place, trust_remote_code=trust).get_text_config().eos_token_id
+        if end not in (ends if isinstance(ends, list) else [ends]):
+            self.say(
+                f"{folder} is an adapter: transformers' pipeline ends its answers at its base's end of text and not at "
+                f"{self.tokenizer.convert_ids_to_tokens(end)}; pass generation_config=GenerationConfig.from_pretrained("
+                f"'{folder}') with each call, or train with --merge_adapter"
+            )
 
 
 @contextmanager
@@ -555,7 +594,7 @@ def merge_run(path: Path) -> None:
     tokenizer.save_pretrained(str(aside))
     write_facts(aside, read_facts(str(folder), None, str(folder)))
     replace_folder(aside, folder)
-    write_text_card(run, folder, model.model_name_or_path or stage.get("sft_checkpoint") or SMOLLM2)
+    write_card(run, folder, model.model_name_or_path or stage.get("reference") or SMOLLM2)
 
 
 def _rows_trained(trainer: Any, checkpoint: str | None) -> float:
@@ -600,43 +639,5 @@ def describe_format(dialogue_format: str, tokenizer: PreTrainedTokenizerBase, pa
 
 
 def describe_results(summary: dict[str, Any]) -> str:
-    """The table at the end of a run."""
-    data, sft, rows = summary["data"], summary.get("sft", {}), []
-    rows.append(("pairs", f"{data['train']} train, {data['validation']} validation, {data['test']} test"))
-    if "validation" in sft:
-        losses = sft["validation"]
-        rows.append(("SFT loss, validation", f"{losses['loss_before']:.3f} → {losses['loss_after']:.3f}"))
-    if "dpo" in summary:
-        test = summary["dpo"]["test"]
-        low, high = test["interval_95"]["rewards/accuracies"]
-        before = "   (ln 2 = 0.6931 before training)" if summary["dpo"]["loss_type"] == ["sigmoid"] else ""
-        rows += [
-            ("DPO loss, test", f"{test['loss']:.4f}{before}"),
-            (
-                "accuracy, test",
-                f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}",
-            ),
-            (
-                "  of the log-likelihood",
-                f"{test['logps/ref_accuracies']:.3f} reference, {test['logps/accuracies']:.3f} policy",
-            ),
-            ("margin, test", f"{test['rewards/margins']:.3f}"),
-            ("rewards, test", f"{test['rewards/chosen']:.3f} chosen, {test['rewards/rejected']:.3f} rejected"),
-            *describe_epochs(summary["dpo"]),
-            ("DPO pairs per second", f"{summary['throughput']['dpo_pairs_per_second']:.1f}"),
-        ]
-    if "reward" in summary:
-        test, centred = summary["reward"]["test"], summary["reward"]["center_rewards_coefficient"]
-        low, high = test["interval_95"]["rewards/accuracies"]
-        rows += [
-            ("loss, test", f"{test['loss']:.4f}" + ("" if centred else "   (ln 2 = 0.6931 for a coin)")),
-            (
-                "accuracy, test",
-                f"{test['rewards/accuracies']:.3f}   95% interval {low:.3f} to {high:.3f}, n = {test['n']}",
-            ),
-            ("margin, test", f"{test['rewards/margins']:.3f}"),
-            *describe_epochs(summary["reward"]),
-            ("pairs per second", f"{summary['throughput']['reward_pairs_per_second']:.1f}"),
-        ]
-    rows.append(describe_seconds(summary["throughput"]))
-    return as_table(rows)
+    """The tables at the end of a run."""
+    return describe_run(summary, "pairs") + "\n"

@@ -22,7 +22,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, Trainer
 from trl import RewardTrainer
 
@@ -30,8 +29,9 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
 from resdpo_trl.processes import mean_over_processes, own_rows
+from resdpo_trl.scorer import score_rows
 from resdpo_trl.sources import check_model_folder
-from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.text.config import TextModelConfig, TextRewardConfig
 from resdpo_trl.text.data import end_of_turn
 from resdpo_trl.text.model import (
     check_fits,
@@ -42,10 +42,7 @@ from resdpo_trl.text.model import (
     with_faster_parts,
 )
 from resdpo_trl.text.tokens import cache_key, tokenize
-from resdpo_trl.text.trainer import PairTrainer
-
-# TRL's names of a reward model's training figures, and the names that pairs have everywhere in a run's files
-RENAMED = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+from resdpo_trl.text.trainer import PairTrainer, check_arguments
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> LogProbs:
@@ -100,7 +97,7 @@ def untrained_reward_model(
     except ValueError as error:  # an architecture that transformers has no sequence classifier of
         raise not_a_model(name, flag, error) from None
     made.base_model.load_state_dict(language.base_model.state_dict())
-    return with_faster_parts(made.to(language.dtype), chosen=model.attn_implementation is None)
+    return with_faster_parts(made.to(language.dtype), model.attn_implementation)
 
 
 class TextRewardTrainer(PairTrainer, RewardTrainer):
@@ -111,13 +108,30 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
     that pairs have in the rest of a run (`rewards/accuracies` for TRL's `accuracy`).
     """
 
-    def __init__(self, *args: Any, peft_config: Any = None, **options: Any):
+    columns = ("chosen_ids", "rejected_ids", "length")
+
+    def __init__(self, model: str | PreTrainedModel, args: TextRewardConfig, peft_config: Any = None, **options: Any):
+        """As TRL's, with keywords.
+
+        Raises:
+            UserError: an argument that has no place here, rows without their columns, or a PEFT method of virtual
+                tokens.
+        """
+        names = ("compute_metrics", "preprocess_logits_for_metrics", "quantization_config")
+        check_arguments(self, args, TextRewardConfig, options, names)
         if peft_config is not None and peft_config.is_prompt_learning:
             raise UserError(
                 f"the PEFT method {peft_config.peft_type.value} puts virtual tokens before a row, and transformers "
                 "finds no row's last token then, where the reward is read: use LoRA (--use_peft)"
             )
-        super().__init__(*args, peft_config=peft_config, **options)
+        self._steps: list[Tensor] = []  # since the last log
+        super().__init__(model=model, args=args, peft_config=peft_config, **options)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        rows = super()._prepare_dataset(dataset, *args, **kwargs)
+        if "margin" in rows.column_names:
+            raise UserError("the column margin is not supported: drop it, or train with trl.RewardTrainer")
+        return rows
 
     def compute_loss(
         self,
@@ -139,23 +153,18 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
 
     @torch.no_grad()
     def _note(self, rewards: Tensor, inputs: dict[str, Any]) -> None:
-        """Keep this step's figures, over all processes' own pairs, for `log`."""
-        sides = rewards.float().chunk(2)
-        tokens = sum(inputs["attention_mask"].chunk(2)).sum(1)
+        """Keep a step's rows for `log`: (B, 4) rewards of both sides, tokens, and 1 where the row counts."""
+        chosen, rejected = rewards.float().chunk(2)
+        tokens = inputs["attention_mask"].sum(1).view(2, -1).sum(0)
         own = torch.arange(len(tokens), device=tokens.device) < inputs.get("own_rows", len(tokens))
-        every = self.accelerator.gather(torch.stack([*sides, tokens, own], 1))  # (B on each process, 4)
-        chosen, rejected, tokens, _ = every[every[:, 3] == 1].unbind(1)
-        self._total_train_tokens += int(tokens.sum().item())
-        figures = {
-            "min_reward": torch.minimum(chosen, rejected).min(),
-            "mean_reward": (chosen + rejected).mean() / 2,
-            "max_reward": torch.maximum(chosen, rejected).max(),
-            "accuracy": (chosen > rejected).float().mean(),
-            "margin": (chosen - rejected).mean(),
-        }
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        for name, value in figures.items():
-            self._metrics["train"][name].append(value.item())
+        self._steps.append(torch.stack([chosen, rejected, tokens, own], 1))
+
+    def log_state(self) -> dict[str, Any]:
+        return super().log_state() | {"rewards": [each.tolist() for each in self._steps]}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        super().load_log_state(state)
+        self._steps = [torch.tensor(each, device=self.accelerator.device) for each in state["rewards"]]
 
     def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:
         """Rewards of every pair as `bradley_terry` pairs, in the data set's order, on the CPU."""
@@ -178,10 +187,29 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if any(name.startswith("eval_") for name in logs):
             return Trainer.log(self, logs, start_time)
-        own = {name: sum(values) / len(values) for name, values in self._metrics["train"].items()}
-        self._metrics["train"].clear()
-        logs.update({RENAMED.get(name, name): value for name, value in own.items()})
+        if self._steps:
+            logs.update(self._step_figures())
         return Trainer.log(self, logs, start_time)
+
+    def _step_figures(self) -> dict[str, float]:
+        """Each figure over all processes' own pairs of a step, and the mean over the steps since the last log."""
+        figures: dict[str, list[float]] = {}
+        for step in self._steps:
+            every = self.accelerator.gather(step).double().cpu()
+            chosen, rejected, tokens, _ = every[every[:, 3] == 1].unbind(1)
+            self._total_train_tokens += int(tokens.sum())
+            for name, value in (
+                ("min_reward", torch.minimum(chosen, rejected).min()),
+                ("mean_reward", (chosen + rejected).mean() / 2),
+                ("max_reward", torch.maximum(chosen, rejected).max()),
+                ("rewards/accuracies", (chosen > rejected).double().mean()),
+                ("rewards/margins", (chosen - rejected).mean()),
+            ):
+                figures.setdefault(name, []).append(value.item())
+        self._steps.clear()
+        return {name: sum(values) / len(values) for name, values in figures.items()} | {
+            "num_tokens": self._total_train_tokens
+        }
 
 
 def save_reward_model(trainer: TextRewardTrainer, folder: str) -> None:
@@ -232,7 +260,7 @@ class RewardModel:
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise not_a_model(name, flag, error) from None
-        self.model: Any = with_faster_parts(loaded, chosen=model.attn_implementation is None)
+        self.model: Any = with_faster_parts(loaded, model.attn_implementation)
         # the model reads at the last token that is not this one
         text_config = self.model.config.get_text_config()
         if text_config.pad_token_id not in range(text_config.vocab_size):
@@ -285,20 +313,19 @@ class RewardModel:
             sequences.append(ids)
         return self.score(sequences, batch_size)
 
-    @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
-        """(N,) float32 rewards of token ids, on the CPU; longest batches first."""
-        order = sorted(range(len(sequences)), key=lambda at: -len(sequences[at]))
-        rewards = torch.empty(len(sequences))
-        device = self.model.device
-        starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="Rewards", leave=False, delay=2):
-            at = order[start : start + batch_size]
-            rows = [list(sequences[index]) for index in at]
-            width = len(rows[0])
-            ids = torch.tensor([row + [self._padding] * (width - len(row)) for row in rows], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            rewards[at] = logits.float().squeeze(-1).cpu()
-        return rewards
+        """(N,) float32 rewards of token ids, on the CPU."""
+        lengths = [len(ids) for ids in sequences]
+        return score_rows(self._rewards, sequences, self._padded, batch_size, [self.model], "Rewards", lengths)[0]
+
+    def _padded(self, rows: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(B, T) token ids, padded on the right, and (B, T) 1 where a token is not padding."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[self._padding] * (width - len(row))] for row in rows])
+        return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+
+    def _rewards(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+        ids, mask = (each.to(self.model.device) for each in batch)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return [logits.float().squeeze(-1)]

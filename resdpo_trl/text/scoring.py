@@ -14,15 +14,18 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.kernels import ChunkedLogProbFunction
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.sources import first_line
-from resdpo_trl.text.attention import CPU_ATTENTION
+from resdpo_trl.text.attention import ATTENTION, FLEX, block_mask
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.model import positions_of
 
 # response tokens whose logits are held at once: 4,096 × GPT-2's vocabulary in float32 is 0.8 GB
 CHUNK_TOKENS = 4096
+FUSED_ON = ("cuda",)  # devices on which TRL's kernels compute the head; on the CPU its torch path is the slower one
+VOCABULARY_TILE = 32768  # columns of the logits that TRL's kernels hold at once, as in TRL
 
 
 def pair_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -51,7 +54,7 @@ def pair_logps_and_router_loss(model: torch.nn.Module, batch: dict[str, Tensor])
 
 
 def _arguments(batch: dict[str, Tensor]) -> dict[str, Any]:
-    names = ("input_ids", "attention_mask", "position_ids", "predicted_at", "predicted")
+    names = ("input_ids", "attention_mask", "document", "part", "position_ids", "predicted_at", "predicted")
     return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
 
 
@@ -84,11 +87,12 @@ def add_response_head(model: PreTrainedModel, longest_row: int | None = None, ma
 
 
 def _patch_forward(model: PreTrainedModel, head: str) -> None:
-    """Where `head` is "linear", the LM head gives log-probabilities itself, a chunk of logits at a time. Where it is
-    "own", the rest of the model's own forward makes the logits from the N hidden states alone: models that scale, cap
-    or transform (Cohere, Granite, Gemma 2, BERT).
+    """Where `head` is "linear", the LM head gives log-probabilities itself, a chunk of logits at a time, scaled or
+    capped where the model does that (Cohere, Granite, Gemma 2). Where it is "own", the rest of the model's own forward
+    makes the logits from the N hidden states alone: models that transform these first (BERT).
     """
     original = model.forward
+    softcap, scale = _softcap_and_scale(model.config.get_text_config())
 
     # the signature of the class: `generate` checks its arguments against it
     @functools.wraps(type(model).forward)
@@ -122,7 +126,7 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
         with backbone.register_forward_hook(keep_predicted):
             if head == "linear":
                 hidden = backbone(*args, **kwargs).last_hidden_state[0]
-                logps = _token_logps(self.get_output_embeddings(), hidden, predicted)
+                logps = _token_logps(self.get_output_embeddings(), hidden, predicted, softcap, scale)
             else:
                 logps = _LogProbs.apply(original(*args, **kwargs).logits[0], predicted)
         if router_weights is None:
@@ -132,20 +136,20 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
     model.forward = types.MethodType(forward, model)
     if head == "linear" and type(linear := model.get_output_embeddings()) is torch.nn.Linear:
         linear.__class__ = _ResponseHead
+        linear.softcap, linear.scale = softcap, scale  # type: ignore[assignment]
     model._response_head = head  # type: ignore[assignment]
 
 
 def _with_mask(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Eager attention adds its mask to the scores; SDPA takes a boolean one, FlexAttention one of blocks."""
+    """Eager attention adds its mask to the scores; SDPA takes a boolean one, `FLEX` one of blocks.
+
+    The block mask goes through the layers as a keyword of its own. The mask of one cell keeps transformers from making
+    a dense one: it takes what has four dimensions as it is.
+    """
+    if "document" in kwargs:
+        kwargs["block_mask"] = block_mask(kwargs.pop("document"), kwargs.pop("part"))
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs["input_ids"].device)
     mask = kwargs["attention_mask"]
-    if mask.ndim == 4 and model.config._attn_implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return mask[row, 0, query, key]
-
-        rows, _, width, _ = mask.shape
-        kwargs["attention_mask"] = create_block_mask(sees, rows, None, width, width, device=mask.device)
     if mask.ndim == 4 and model.config._attn_implementation == "eager":
         lowest = torch.finfo(model.dtype).min
         kwargs["attention_mask"] = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
@@ -154,24 +158,47 @@ def _with_mask(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]
     return kwargs
 
 
-def _token_logps(head: torch.nn.Module, hidden: Tensor, predicted: Tensor) -> Tensor:
+def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
+    """c and s of a model whose logits are c·tanh(s·W·h / c), or s·W·h where c is None."""
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    return getattr(config, "final_logit_softcapping", None), scale
+
+
+def _token_logps(
+    head: torch.nn.Module, hidden: Tensor, predicted: Tensor, softcap: float | None, scale: float
+) -> Tensor:
     """(N, D) hidden states and (N,) tokens -> (N,) log-probabilities."""
     if isinstance(head, _ResponseHead):
         return head(hidden, predicted)
-    return _LogProbs.apply(head(hidden), predicted)  # with an adapter, or quantized: in one piece
+    # with an adapter, or quantized: in one piece
+    return _LogProbs.apply(_transformed(head(hidden), softcap, scale), predicted)
+
+
+def _transformed(logits: Tensor, softcap: float | None, scale: float) -> Tensor:
+    if scale != 1:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class _ResponseHead(torch.nn.Linear):
     """An LM head that gives log-probabilities where tokens are given; `CHUNK_TOKENS` rows of logits at once, at most.
 
-    In one call of the module: FSDP2 gathers its weights for a call and scatters them after its backward pass.
+    In one call of the module: FSDP2 gathers its weights for a call and scatters them after its backward pass. On CUDA,
+    and where the logits are scaled or capped, by TRL's function, which holds tiles of logits and sums in float32.
     """
+
+    softcap: float | None
+    scale: float
 
     def forward(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         if tokens is None:
             return super().forward(rows)
-        if len(tokens) <= CHUNK_TOKENS:
-            return _LogProbs.apply(super().forward(rows), tokens)
+        capped = self.softcap is not None or self.scale != 1
+        if (capped or rows.device.type in FUSED_ON) and rows.dtype != torch.float64:
+            options = (1.0, VOCABULARY_TILE, self.softcap, self.scale, ("log_probs",))
+            return ChunkedLogProbFunction.apply(rows, self.weight, self.bias, tokens, *options)[0]
+        if capped or len(tokens) <= CHUNK_TOKENS:
+            return _LogProbs.apply(_transformed(super().forward(rows), self.softcap, self.scale), tokens)
         device = rows.device.type
         operands: list[Tensor | None] = [rows, self.weight, self.bias]
         if torch.is_autocast_enabled(device):
@@ -374,14 +401,14 @@ def _check_prefix_sharing(
     """
     name, fix = type(model).__name__, "pass --prefix_sharing false"
     attention = model.config._attn_implementation
-    if attention not in ("sdpa", "eager", "flex_attention", CPU_ATTENTION):
+    if attention not in ("sdpa", "eager", ATTENTION, FLEX):
         raise UserError(
             f"--attn_implementation {attention} takes no mask of its own, as prefix sharing needs: use sdpa or "
             f"flex_attention, or {fix}"
         )
-    if attention == "flex_attention" and not torch.cuda.is_available():
+    if attention == FLEX and not torch.cuda.is_available():
         raise UserError("--attn_implementation flex_attention has no backward pass on the CPU: use sdpa")
-    if trial is None or attention == "flex_attention":
+    if trial is None or attention == FLEX:
         trial = _trial_model(model, attention)
         _patch_forward(trial, model._response_head)  # type: ignore[arg-type]
     tolerance = CHECK_TOLERANCE * (1 if trial.dtype == torch.float64 else 10)
@@ -404,19 +431,20 @@ def _trial_model(model: PreTrainedModel, attention: str | None = None) -> PreTra
 
     The weights are large enough that every layer matters (normal, of variance one over the fan-in: LeCun et al. 1998,
     Efficient BackProp, §4.6), which those of a new model are not. Buffers are the model's own. It has the first layers
-    of the model, as many as it takes to have one of each kind and at least two. FlexAttention and flash attention take
-    no float64: the trial model has eager attention then, or float32 where `attention` asks for FlexAttention.
+    of the model, as many as it takes to have one of each kind and at least two. Attention that only CUDA has, or
+    that takes no float64, is not tried: the trial model has eager attention then, or float32 where `attention` asks for
+    `FLEX`.
     """
     config = copy.deepcopy(model.config)
     config._experts_implementation = "eager"  # grouped products take no float64
-    if config._attn_implementation not in ("sdpa", CPU_ATTENTION):
+    if config._attn_implementation not in ("sdpa", ATTENTION):
         config._attn_implementation = attention or "eager"
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         trial = type(model)(config)
         trial.resize_token_embeddings(min(config.get_text_config().vocab_size, 100), mean_resizing=False)
     _cut_layers(trial)
     device = torch.device("cpu") if model.device.type == "mps" else model.device  # which has no float64
-    if config._attn_implementation != "flex_attention":
+    if config._attn_implementation != FLEX:
         trial.double()
     trial.to_empty(device=device)
     trial.tie_weights()
@@ -488,7 +516,8 @@ def _trial_pair(model: PreTrainedModel, longest_row: int, max_length: int | None
 @torch.no_grad()
 def _trial_logps(model: PreTrainedModel, pair: dict[str, list[int]], prefix_sharing: bool) -> Tensor:
     """(N,) log-probabilities of the tokens of both responses through the response head."""
-    logps: Tensor = model(**_arguments(_on_device(model, PairCollator(0, prefix_sharing)([pair]))))
+    collator = PairCollator(0, prefix_sharing, model.config._attn_implementation == FLEX)
+    logps: Tensor = model(**_arguments(_on_device(model, collator([pair]))))
     return logps
 
 

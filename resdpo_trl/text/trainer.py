@@ -9,11 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend
+from accelerate.utils.other import is_repeated_blocks
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
@@ -22,11 +30,13 @@ from resdpo_trl.arguments import preference_loss
 from resdpo_trl.callbacks import TIMINGS
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs
-from resdpo_trl.metrics import RunningMeans, concatenate, preference_metrics
+from resdpo_trl.metrics import RunningMeans, preference_metrics, training_figures
 from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
 from resdpo_trl.reference import MovingReference
 from resdpo_trl.resume import Resumable
-from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.scorer import score_rows
+from resdpo_trl.text.attention import FLEX
+from resdpo_trl.text.batch import LabelCollator, PairCollator
 from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import tokenized_pairs
 from resdpo_trl.text.model import base_model, load_model, load_tokenizer
@@ -73,6 +83,38 @@ class LengthSampler(LengthGroupedSampler):
         return iter([row for batch in [*first, *shuffled, short] for row in batch])
 
 
+@torch.no_grad()
+def check_updates(model: torch.nn.Module, args: TrainingArguments) -> None:
+    """Raise a UserError where the weights in training are 16-bit numbers too coarse for the learning rate.
+
+    An AdamW step moves a weight by about the learning rate (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, §2.1).
+    Full fine-tuning is refused where adding that to a weight rounds back to the weight itself for more than half of
+    them. Loss scaling takes no 16-bit gradients: adapters, which TRL casts to bfloat16 for quantized models, become
+    float32, and full fine-tuning is refused.
+    """
+    adapter = hasattr(model, "peft_config")
+    coarse = [
+        each for each in model.parameters() if each.requires_grad and each.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if not coarse:
+        return
+    kind = str(coarse[0].dtype).removeprefix("torch.")
+    fix = "drop --dtype (training multiplies in 16 bits without it too), or train an adapter (--use_peft)"
+    if args.fp16 and adapter:
+        for each in coarse:
+            each.data = each.data.float()
+    elif args.fp16:
+        raise UserError(f"the model's weights are {kind}, and --fp16 scales the loss for float32 weights alone: {fix}")
+    elif not adapter:
+        kept = sum(int((each + args.learning_rate == each).sum()) for each in coarse)
+        share = kept / max(sum(each.numel() for each in coarse), 1)  # a shard may be empty
+        if share > 0.5:
+            raise UserError(
+                f"the model's weights are {kind}, and at learning rate {args.learning_rate:g} a step rounds to no "
+                f"change for {share:.0%} of them: {fix}"
+            )
+
+
 class _TextTrainer(EveryRowOnce, Resumable):
     """A Trainer whose `group_by_length` reads the data set's `length` column, that counts tokens without waiting for
     them at every step, and knows tied weights.
@@ -81,20 +123,37 @@ class _TextTrainer(EveryRowOnce, Resumable):
     model: Any
     train_dataset: Any
     _total_train_tokens: int  # TRL's
+    columns: tuple[str, ...]  # that rows must have
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._tokens: list[Tensor] = []  # (real, padded) tokens of the steps since the last log
-        held_out, config = kwargs.get("eval_dataset"), kwargs.get("args")
-        if isinstance(held_out, dict) and config is not None:
-            best = config.metric_for_best_model
+        held_out, config = kwargs.get("eval_dataset"), kwargs["args"]
+        figures: list[str] = list(config.figures)
+        if isinstance(held_out, dict):
+            figures = [f"{name}_{figure}" for name in held_out for figure in figures]
             if not config.load_best_model_at_end:
                 config.metric_for_best_model = None
-            elif not any(str(best).removeprefix("eval_").startswith(f"{name}_") for name in held_out):
-                raise UserError(
-                    f"metric_for_best_model {best}: there are several evaluation sets ({', '.join(held_out)}); name a "
-                    f"figure of one, e.g. eval_{next(iter(held_out))}_loss, or keep the last epoch (select last)"
-                )
+        best = config.metric_for_best_model
+        if best is not None and best.removeprefix("eval_") not in figures:
+            raise UserError(f"metric_for_best_model {best}: no such figure; evaluation has {', '.join(figures)}")
         super().__init__(*args, **kwargs)
+        check_updates(self.model, self.args)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With --torch_compile, compile the model's repeated blocks, each for all batch sizes and widths.
+
+        accelerate would compile the whole model, the response head included, once per shape until torch gives up and
+        runs it uncompiled. The blocks share one graph: one with gradients and one without.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend == DynamoBackend.NO:
+            return
+        options = plugin.to_kwargs() | {"dynamic": True}
+        plugin.backend = DynamoBackend.NO
+        for blocks in filter(is_repeated_blocks, base_model(self.model).modules()):
+            for block in blocks:
+                block.compile(**options)
 
     def _note_tokens(self, real: Tensor) -> None:
         """Count a step's (R, T) tokens; `real` is True where one is not padding."""
@@ -120,7 +179,8 @@ class _TextTrainer(EveryRowOnce, Resumable):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         # --include_num_input_tokens_seen: with prefix sharing the mask has a cell for every query and key
-        super()._track_num_input_tokens({**inputs, "attention_mask": _real(inputs["attention_mask"])})
+        real = inputs["copies"] > 0 if "copies" in inputs else inputs["attention_mask"]
+        super()._track_num_input_tokens({**inputs, "attention_mask": real})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # a checkpoint holds a tied weight once; transformers warns as if it had been lost
@@ -137,7 +197,7 @@ class _TextTrainer(EveryRowOnce, Resumable):
         return LengthSampler(batch, dataset["length"][:], seed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        _check_tokenized(dataset)
+        _check_rows(dataset, self.columns)
         return dataset  # tokenized and capped already
 
 
@@ -149,13 +209,26 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
     over all tokens with a label, not over batches, without the router loss of a mixture of experts.
     """
 
-    def __init__(self, model: PreTrainedModel, args: TextSFTConfig, **options: Any):
+    columns = ("input_ids", "labels", "length")
+
+    def __init__(self, model: str | PreTrainedModel, args: TextSFTConfig, **options: Any):
+        """As TRL's, with keywords. `model` may be a folder, a Hub id or `smollm2`.
+
+        Raises:
+            UserError: an argument that has no place here, or rows without their columns.
+        """
+        names = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "quantization_config")
+        check_arguments(self, args, TextSFTConfig, options, (*names, "formatting_func"))
+        if isinstance(model, str):
+            model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
         # a loss of another kind is TRL's own
         self._plain = args.loss_type == "nll" and not args.label_smoothing_factor and not args.use_liger_kernel
         add_response_head(base_model(model))
         check_adapters(model, options.get("peft_config"), prefix_sharing=False)
         check_router_loss(base_model(model), args.router_aux_loss_coef)
         super().__init__(model=model, args=args, compute_metrics=_token_mean, **options)
+        self.data_collator = LabelCollator(self.data_collator)
+        self._router_losses = RunningMeans()  # of the steps since the last log
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         # transformers' leaves rows of evaluation out with --dataloader_drop_last, which is of training
@@ -174,9 +247,10 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
     ) -> Tensor:
         """Negative log-likelihood of the tokens with a label, over their number on all processes."""
         if not self._plain:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        _, logps, *router_loss = _label_logps(model, inputs, self.aux_loss_enabled)
-        self._note_tokens(_real(inputs["attention_mask"]))
+            rest = {name: value for name, value in inputs.items() if name not in ("predicted_at", "predicted")}
+            return super().compute_loss(model, rest, return_outputs, num_items_in_batch)
+        logps, *router_loss = _label_logps(model, inputs, self.aux_loss_enabled)
+        self._note_tokens(inputs["attention_mask"])
         if num_items_in_batch is None:
             loss, steps = -logps.sum() / max(len(logps), 1), 1
         else:
@@ -186,8 +260,20 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
             steps = self.current_gradient_accumulation_steps
         for each in router_loss:  # of a mixture of experts: a mean of each step's
             loss = loss + self.router_aux_loss_coef * each / steps
-            self._metrics["train"]["aux_loss"].append(self.accelerator.gather(each.detach()).mean().item())
+            self._router_losses.add({"aux_loss": each.detach()[None]})
         return loss
+
+    def log_state(self) -> dict[str, Any]:
+        return super().log_state() | {"router_losses": self._router_losses.state()}
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        super().load_log_state(state)
+        self._router_losses.load_state(state["router_losses"], self.accelerator.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not any(name.startswith("eval_") for name in logs):
+            logs.update(self._router_losses.take(self.accelerator.reduce))
+        super().log(logs, start_time)
 
     def prediction_step(
         self,
@@ -199,13 +285,15 @@ class TextSFTTrainer(_TextTrainer, SFTTrainer):
         """(B,) negative log-likelihoods, each a sum over a row's tokens with a label, and (B,) numbers of them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            row, logps = _label_logps(model, inputs)
-        rows = len(inputs["labels"])
-        return None, logps.new_zeros(rows).index_add(0, row, -logps), torch.bincount(row, minlength=rows)
+            (logps,) = _label_logps(model, inputs)
+        row, labels = inputs["predicted_at"][0], inputs["labels"]
+        return None, logps.new_zeros(len(labels)).index_add(0, row, -logps), (labels[:, 1:] != -100).sum(1)
 
     def _keep(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:
         # the loss is over the tokens with a label on all processes: a row without any changes nothing
-        batch = {name: value[: max(own, 1)] for name, value in batch.items()}
+        kept = batch["predicted_at"][0] < own
+        at = {"predicted_at": batch["predicted_at"][:, kept], "predicted": batch["predicted"][kept]}
+        batch = {name: value[: max(own, 1)] for name, value in batch.items()} | at
         if own == 0:
             batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
@@ -256,37 +344,28 @@ class PairTrainer(_TextTrainer, Trainer):
         }
 
     def _over_pairs(self, dataset: Dataset, function: Any, description: str, batch_size: int | None = None) -> LogProbs:
-        """Apply `function(model, batch) -> LogProbs` to all pairs, longest first, and undo the sorting.
+        """`function(model, batch) -> LogProbs` of all pairs, in the data set's order.
 
-        `batch_size` pairs at once on each device; --per_device_eval_batch_size by default.
+        `batch_size` is the number of pairs per device; --per_device_eval_batch_size by default.
         """
-        order = np.argsort(np.asarray(dataset["length"][:]), kind="stable")[::-1].copy()
+        _check_rows(dataset, self.columns)
         self._set_signature_columns_if_needed()
         signature: list[str] = self._signature_columns or []
         columns = [name for name in signature if name in dataset.column_names]
-        loader = self.accelerator.prepare_data_loader(
-            DataLoader(
-                dataset.select(order).select_columns(columns),
-                batch_size=batch_size or self.args.per_device_eval_batch_size,
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
-        )
         model = self.model_wrapped
-        training = model.training
-        model.eval()
-        parts = []
-        hidden = not self.is_world_process_zero() or self.args.disable_tqdm or None  # None: where stderr is no terminal
-        for inputs in tqdm(loader, desc=description, leave=False, delay=0, disable=hidden):  # a batch may take seconds
-            pairs = function(model, self._prepare_inputs(inputs))
-            gathered = self.accelerator.gather_for_metrics(list(vars(pairs).values()))
-            parts.append(LogProbs(*(value.cpu() for value in gathered)))
-        model.train(training)
-        sorted_pairs = concatenate(parts)
-        place = torch.empty(len(order), dtype=torch.long)
-        place[torch.from_numpy(order)] = torch.arange(len(order))
-        return LogProbs(*(value[place] for value in vars(sorted_pairs).values()))
+        found = score_rows(
+            lambda batch: [*vars(function(model, self._prepare_inputs(batch))).values()],
+            dataset.select_columns(columns),
+            self.data_collator,
+            batch_size or self.args.per_device_eval_batch_size,
+            [model],
+            description,
+            dataset["length"][:],
+            workers=self.args.dataloader_num_workers,
+            delay=0,  # a batch may take seconds
+            quiet=self.args.disable_tqdm,
+        )
+        return LogProbs(*found)
 
 
 class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
@@ -298,6 +377,8 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
     one of batches; metrics are gathered when they are logged, not at every step; the vocabulary-wide metrics (entropy,
     mean logits, token accuracy) are left out, for they cost a pass over the logits each.
     """
+
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
 
     def __init__(
         self,
@@ -319,43 +400,39 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         Raises:
             UserError: an argument that has no place here, or pairs that can't be used.
         """
-        for name, value in (
-            ("data_collator", data_collator),
-            ("compute_metrics", compute_metrics),
-            ("quantization_config", quantization_config),
-        ):
-            if value is not None:
-                raise UserError(f"{name} is not supported by TextDPOTrainer: leave it out")
         args = args or TextDPOConfig()
+        refused = {
+            "data_collator": data_collator, "compute_metrics": compute_metrics,
+            "quantization_config": quantization_config,
+        }  # fmt: skip
+        check_arguments(self, args, TextDPOConfig, refused, tuple(refused))
+        if train_dataset is None:
+            raise UserError("train_dataset is required")
         if processing_class is None:
             name = model if isinstance(model, str) else base_model(model).config._name_or_path
             processing_class = load_tokenizer(name, TextModelConfig(), args.trust_remote_code, "model")
         if isinstance(model, str):
             model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
-        cap, tokenizer = args.max_length or 0, processing_class
-
-        def prepared(rows: Any) -> Any:
-            if isinstance(rows, dict):
-                return {name: prepared(each) for name, each in rows.items()}
-            if rows is None or "prompt_ids" in rows.column_names:
-                return rows
-            return tokenized_pairs(rows, tokenizer, cap)
-
-        train_dataset, eval_dataset = prepared(train_dataset), prepared(eval_dataset)
+        train_dataset = _tokenized(train_dataset, processing_class, args)
+        eval_dataset = (
+            {name: _tokenized(rows, processing_class, args) for name, rows in eval_dataset.items()}
+            if isinstance(eval_dataset, dict)
+            else _tokenized(eval_dataset, processing_class, args)
+        )
         self.preference_loss = preference_loss(args)
         adapter = peft_config is not None or hasattr(model, "peft_config")
         if ref_model is None and not adapter and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)  # the policy as it starts
         held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         splits = [rows for rows in (train_dataset, *held_out.values()) if rows is not None]
-        for rows in splits:
-            _check_tokenized(rows)
         self._longest_row = max(max(rows["length"][:]) for rows in splits)
         for each in (model, ref_model):
             if each is not None:
                 longest = self._longest_row if args.prefix_sharing else None
                 add_response_head(base_model(each), longest, args.max_length)
         check_adapters(model, peft_config, args.prefix_sharing)
+        if ref_model is None:
+            _check_base_stays(model, peft_config)
         check_router_loss(base_model(model), args.router_aux_loss_coef)
         self._means = RunningMeans()  # of the steps since the last log
         self._evaluated: tuple[int, LogProbs] | None = None  # the step of the last evaluation, and its scores
@@ -365,11 +442,12 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         self._weights: str | None = None  # the digest of the reference's, once it is needed
         if is_sharded() and self._cache is not None:
             self._weights = weights_digest(ref_model if ref_model is not None else model)  # while they are whole
+        in_blocks = base_model(model).config._attn_implementation == FLEX
         super().__init__(
             model=model,
             ref_model=ref_model,
             args=args,
-            data_collator=PairCollator(processing_class.pad_token_id, args.prefix_sharing),
+            data_collator=PairCollator(processing_class.pad_token_id, args.prefix_sharing, in_blocks),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -387,6 +465,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         Raises:
             UserError: the rows have no such columns, and training has changed the only model there is.
         """
+        dataset = _tokenized(dataset, self.processing_class, self.args)
         self._check_longest(dataset)
         if "ref_chosen_logps" not in dataset.column_names:
             self._check_reference_is_here()
@@ -415,6 +494,7 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
     def add_reference(self, dataset: Dataset, description: str = "Reference log-probabilities") -> Dataset:
         """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
+        dataset = _tokenized(dataset, self.processing_class, self.args)
         self._check_reference_is_here()
         self._check_longest(dataset)
         started = time.perf_counter()
@@ -504,24 +584,12 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
 
     def _note(self, pairs: LogProbs, losses: Tensor, inputs: dict[str, Tensor], router_loss: Tensor | None) -> None:
         """Keep this step's figures for `log`."""
-        rewards_chosen, rewards_rejected = self.preference_loss.rewards(pairs)
-        weights_chosen, weights_rejected = self.preference_loss.gradient_weights(pairs)
-        figures = {
-            "rewards/chosen": rewards_chosen,
-            "rewards/rejected": rewards_rejected,
-            "rewards/margins": rewards_chosen - rewards_rejected,
-            "rewards/accuracies": (rewards_chosen > rewards_rejected).to(losses.dtype),
-            "logps/chosen": pairs.chosen.detach(),
-            "logps/rejected": pairs.rejected.detach(),
-            "gradient_weights/chosen": weights_chosen,
-            "gradient_weights/rejected": weights_rejected,
-        }
+        figures = training_figures(pairs, self.preference_loss)
         if router_loss is not None:
             figures["aux_loss"] = router_loss.detach().expand(len(losses))
         self._means.add(figures)
-        mask = inputs["attention_mask"]
-        mask = mask[: len(losses) * len(mask) // len(inputs["chosen_tokens"])]  # one row a pair, or two
-        self._note_tokens(_real(mask))
+        real = inputs["copies"] > 0
+        self._note_tokens(real[: len(losses) * len(real) // len(inputs["chosen_tokens"])])  # a pair has one row, or two
 
     def log_state(self) -> dict[str, Any]:
         return super().log_state() | {"means": self._means.state()}
@@ -536,32 +604,58 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
         super().log(logs, start_time)
 
 
-def _check_tokenized(rows: Dataset) -> None:
-    if "length" not in rows.column_names:
+def check_arguments(trainer: Any, args: Any, config: type, options: dict[str, Any], refused: tuple[str, ...]) -> None:
+    """Raise a UserError for a configuration of another class, and for arguments that a trainer does not honor."""
+    name = type(trainer).__name__
+    if not isinstance(args, config):
+        raise UserError(f"args is of class {type(args).__name__}: {name} takes {config.__name__}")
+    for each in refused:
+        if options.get(each) is not None:
+            raise UserError(f"{each} is not supported by {name}: leave it out")
+
+
+def _tokenized(rows: Any, tokenizer: Any, args: TextDPOConfig) -> Any:
+    """Pairs as they are where they are tokenized, and tokenized where they are raw."""
+    if isinstance(rows, Dataset) and "prompt_ids" not in rows.column_names:
+        return tokenized_pairs(rows, tokenizer, args.max_length or 0)
+    if rows is not None:
+        _check_rows(rows, TextDPOTrainer.columns)
+    return rows
+
+
+def _check_base_stays(model: Any, new: Any) -> None:
+    """Raise a UserError for an adapter whose initialization takes a part out of the base model's weights (PiSSA, OLoRA,
+    CorDA, LoftQ, LoRA-GA): the base without the adapter is then not the reference.
+    """
+    for config in (new, *getattr(model, "peft_config", {}).values()):
+        start = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
+            raise UserError(
+                f"init_lora_weights {start} changes the weights of the base model, which is the reference: leave it "
+                "out, or pass a ref_model"
+            )
+
+
+def _check_rows(rows: Any, columns: tuple[str, ...]) -> None:
+    if not isinstance(rows, Dataset):
+        raise UserError(f"the rows are of class {type(rows).__name__}: pass a datasets.Dataset, which can be sorted")
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
         raise UserError(
-            f"the rows have no column length (found: {', '.join(rows.column_names)}): make them with "
+            f"the rows have no column {', '.join(missing)} (found: {', '.join(rows.column_names)}): make them with "
             "resdpo_trl.text.tokens.tokenize, and sft_rows or reward_rows after it"
         )
 
 
-def _real(mask: Tensor) -> Tensor:
-    """(R, T), True where a token is not padding, of an attention mask (R, T) or (R, 1, T, T)."""
-    # with sharing a real key is one that the last query or the row's rejected part sees
-    return mask.any(dim=2).squeeze(1) if mask.ndim == 4 else mask
-
-
 def _label_logps(model: torch.nn.Module, inputs: dict[str, Tensor], router_loss: bool = False) -> tuple[Tensor, ...]:
-    """The rows of the N tokens with a label, (N,), and their log-probabilities, (N,); the router loss if asked."""
-    labels = inputs["labels"]
-    row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)  # a row's first token is not predicted
+    """The (N,) log-probabilities of the tokens with a label of a `LabelCollator` batch; the router loss if asked."""
+    names = ("input_ids", "attention_mask", "position_ids", "predicted_at", "predicted")
     found = model(
-        **{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs},
+        **{name: inputs[name] for name in names if name in inputs},
         router_weights=inputs["attention_mask"] if router_loss else None,
-        predicted_at=torch.stack([row, column - labels.shape[1]]),
-        predicted=labels[row, column + 1],
         use_cache=False,
     )
-    return (row, *found) if router_loss else (row, found)
+    return found if router_loss else (found,)
 
 
 def _token_mean(rows: EvalPrediction) -> dict[str, float]:

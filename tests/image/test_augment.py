@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from resdpo_trl.image.augment import Augmentation, AugmentConfig, jitter, rotate
+from resdpo_trl.image.data import Augmentation, AugmentConfig, jitter, rotate
 from tests.image.conftest import draw
 
 IMAGES = draw(40).pixels

@@ -469,23 +469,6 @@ def test_one_class_is_refused(tmp_path):
         load(file)
 
 
-def test_memory_is_checked_for_all_splits_and_their_copy(image_folder, monkeypatch):
-    import psutil
-
-    needed = 2 * 220 * 3 * 16 * 16  # as decoded, and once more in the splits' order
-    for free, enough in ((needed - 1, False), (needed, True)):
-        memory = psutil.virtual_memory()._replace(available=free)
-        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
-        if enough:
-            load(image_folder)
-        else:
-            with pytest.raises(UserError, match=r"16×16 pixels: 220 such images take .* pass a smaller --image_size"):
-                load(image_folder)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10**6))
-    with pytest.raises(UserError, match="1797 such images"):
-        load("digits")
-
-
 def test_no_image_column(tmp_path):
     Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(UserError, match=r"no one column of images \(found: text: Value, label: Value\)"):

@@ -2,10 +2,9 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from resdpo_trl.image.architecture import ImageClassifierConfig
 from resdpo_trl.image.data import Images
 from resdpo_trl.image.evaluate import classification_figures, image_logps
-from resdpo_trl.image.model import build_classifier, image_processor
+from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, image_processor
 
 IMAGES = Images(torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8), torch.arange(7) % 4)
 PROCESSOR = image_processor(16, [0.5] * 3, [0.25] * 3)

@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import pytest
@@ -7,10 +8,10 @@ from torchvision import models
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.architecture import ImageClassifierConfig
 from resdpo_trl.image.data import Images, LabelledImages
 from resdpo_trl.image.model import (
     ImageClassifier,
+    ImageClassifierConfig,
     Whitening,
     architectures,
     as_numbered_by,
@@ -181,18 +182,16 @@ def test_the_weights_of_another_architecture(tmp_path):
 
 def test_folders_that_are_not_classifiers(tmp_path):
     with pytest.raises(UserError, match=r"not a model folder \(no config.json in it\)"):
-        load_classifier(str(tmp_path), "--reference_model")
+        load_classifier(str(tmp_path), "--reference")
     with pytest.raises(UserError, match="no such folder"):
-        load_classifier(str(tmp_path / "nothing"), "--reference_model")
+        load_classifier(str(tmp_path / "nothing"), "--reference")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"--reference_model .*can't be loaded"):
-        load_classifier(str(tmp_path), "--reference_model")
+    with pytest.raises(UserError, match=r"--reference .*can't be loaded"):
+        load_classifier(str(tmp_path), "--reference")
 
 
-@pytest.mark.parametrize(
-    "first", ["import resdpo_trl", "import resdpo_trl.image.model", "import transformers.models.auto, resdpo_trl"]
-)
+@pytest.mark.parametrize("first", ["import resdpo_trl.image", "import transformers.models.auto, resdpo_trl.image.data"])
 def test_transformers_knows_the_folders_whatever_is_imported_first(tmp_path, first):
     import subprocess
     import sys
@@ -201,6 +200,22 @@ def test_transformers_knows_the_folders_whatever_is_imported_first(tmp_path, fir
     code = f"{first}\nfrom transformers import AutoConfig\nprint(type(AutoConfig.from_pretrained({str(tmp_path)!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "ImageClassifierConfig" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("resdpo_trl.image.trainer", "ClassifierDPOTrainer", "ImageDPOTrainer"),
+        ("resdpo_trl.image.trainer", "ClassifierTrainer", "ImageCrossEntropyTrainer"),
+        ("resdpo_trl.image.config", "ClassifierDPOConfig", "ImageDPOConfig"),
+        ("resdpo_trl.image.config", "CrossEntropyConfig", "ImageCrossEntropyConfig"),
+        ("resdpo_trl.text.data", "DataConfig", "TextDataConfig"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(module, old, new):
+    with pytest.raises(ImportError, match=f"{module}.{old} has a new name: {module}.{new}"):
+        exec(f"from {module} import {old}")
+    assert hasattr(importlib.import_module(module), new)
 
 
 def test_the_package_alone_imports_nothing_heavy():

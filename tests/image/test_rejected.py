@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from resdpo_trl.image.rejected import SAMPLING, RejectedClasses
+from resdpo_trl.image.config import SAMPLING
+from resdpo_trl.image.trainer import RejectedClasses
 
 LABELS = torch.arange(30_000) % 5
 INDEX = torch.arange(30_000)

@@ -11,14 +11,18 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import TrainerCallback
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.architecture import ImageClassifierConfig
-from resdpo_trl.image.augment import Augmentation, AugmentConfig
-from resdpo_trl.image.config import ClassifierDPOConfig, CrossEntropyConfig, ReferenceStageConfig, reference_stage
-from resdpo_trl.image.model import build_classifier, image_processor
-from resdpo_trl.image.rejected import SAMPLING, RejectedClasses
-from resdpo_trl.image.trainer import ClassifierDPOTrainer, ClassifierTrainer
-from resdpo_trl.losses import LOSSES, PreferenceLoss, dpo_loss
-from resdpo_trl.metrics import classifier_metrics, classifier_pairs, wrong_classes
+from resdpo_trl.image.config import (
+    SAMPLING,
+    ImageCrossEntropyConfig,
+    ImageDPOConfig,
+    ReferenceStageConfig,
+    reference_stage,
+)
+from resdpo_trl.image.data import Augmentation, AugmentConfig
+from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, image_processor
+from resdpo_trl.image.trainer import ImageCrossEntropyTrainer, ImageDPOTrainer, RejectedClasses
+from resdpo_trl.losses import LOSSES, PreferenceLoss, classifier_pairs, dpo_loss, wrong_classes
+from resdpo_trl.metrics import classifier_metrics
 from tests.image.conftest import draw
 
 PROCESSOR = image_processor(16, [0.4] * 3, [0.25] * 3)
@@ -43,10 +47,10 @@ def network(seed=0, **options):
 
 def trainer(path, model=None, ref_model=None, augment=None, **options):
     model = model or network()
-    return ClassifierDPOTrainer(
+    return ImageDPOTrainer(
         model=model,
         ref_model=ref_model or copy.deepcopy(model).eval(),
-        args=ClassifierDPOConfig(output_dir=str(path), **OPTIONS | options),
+        args=ImageDPOConfig(output_dir=str(path), **OPTIONS | options),
         train=draw(64),
         validation=draw(30, seed=1),
         processor=PROCESSOR,
@@ -346,9 +350,9 @@ def test_scores_are_in_the_images_order(tmp_path):
 
 @pytest.mark.parametrize("muon", [0.0, 0.1], ids=["sgd", "muon"])
 def test_cross_entropy_learns_and_biases_and_filters_have_their_own_rates(tmp_path, muon):
-    job = ClassifierTrainer(
+    job = ImageCrossEntropyTrainer(
         model=network(),
-        args=CrossEntropyConfig(
+        args=ImageCrossEntropyConfig(
             output_dir=str(tmp_path),
             **OPTIONS
             | {
@@ -398,13 +402,13 @@ def test_the_best_epoch_is_chosen_by_a_figure_that_the_stage_has(tmp_path, metri
 
 def test_the_figures_to_choose_by_are_those_of_an_evaluation(tmp_path):
     job = trainer(tmp_path)
-    assert set(job.evaluate()) - {"epoch"} == {f"eval_{name}" for name in ClassifierDPOConfig.figures}
-    assert set(ClassifierTrainer._figures(job, job.eval_dataset)) == set(CrossEntropyConfig.figures)
+    assert set(job.evaluate()) - {"epoch"} == {f"eval_{name}" for name in ImageDPOConfig.figures}
+    assert set(ImageCrossEntropyTrainer._figures(job, job.eval_dataset)) == set(ImageCrossEntropyConfig.figures)
 
 
 def test_the_reference_stage_has_the_schedules_arguments(tmp_path):
     options = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
-    dpo = ClassifierDPOConfig(output_dir=str(tmp_path), **OPTIONS | options)
+    dpo = ImageDPOConfig(output_dir=str(tmp_path), **OPTIONS | options)
     assert reference_stage(dpo, ReferenceStageConfig()).lr_scheduler_kwargs == {"min_lr_rate": 0.1}
 
 
@@ -439,7 +443,7 @@ def test_images_that_make_no_batch_or_are_smaller_than_the_crop(tmp_path):
 )
 def test_senseless_options_name_the_flag(tmp_path, options, named):
     with pytest.raises(UserError, match=named):
-        ClassifierDPOConfig(output_dir=str(tmp_path), **OPTIONS | options)
+        ImageDPOConfig(output_dir=str(tmp_path), **OPTIONS | options)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler, and here is no g++")

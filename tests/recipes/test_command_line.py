@@ -46,6 +46,8 @@ def test_the_values_shown_are_those_that_would_be_used(recipe):
     options = options_of(recipe("dpo_hh.py", "--config", "hh/gpt2.yaml", "--beta", "0.7", "--help")[1])
     assert options["--beta"].endswith("[0.7]")
     assert options["--dataset_name"].replace(" ", "").endswith("[Anthropic/hh-rlhf]")  # argparse breaks at a hyphen
+    options = options_of(recipe("dpo_hh.py", "--use_peft", "--help")[1])
+    assert options["--learning_rate"].endswith("[0.001]") and options["--use_peft"].endswith("[True]")
 
 
 @pytest.mark.parametrize("name", ["compare_hh.py", "evaluate_hh.py", "sweep_hh.py", "chat.py"])
@@ -78,9 +80,9 @@ def test_flags_of_other_tools_get_the_name_that_works_here(recipe, command_line)
 
 
 def test_several_files_are_taken(command_line):
-    from resdpo_trl.text.data import DataConfig
+    from resdpo_trl.text.data import TextDataConfig
 
-    parser = command_line.RecipeParser((DataConfig,))
+    parser = command_line.RecipeParser((TextDataConfig,))
     words = ["--dataset_name", "a b.jsonl", "c.csv", "--columns", "chosen=x", "rejected=y"]
     ((data,), _) = parser.parse(given=words)
     assert data.dataset_name == "'a b.jsonl' c.csv" and data.columns == ["chosen=x", "rejected=y"]

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from resdpo_trl.report import write_report
+from resdpo_trl.study.comparison_page import write_comparison_page
 from tests.conftest import TURNS, tiny_model
 from tests.recipes.conftest import rows_of
-from tests.text.test_judges import SECRET, endpoint, longer, reply
+from tests.study.test_judges import SECRET, endpoint, longer, reply
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_comparison_with_a_judge_behind_an_address(recipe, models, tmp_path, m
     for path in folder.rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
     page = (folder / "report.html").read_text()
-    assert write_report([folder]).read_text() == page  # recipes/report.py makes the same page again
+    assert write_comparison_page(folder).read_text() == page  # recipes/report.py makes the same page again
     assert 'id="win-rates"' in page and 'id="answers"' in page
 
 

@@ -118,11 +118,11 @@ def test_cross_entropy_alone_then_dpo_from_it(recipe, tmp_path, image_folder):  
     arguments = ["--arch", "fast", "--optim", "sgd", "--learning_rate", "0.1", "--label_smoothing_factor", "0.1"]
     status, said, wrong = recipe("train_cifar.py", *data, *arguments, "--output_dir", tmp_path / "ce")
     assert status == 0, wrong
-    assert "accuracy, test" in said
+    assert "pairs ranked right" in said
     card = (tmp_path / "ce" / "policy" / "README.md").read_text()
     assert "Trained by cross-entropy" in card
     status, said, wrong = recipe(
-        "dpo_cifar.py", *data, "--reference_model", tmp_path / "ce" / "policy", "--output_dir", tmp_path / "d",
+        "dpo_cifar.py", *data, "--reference", tmp_path / "ce" / "policy", "--output_dir", tmp_path / "d",
         "--do_copy", "--compare_cross_entropy", "--widths", "24", "32", "40",
     )  # fmt: skip
     assert status == 0, wrong
@@ -174,7 +174,7 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, image_folder):
         (["--beta", "0"], "--beta 0.0: must be above 0"),
         (["--dataset_name", "nothing.parquet"], "nothing.parquet: no such file or folder"),
         (["--dataset_name", "uoft-cs/cifar10"], "pass a folder"),
-        (["--reference_model", "/nothing"], "--reference_model /nothing: no such folder"),
+        (["--reference", "/nothing"], "--reference /nothing: no such folder"),
         (["--rejected_samplign", "all"], "unknown flag --rejected_samplign; did you mean rejected_sampling?"),
         (["--image_column", "picture"], "no such column"),
         (["--rejected_sampling", "every"], "argument --rejected_sampling"),
@@ -212,7 +212,7 @@ def test_a_reference_of_another_shape(recipe, tmp_path, finished, options, messa
     names = options.pop("names", ("red", "green", "blue", "yellow"))
     write_parquet(tmp_path / "a.parquet", draw(60, **options), names=names)
     for name, flag, more in (
-        ("dpo_cifar.py", "--reference_model", ["--output_dir", tmp_path / "d"]),
+        ("dpo_cifar.py", "--reference", ["--output_dir", tmp_path / "d"]),
         ("evaluate_cifar.py", "--model", []),
     ):
         status, _, said = recipe(name, "--dataset_name", tmp_path / "a.parquet", flag, folder / "reference", *more)
@@ -241,13 +241,12 @@ def test_every_preset_parses(tmp_path, preset, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     command_line = importlib.import_module("command_line")
     from resdpo_trl.arguments import RunConfig
-    from resdpo_trl.image.augment import AugmentConfig
-    from resdpo_trl.image.config import ClassifierDPOConfig, ImageModelConfig, ReferenceStageConfig
-    from resdpo_trl.image.data import ImageDataConfig
+    from resdpo_trl.image.config import ImageDPOConfig, ImageModelConfig, ReferenceStageConfig
+    from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
     from resdpo_trl.image.model import check_architecture
 
     parser = command_line.RecipeParser(
-        (ImageDataConfig, ImageModelConfig, AugmentConfig, ReferenceStageConfig, ClassifierDPOConfig, RunConfig)
+        (ImageDataConfig, ImageModelConfig, AugmentConfig, ReferenceStageConfig, ImageDPOConfig, RunConfig)
     )
     (_, model, *_), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
     assert used == preset

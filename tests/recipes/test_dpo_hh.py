@@ -99,7 +99,7 @@ def test_the_summary_has_counts_and_intervals(finished, model_folder):
     assert 0 < summary["dpo"]["train"]["loss"] < 1
     assert summary["sft"]["validation"]["loss_after"] < summary["sft"]["validation"]["loss_before"]
     assert summary["throughput"]["dpo_pairs_per_second"] > 0
-    for line in ("accuracy, test", "margin, test", "DPO pairs per second", str(folder), "no pair lost"):
+    for line in ("pairs ranked right", "margin of rewards", "pairs per second", str(folder), "no pair lost"):
         assert line in done.stdout, line
     assert done.stdout.startswith(f"SFT and DPO of {model_folder} on ")
     assert "recipes/configs/hh/gpt2.yaml" in done.stdout.splitlines()[0]
@@ -110,14 +110,14 @@ def test_the_test_figures_can_be_computed_again_from_the_folders(finished):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from resdpo_trl.text.data import DataConfig, load_preferences
+    from resdpo_trl.text.data import TextDataConfig, load_preferences
     from resdpo_trl.text.tokens import tokenize
 
     folder, _ = finished
     config = json.loads((folder / "run.json").read_text())["config"]
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("policy", "reference"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    pairs = tokenize(load_preferences(DataConfig(**config["data"]))["test"], tokenizer, 64)
+    pairs = tokenize(load_preferences(TextDataConfig(**config["data"]))["test"], tokenizer, 64)
 
     def ratio(pair, side):
         prompt, response = pair["prompt_ids"], pair[f"{side}_ids"]
@@ -148,8 +148,8 @@ def test_evaluate_gives_the_runs_own_figures(finished, recipe, tmp_path, pairs_f
     summary = json.loads((folder / "summary.json").read_text())
     test, data = summary["dpo"]["test"], summary["data"]
     # of the whole file, what the run trained on and validated on is left out; β, cap and precision are the run's
-    assert figures["seen_in_training_left_out"] == data["train"] + data["validation"]
-    assert f"left out: {data['train'] + data['validation']} rows that" in said
+    assert figures["left_out"] == {"trained_on": data["train"], "validated_on": data["validation"]}
+    assert f"left out: {data['train']} rows that these models were trained on, {data['validation']} of their" in said
     assert "as trained: β 0.3, loss sigmoid, cap 64, float32\n" in said
     for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/ref_accuracies"):
         assert figures["pairs"][name] == pytest.approx(test[name], abs=1e-5), name
@@ -231,14 +231,14 @@ def llama_folder(tmp_path, tokenizer):
     return save_model(tmp_path / "model", tokenizer, "llama")
 
 
-def test_sft_checkpoint_skips_sft(recipe, tmp_path, pairs_file, llama_folder):
+def test_a_given_reference_skips_sft(recipe, tmp_path, pairs_file, llama_folder):
     arguments = ["--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "0", "--max_train_samples", "16"]
     status, _, said = recipe(
         "sft_hh.py", *arguments, "--model_name_or_path", llama_folder, "--output_dir", tmp_path / "s"
     )
     assert status == 0, said
     reference = tmp_path / "s" / "reference"
-    status, _, said = recipe("dpo_hh.py", *arguments, "--sft_checkpoint", reference, "--output_dir", tmp_path / "d")
+    status, _, said = recipe("dpo_hh.py", *arguments, "--reference", reference, "--output_dir", tmp_path / "d")
     assert status == 0, said
     assert json.loads((tmp_path / "d" / "summary.json").read_text())["sft"] == {"skipped": str(reference)}
     assert {row["stage"] for row in rows_of(tmp_path / "d" / "metrics.jsonl")} == {"dpo"}
@@ -457,8 +457,8 @@ def test_a_malformed_row(recipe, tmp_path, model_folder):
 def test_a_reference_of_another_family(recipe, tmp_path, pairs_file, model_folder):
     save_model(tmp_path / "other", train_tokenizer(["other words"], 300), vocab_size=300)
     arguments = ["--dataset_name", pairs_file, "--output_dir", tmp_path / "r", "--model_name_or_path", model_folder]
-    result = recipe("dpo_hh.py", *arguments, "--sft_checkpoint", tmp_path / "other")
-    refused(result, "--model_name_or_path has another tokenizer than --sft_checkpoint")
+    result = recipe("dpo_hh.py", *arguments, "--reference", tmp_path / "other")
+    refused(result, "--model_name_or_path has another tokenizer than --reference")
 
 
 def test_control_characters_of_a_file_name_do_not_reach_the_terminal(recipe, tmp_path, model_folder):
@@ -476,10 +476,10 @@ def test_every_preset_parses(recipe, tmp_path, preset, monkeypatch):
     command_line = importlib.import_module("command_line")
     from resdpo_trl.arguments import RunConfig
     from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
-    from resdpo_trl.text.data import DataConfig
+    from resdpo_trl.text.data import TextDataConfig
 
     parser = command_line.RecipeParser(
-        (DataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
+        (TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
     )
     (_, _, _, dpo, _, _), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
     assert used == preset

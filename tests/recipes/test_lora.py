@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig, LogitsProcessor, pipeline
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.hub import publish
+from resdpo_trl.hub import Hub, publish
 from tests.conftest import save_model
 from tests.recipes.test_dpo_hh import pairs_file  # noqa: F401  (a fixture)
 
@@ -68,8 +70,10 @@ def test_a_policy_loads_wherever_it_is_moved(recipe, tmp_path, pairs_file, token
     runs = {"sft": ["--sft_epochs", "1"], "none": ["--sft_epochs", "0"]}
     runs["merged"] = [*runs["none"], "--merge_adapter"]
     for name, flags in runs.items():
-        status, _, said = recipe("dpo_hh.py", *LORA, pairs_file, "--output_dir", f"run/{name}", *flags)
+        status, out, said = recipe("dpo_hh.py", *LORA, pairs_file, "--output_dir", f"run/{name}", *flags)
         assert status == 0, said
+        assert out.startswith("SFT and DPO of base on " if name == "sft" else "DPO of base on ")
+        assert "is an adapter" not in out  # answers end where its base ends them
     folders = ["sft/reference", "sft/policy", "none/reference", "none/policy", "merged/policy"]
     before = [logp_before(tmp_path / "run" / folder) for folder in folders]
     (tmp_path / "far" / "away").mkdir(parents=True)
@@ -90,8 +94,8 @@ def test_a_policy_loads_wherever_it_is_moved(recipe, tmp_path, pairs_file, token
     # nobody else has this base: the adapter is not pushed, the full model is
     moved = tmp_path / "far" / "away" / "moved" / "none"
     with pytest.raises(UserError, match=r"/base is a local folder.* --merge_adapter, or push the base"):
-        publish(moved, "me/lora")
-    publish(moved, "me/lora", merge_adapter=True)
+        publish(Hub(moved, "me/lora"))
+    publish(Hub(moved, "me/lora"), merge_adapter=True)
     files = hub.repositories["me/lora"].files
     assert not [name for name in files if name.startswith("adapter")]
     assert b"library_name: transformers" in files["README.md"] and b"AutoPeft" not in files["README.md"]
@@ -99,6 +103,39 @@ def test_a_policy_loads_wherever_it_is_moved(recipe, tmp_path, pairs_file, token
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "pushed" / name).write_bytes(files[name])
     assert logp_before(tmp_path / "pushed") == pytest.approx(policy, abs=1e-4)
+
+
+def test_where_the_answers_of_an_adapter_end_in_a_pipeline(recipe, tmp_path, pairs_file, chat_model_folder):  # noqa: F811
+    """At its base's end of text, which is not the template's end of turn: transformers reads the base's file alone."""
+    arguments = [
+        "--model_name_or_path",
+        chat_model_folder,
+        "--dataset_name",
+        pairs_file,
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    arguments += ["--use_peft", "--max_length", "64", "--max_train_samples", "8", "--num_samples", "0", "--use_cpu"]
+    status, printed, said = recipe("sft_hh.py", *arguments)
+    assert status == 0, said
+    folder = str(tmp_path / "run" / "reference")
+    (line,) = [line for line in printed.splitlines() if "is an adapter" in line]
+    advice = f"generation_config=GenerationConfig.from_pretrained('{folder}')"
+    assert line.startswith(f"{folder} is an adapter") and "not at <|im_end|>" in line and advice in line
+
+    pipe = pipeline("text-generation", model=folder)
+    end = pipe.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    class Ends(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([end]), 0.0)
+
+    asked = {"max_new_tokens": 3, "logits_processor": [Ends()], "return_tensors": True}
+    lengths = [
+        len(pipe("hello", **asked, **more)[0]["generated_token_ids"]) - len(pipe.tokenizer("hello")["input_ids"])
+        for more in ({}, {"generation_config": GenerationConfig.from_pretrained(folder)})
+    ]
+    assert lengths == [3, 1]
 
 
 def test_what_cannot_be_pushed_or_merged_is_refused_before_anything_is_loaded(recipe, tmp_path, pairs_file, hub):  # noqa: F811
@@ -110,3 +147,19 @@ def test_what_cannot_be_pushed_or_merged_is_refused_before_anything_is_loaded(re
         status, _, said = recipe(name, *flags, "--merge_adapter")
         assert status == 2 and "no adapter is trained: add --use_peft" in said
     assert not hub.requests and not (tmp_path / "run").exists()
+
+
+def test_frozen_weights_are_bfloat16_where_training_is(recipe, tmp_path, pairs_file, tokenizer):  # noqa: F811
+    save_model(tmp_path / "base", tokenizer, "llama")
+    flags = [*LORA[:-1], "--bf16", "true", "--sft_epochs", "0", "--merge_adapter", "--dataset_name", pairs_file]
+    flags[flags.index("base")] = tmp_path / "base"
+    for name, more in {"default": [], "float32": ["--dtype", "float32"]}.items():
+        status, _, said = recipe("dpo_hh.py", *flags, *more, "--output_dir", tmp_path / name)
+        assert status == 0, said
+    weights = {
+        name: load_file(tmp_path / name / "policy" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+        for name in ("default", "float32")
+    }
+    base = load_file(tmp_path / "base" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(weights["float32"], base)  # the adapter trains attention alone
+    assert torch.equal(weights["default"], base.bfloat16().float())

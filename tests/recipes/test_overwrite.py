@@ -19,10 +19,10 @@ def test_a_run_that_can_not_begin_leaves_the_old_one(recipe, tmp_path, image_fol
         ("train_cifar.py", ["--dataset_name", tmp_path / "a typo"], "no such file or folder"),
         (
             "dpo_cifar.py",
-            [*data, "--reference_model", folder / "policy"],
-            f"--reference_model {folder}/policy: lies in",
+            [*data, "--reference", folder / "policy"],
+            f"--reference {folder}/policy: lies in",
         ),
-        ("dpo_cifar.py", [*data, "--reference_model", tmp_path / "none"], "--reference_model"),
+        ("dpo_cifar.py", [*data, "--reference", tmp_path / "none"], "--reference"),
     ):
         status, _, err = recipe(recipe_name, *arguments, *again)
         assert status == 2 and message in err and len(err.splitlines()) == 1, err

@@ -127,8 +127,7 @@ def test_what_sharding_refuses(monkeypatch):
 @pytest.mark.parametrize("arch", ["fast", "resnet18"])
 def test_batch_norms_over_all_processes_are_the_same_model(arch):
     """As far as it goes without GPUs, where alone they train: the same state dict, the same outputs in evaluation."""
-    from resdpo_trl.image.architecture import ImageClassifierConfig
-    from resdpo_trl.image.model import build_classifier, share_statistics
+    from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, share_statistics
 
     config = ImageClassifierConfig(arch=arch, widths=[24, 24], image_size=16, num_labels=4)
     pixels = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))

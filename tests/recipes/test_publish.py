@@ -19,7 +19,7 @@ SMALL = ["--widths", "24", "24", "--use_cpu", "--per_device_train_batch_size", "
 def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub, tmp_path, image_folder, monkeypatch):  # noqa: F811
     from transformers import pipeline
 
-    import resdpo_trl  # noqa: F401  (the one import that the card names)
+    import resdpo_trl.image  # noqa: F401  (the one import that the card names)
 
     arguments = ["dpo_cifar.py", "--dataset_name", image_folder, "--num_train_epochs", "2", *SMALL]
     hub.make_trouble("POST", "/commit/", 1, 403)  # of the first checkpoint
@@ -33,7 +33,8 @@ def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub,
     repository = hub.repositories["me/colours"]
     last = max((tmp_path / "run" / "checkpoints" / "dpo").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     assert repository.private
-    assert repository.messages == [f"Training in progress, {last.name}", "policy of run"]
+    save = f"Training in progress, {last.name}"
+    assert repository.messages == [save, f"{save}, to resume from", "policy of run", "Card of run"]
     assert f"run/checkpoints/dpo/{last.name}/optimizer.pt" in repository.files
     assert not [name for name in repository.files if name.endswith("training_args.bin")]
     assert {name for name in repository.files if name.startswith("plots/")}
@@ -58,7 +59,7 @@ def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub,
     status, said, err = recipe(*arguments, "--output_dir", tmp_path / "elsewhere", "--resume_from_checkpoint")
     assert status == 0, err
     assert "seconds since the last resume" in said and "seconds in all" not in said
-    assert "what was resumed counts from there" in (tmp_path / "elsewhere" / "report.html").read_text()
+    assert "a resumed part counts from its start" in (tmp_path / "elsewhere" / "report.html").read_text()
     weights = [(tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in ("run", "elsewhere")]
     assert weights[0] == weights[1]
 

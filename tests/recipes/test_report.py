@@ -3,7 +3,7 @@
 import pytest
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.sweep import COLUMNS, FRONTIER_COLUMNS, remember
+from resdpo_trl.study.sweep import COLUMNS, FRONTIER_COLUMNS, remember
 from tests.test_report import make_run
 
 

@@ -46,7 +46,7 @@ def test_from_sft_to_a_reward_model_and_its_evaluation(recipe, tmp_path, pairs_f
     low, high = test["interval_95"]["rewards/accuracies"]
     assert low <= test["rewards/accuracies"] <= high
     assert summary["reward"]["best_epoch"] in (1.0, 2.0)
-    assert "accuracy, test" in said and "of least validation loss" in said
+    assert "pairs ranked right" in said and "of least validation loss" in said
     assert {(row["stage"], row["split"]) for row in rows_of(folder / "metrics.jsonl")} == {
         ("sft", "train"), ("sft", "validation"), ("reward", "train"), ("reward", "validation"), ("reward", "test"),
     }  # fmt: skip
@@ -90,7 +90,7 @@ def test_from_sft_to_a_reward_model_and_its_evaluation(recipe, tmp_path, pairs_f
 def test_resumed_it_ends_as_the_whole_run(recipe, tmp_path, pairs_file, language_model):
     import shutil
 
-    arguments = ["--dataset_name", pairs_file, "--sft_checkpoint", language_model, "--num_train_epochs", "2"]
+    arguments = ["--dataset_name", pairs_file, "--reference", language_model, "--num_train_epochs", "2"]
     arguments += [*SMALL, "--learning_rate", "1e-3", "--select", "last", "--per_device_train_batch_size", "16"]
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     status, _, wrong = recipe("reward_hh.py", *arguments, "--output_dir", whole)
@@ -135,7 +135,7 @@ def test_lora_trains_the_head_and_is_merged(recipe, tmp_path, pairs_file, langua
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--sft_checkpoint", "./nowhere"], "--sft_checkpoint ./nowhere: no such folder"),
+        (["--reference", "./nowhere"], "--reference ./nowhere: no such folder"),
         (["--beta", "0.1"], "unknown flag --beta"),
         (["--load_in_4bit"], "--load_in_4bit and --load_in_8bit"),
         (["--select", "first"], "--select"),

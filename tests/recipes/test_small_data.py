@@ -5,7 +5,7 @@ import json
 import pytest
 
 from resdpo_trl.sources import held_out_size
-from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.data import TextDataConfig, load_preferences
 from tests.conftest import write_pairs
 from tests.image.conftest import draw, write_parquet
 
@@ -21,10 +21,10 @@ def test_held_out_sizes(rows, share, limit, size):
 def test_what_limits_cut_is_counted(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in write_pairs(60)))
-    counts = load_preferences(DataConfig(dataset_name=str(path), max_train_samples=10, max_test_samples=5)).counts
+    counts = load_preferences(TextDataConfig(dataset_name=str(path), max_train_samples=10, max_test_samples=5)).counts
     assert (counts["train"], counts["validation"], counts["test"]) == (10, 10, 5)
     assert counts["cut_by_limits"] == 60 - 25 and counts["held_out_raised"] == ["validation"]
-    whole = load_preferences(DataConfig(dataset_name=str(path))).counts
+    whole = load_preferences(TextDataConfig(dataset_name=str(path))).counts
     assert (whole["train"], whole["cut_by_limits"], whole["held_out_raised"]) == (40, 0, ["validation", "test"])
 
 

@@ -35,9 +35,9 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
         TextSFTConfig,
         sft_stage,
     )
-    from resdpo_trl.text.data import DataConfig
+    from resdpo_trl.text.data import TextDataConfig
 
-    shared = (DataConfig, TextModelConfig)
+    shared = (TextDataConfig, TextModelConfig)
     arguments = ["--config", str(preset)]
     of_sft = (*shared, TextSFTConfig, SamplesConfig, RunConfig)
     if "sft_epochs: 0\n" in preset.read_text():
@@ -49,7 +49,7 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
     (_, _, stage, dpo, *_), _ = command_line.RecipeParser(
         (*shared, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
     ).parse(given=arguments)
-    assert set(importlib.import_module("sft_hh").OF_SFT) == set(vars(stage)) - {"sft_checkpoint"}
+    assert set(importlib.import_module("sft_hh").OF_SFT) == set(vars(stage)) - {"reference"}
     assert alone.learning_rate == stage.sft_learning_rate and alone.num_train_epochs == stage.sft_epochs
     assert without_the_folder(alone) == without_the_folder(sft_stage(dpo, stage))
 
@@ -57,23 +57,22 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("cifar/*.yaml")), ids=lambda path: path.stem)
 def test_cross_entropy_is_the_first_stage_of_an_image_preset(preset, monkeypatch):
     from resdpo_trl.arguments import RunConfig
-    from resdpo_trl.image.augment import AugmentConfig
     from resdpo_trl.image.config import (
-        ClassifierDPOConfig,
-        CrossEntropyConfig,
+        ImageCrossEntropyConfig,
+        ImageDPOConfig,
         ImageModelConfig,
         ReferenceStageConfig,
         reference_stage,
     )
-    from resdpo_trl.image.data import ImageDataConfig
+    from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
 
     shared = (ImageDataConfig, ImageModelConfig, AugmentConfig)
     arguments = ["--config", str(preset)]
-    *_, alone, _ = parsed(monkeypatch, "train_cifar", (*shared, CrossEntropyConfig, RunConfig), arguments)
+    *_, alone, _ = parsed(monkeypatch, "train_cifar", (*shared, ImageCrossEntropyConfig, RunConfig), arguments)
     command_line = importlib.import_module("command_line")
     (_, _, _, stage, dpo, _), _ = command_line.RecipeParser(
-        (*shared, ReferenceStageConfig, ClassifierDPOConfig, RunConfig)
+        (*shared, ReferenceStageConfig, ImageDPOConfig, RunConfig)
     ).parse(given=arguments)
-    assert set(importlib.import_module("train_cifar").OF_REFERENCE) == set(vars(stage)) - {"reference_model"}
+    assert set(importlib.import_module("train_cifar").OF_REFERENCE) == set(vars(stage)) - {"reference"}
     assert alone.learning_rate == stage.reference_learning_rate and alone.num_train_epochs == stage.reference_epochs
     assert without_the_folder(alone) == without_the_folder(reference_stage(dpo, stage))

@@ -6,9 +6,18 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from resdpo_trl import sweep
 from resdpo_trl.errors import UserError
-from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, SweepConfig, best_of, points_of, read_rows, remember, run_points
+from resdpo_trl.study import sweep
+from resdpo_trl.study.sweep import (
+    FRONTIER_COLUMNS,
+    Point,
+    SweepConfig,
+    best_of,
+    points_of,
+    read_rows,
+    remember,
+    run_points,
+)
 from tests.conftest import write_pairs
 
 SMALL = [
@@ -114,7 +123,7 @@ def test_sft_epochs_are_an_axis_that_can_be_added_later(tmp_path):
     assert [point.reference.parent.name for point in points] == ["sft_epochs1", "sft", "sft_epochs4"]
     assert [point.name for point in points][::2] == ["beta0.3_lr1e-05_seed7_sft1", "beta0.3_lr1e-05_seed7_sft4"]
     (given,) = points_of(SweepConfig(betas=[0.3]), 1e-5, 7, tmp_path, 2.0, "some/model")
-    assert given.flags()[-2:] == ["--sft_checkpoint", "some/model"]
+    assert given.flags()[-2:] == ["--reference", "some/model"]
     with pytest.raises(UserError, match="--sft_epochs_list runs SFT"):
         points_of(SweepConfig(sft_epochs_list=[1]), 1e-5, 7, tmp_path, 2.0, "some/model")
 
@@ -131,7 +140,7 @@ def test_two_references_and_the_command_lines(recipe, tmp_path, model_folder):
         summary = json.loads((tmp_path / "s" / name / "summary.json").read_text())
         steps.append(summary["sft"]["steps"])
         assert summary["throughput"]["reference_seconds"] > 0
-        assert f"--sft_checkpoint {tmp_path / 's' / name / 'reference'}" in said
+        assert f"--reference {tmp_path / 's' / name / 'reference'}" in said
     assert steps[1] == 2 * steps[0]
 
 
@@ -196,8 +205,8 @@ def test_other_flags_are_another_sweep(tmp_path):
         (["--sft_epochs_list", "0"], "--sft_epochs_list 0.0: must be above 0"),
         (["--frontier_samples", "1"], "--frontier_samples 1"),
         (
-            ["--sft_epochs_list", "1", "--sft_checkpoint", "x"],
-            "--sft_epochs_list runs SFT and --sft_checkpoint skips it",
+            ["--sft_epochs_list", "1", "--reference", "x"],
+            "--sft_epochs_list runs SFT and --reference skips it",
         ),
         (["--reward_model", "./nowhere"], "--reward_model ./nowhere: no such folder"),
         (["--beta", "0.3"], "--beta is each point's own: pass --betas"),

@@ -13,7 +13,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.sources import describe_left_out
 from resdpo_trl.text.data import (
     MARKER,
-    DataConfig,
+    TextDataConfig,
     alternating,
     chitchat_pairs,
     dialogue,
@@ -33,7 +33,7 @@ def write_jsonl(path, rows):
 
 
 def load(name, **options):
-    return load_preferences(DataConfig(dataset_name=str(name), **options))
+    return load_preferences(TextDataConfig(dataset_name=str(name), **options))
 
 
 @pytest.mark.parametrize(
@@ -203,14 +203,50 @@ def test_a_pair_of_a_held_out_split_is_not_trained_on(tmp_path, chat_tokenizer, 
     another = {"chosen": test[4]["chosen"], "rejected": test[4]["chosen"].rpartition(A)[0] + f"{A} Another."}
     train = [*rows[:30], test[0], test[0], swapped, validation[2], another]
     folder = saved(tmp_path / "d", train=train, validation=[*validation, test[9]], test=test)
-    pairs = load_preferences(DataConfig(dataset_name=str(folder)), chat_tokenizer if chat else None)
+    pairs = load_preferences(TextDataConfig(dataset_name=str(folder)), chat_tokenizer if chat else None)
     assert pairs.counts["copies_removed"] == {"train": 4, "validation": 1}
     assert [len(pairs[split]) for split in ("train", "validation", "test")] == [31, 10, 10]
     assert "a held-out split has them too: 4 from train, 1 from validation" in describe_left_out(pairs.counts)
     assert not set(pairs["train"]["pair"]) & {*pairs["validation"]["pair"], *pairs["test"]["pair"]}
     # a limit on the test does not bring them back
-    few = load_preferences(DataConfig(dataset_name=str(folder), max_test_samples=1))
+    few = load_preferences(TextDataConfig(dataset_name=str(folder), max_test_samples=1))
     assert few.counts["copies_removed"] == pairs.counts["copies_removed"]
+
+
+def in_layout(layout, number):
+    """The same pair in the layouts that files have."""
+    question, good, bad = f"Is {number} even?", f"It is {number % 2}.", "Who knows?"
+    order = reversed if layout == "keys in another order" else list
+
+    def turn(role, content, **more):
+        if layout == "parts of text":
+            content = [{"type": "text", "text": content}]
+        return dict(order(list({"role": role, "content": content, **more}.items())))
+
+    if layout == "dialogues":
+        return {"chosen": f"{H}{question}{A} {good}", "rejected": f"{H}{question}{A} {bad}"}
+    if layout == "prompts of one turn":
+        return {"prompt": question, "chosen": good, "rejected": bad}
+    name = {"name": None if number else "a"} if layout == "a key without a value" else {}
+    asked, answers = [turn("user", question, **name)], [[turn("assistant", text)] for text in (good, bad)]
+    if layout == "messages without a prompt":
+        return {"chosen": asked + answers[0], "rejected": asked + answers[1]}
+    return {"prompt": asked, "chosen": answers[0], "rejected": answers[1]}
+
+
+@pytest.mark.parametrize("train", ["dialogues", "messages"])
+@pytest.mark.parametrize(
+    "test",
+    ["dialogues", "prompts of one turn", "messages", "messages without a prompt", "parts of text",
+     "keys in another order", "a key without a value"],
+)  # fmt: skip
+def test_a_pair_is_the_same_in_every_layout(tmp_path, chat_tokenizer, train, test):
+    files = [
+        write_jsonl(tmp_path / f"{number}.jsonl", [in_layout(layout, row) for row in rows])
+        for number, (layout, rows) in enumerate([(train, range(30)), (test, range(1, 11))])
+    ]
+    pairs = load_preferences(TextDataConfig(dataset_name=files[0], eval_dataset_name=files[1]), chat_tokenizer)
+    assert sum(pairs.counts["copies_removed"].values()) == 10 and len(pairs["test"]) == 10
 
 
 def test_a_split_without_a_usable_pair_is_named(tmp_path):
@@ -301,7 +337,7 @@ def test_conversations_go_through_the_chat_template(tmp_path, tokenizer, explici
         row = {"chosen": chosen, "rejected": rejected}
         rows.append({"prompt": asked} | row if explicit else {side: asked + row[side] for side in row})
     name = write_jsonl(tmp_path / "p.jsonl", rows)
-    pairs = load_preferences(DataConfig(dataset_name=name, test_fraction=0.2), tokenizer)
+    pairs = load_preferences(TextDataConfig(dataset_name=name, test_fraction=0.2), tokenizer)
     row = pairs["test"][0]
     assert row["prompt"].startswith("<user>Hi<end><assistant>Yes?<end><user>Question ")
     assert row["prompt"].endswith("<end><assistant>")
@@ -324,7 +360,7 @@ def conversations(path, count=40):
         ]
         sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
         rows.append({"prompt": prompt, **sides})
-    return DataConfig(dataset_name=write_jsonl(path, rows), test_fraction=0.3)
+    return TextDataConfig(dataset_name=write_jsonl(path, rows), test_fraction=0.3)
 
 
 def with_template(tokenizer, template):
@@ -541,7 +577,7 @@ def test_rendered_pairs_are_trls(tmp_path, chat_tokenizer, kind):
     rows, meant = chats(kind)
     expected = {row["prompt"]: row for row in (apply_chat_template(each, chat_tokenizer) for each in meant)}
     shown = {apply_chat_template(each, chat_tokenizer)["prompt"]: dialogue(each["prompt"]) for each in meant}
-    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    config = TextDataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
     pairs = load_preferences(config, chat_tokenizer)
     assert pairs.ends_turns and pairs.counts["dialogue_format"] == "chat" and pairs.counts["roles_repaired"] == 0
     found = [row for split in ("train", "validation", "test") for row in pairs[split]]
@@ -557,7 +593,7 @@ def test_rendered_pairs_are_trls(tmp_path, chat_tokenizer, kind):
 @pytest.mark.parametrize("kind", ["dialogue", "prompt in HH's form", "plain prompt"])
 def test_splits_and_digests_do_not_depend_on_the_format(tmp_path, chat_tokenizer, kind):
     rows, _ = chats(kind)
-    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    config = TextDataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
     plain, chat = load_preferences(config), load_preferences(config, chat_tokenizer)
     for split in ("train", "validation", "test"):
         plain.check_same_pairs(chat, split, "r")
@@ -569,14 +605,14 @@ def test_splits_and_digests_do_not_depend_on_the_format(tmp_path, chat_tokenizer
 
 def test_the_format_that_is_asked_for(tmp_path, tokenizer, chat_tokenizer):
     name = write_jsonl(tmp_path / "p.jsonl", write_pairs(40))
-    without = load_preferences(DataConfig(dataset_name=name))
+    without = load_preferences(TextDataConfig(dataset_name=name))
     for asked, its in (("plain", chat_tokenizer), ("plain", tokenizer), ("auto", tokenizer)):
-        found = load_preferences(DataConfig(dataset_name=name, dialogue_format=asked), its)
+        found = load_preferences(TextDataConfig(dataset_name=name, dialogue_format=asked), its)
         assert its.chat_template is None  # so that what is saved with it is read as it was trained
         assert found["train"].to_list() == without["train"].to_list()
         assert found.counts["dialogue_format"] == "plain" and not found.ends_turns
     with pytest.raises(UserError, match="--dialogue_format chat: the tokenizer has no chat template; pass plain"):
-        load_preferences(DataConfig(dataset_name=name, dialogue_format="chat"), tokenizer)
+        load_preferences(TextDataConfig(dataset_name=name, dialogue_format="chat"), tokenizer)
 
 
 def test_a_template_that_wants_roles_by_turns_gets_them(tmp_path, tokenizer):
@@ -587,7 +623,7 @@ def test_a_template_that_wants_roles_by_turns_gets_them(tmp_path, tokenizer):
     }
     rows = [row for row in write_pairs(40) if "\n\nHuman" in row["chosen"]]
     rows += [{"chosen": f"{prompt} yes", "rejected": f"{prompt} no"} for prompt in odd]
-    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    config = TextDataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
     strict = with_template(tokenizer, STRICT)
     pairs = load_preferences(config, strict)
     assert pairs.counts["roles_repaired"] == 3 and pairs.counts["kept"] == len(rows)
@@ -605,7 +641,7 @@ def test_an_answer_that_the_prompt_began_is_part_of_both_responses(tmp_path, tok
     rows = [*write_pairs(40), {"chosen": f"{prompt} yes", "rejected": f"{prompt} no"}]
     early = [f"{H}a{A} b{H}c{H}d{A} e", f"{H}a{A} x{H}y{A} z{A} w"]  # and in what follows an early parting
     rows.append(dict(zip(("chosen", "rejected"), early, strict=True)))
-    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    config = TextDataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
     pairs = load_preferences(config, with_template(tokenizer, STRICT))
     assert pairs.counts["roles_repaired"] == 2
     asked = f"{END_OF_TEXT}<start>user\na<end>\n<start>assistant\n"
@@ -632,13 +668,13 @@ def test_a_template_that_refuses_everything_is_named_with_split_and_row(tmp_path
     with pytest.raises(
         UserError, match=r"p\.jsonl, split train, row 2: the chat template refuses .*Question 0.*no"
     ) as e:
-        load_preferences(DataConfig(dataset_name=name), never)
+        load_preferences(TextDataConfig(dataset_name=name), never)
     assert "\n" not in str(e.value) and "--dialogue_format plain" in str(e.value)
     # a file of one user who never speaks: nothing is left after the repair
     rows = [{"chosen": f"{A} a {n}{A} yes", "rejected": f"{A} a {n}{A} no"} for n in range(9)]
     name = write_jsonl(tmp_path / "q.jsonl", rows)
     with pytest.raises(UserError, match=r"q\.jsonl, split train, row 1: the chat template refuses"):
-        load_preferences(DataConfig(dataset_name=name), with_template(tokenizer, STRICT))
+        load_preferences(TextDataConfig(dataset_name=name), with_template(tokenizer, STRICT))
 
 
 @pytest.mark.parametrize(
@@ -749,7 +785,7 @@ WINDOWS = {side: f"{H}q{A} {side}".replace("\n", "\r\n") for side in ("chosen", 
 def test_a_refusal_says_what_was_found(tmp_path, chat_tokenizer, file, content, sentence):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError) as refused:
-        load_preferences(DataConfig(dataset_name=str(tmp_path / file)), chat_tokenizer)
+        load_preferences(TextDataConfig(dataset_name=str(tmp_path / file)), chat_tokenizer)
     said = str(refused.value).replace(str(tmp_path), "")
     assert re.search(sentence, said), said
     assert file in said and "\n" not in said
@@ -776,7 +812,7 @@ def test_a_hub_id_without_network():
 )
 def test_senseless_numbers(options):
     with pytest.raises(UserError, match="--"):
-        DataConfig(**options)
+        TextDataConfig(**options)
 
 
 def test_a_limit_takes_a_pair_of_each_conversation_before_a_second_of_any(tmp_path):
@@ -790,7 +826,9 @@ def test_a_limit_takes_a_pair_of_each_conversation_before_a_second_of_any(tmp_pa
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def taken(limit):
-        config = DataConfig(dataset_name=str(tmp_path), max_train_samples=limit, max_test_samples=3, max_eval_samples=4)
+        config = TextDataConfig(
+            dataset_name=str(tmp_path), max_train_samples=limit, max_test_samples=3, max_eval_samples=4
+        )
         return load_preferences(config)
 
     whole = {limit: taken(limit) for limit in (5, 9, 14)}
@@ -821,7 +859,7 @@ def talk(number, content="Good {}.", prompt=()):
 )
 def test_contents_are_checked_as_texts_are(tmp_path, chat_tokenizer, content, status):
     rows = [talk(number) for number in range(12)] + [talk(7, content)]
-    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    config = TextDataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
     counts = load_preferences(config, chat_tokenizer).counts
     assert counts["dropped"] == {"identical": 0, "empty": 0, "no_marker": 0} | ({status: 1} if status else {})
     assert counts["kept"] == 13 - bool(status)
@@ -833,7 +871,7 @@ def test_a_turn_of_the_prompt_without_text_or_role_makes_a_pair_unusable_and_an_
     bad = [[said("user", None)], [said("assistant", " ")], [said(None, "Hi")]]
     rows = [talk(number) for number in range(12)] + [talk(20 + n, prompt=turns) for n, turns in enumerate(bad)]
     rows += [talk(30, prompt=[said("system", None)]), talk(31, prompt=[said("system", "")])]
-    config = DataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    config = TextDataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
     pairs = load_preferences(config, chat_tokenizer)
     assert pairs.counts["dropped"] == {"identical": 0, "empty": 3, "no_marker": 0}
     found = {row["shown"]: row["prompt"] for split in pairs.splits.values() for row in split}
@@ -855,13 +893,13 @@ def test_parts_of_type_text_are_joined_and_others_refused(tmp_path, chat_tokeniz
     plain, joined = (tmp_path / name for name in ("plain.jsonl", "joined.jsonl"))
     rows = [talk(number) for number in range(12)]
     found = [
-        load_preferences(DataConfig(dataset_name=write_jsonl(path, each), test_fraction=0.3), chat_tokenizer)
+        load_preferences(TextDataConfig(dataset_name=write_jsonl(path, each), test_fraction=0.3), chat_tokenizer)
         for path, each in ((plain, rows), (joined, [in_parts(row) for row in rows]))
     ]
     assert found[0]["train"].to_list() == found[1]["train"].to_list()
     path = write_jsonl(tmp_path / "image.jsonl", [in_parts(row) for row in rows] + [in_parts(talk(13), "image")])
     with pytest.raises(UserError, match=r"row 13: a message has a content of another type than text .*image.*drop"):
-        load_preferences(DataConfig(dataset_name=path), chat_tokenizer)
+        load_preferences(TextDataConfig(dataset_name=path), chat_tokenizer)
 
 
 WITH_TOOLS = (
@@ -881,7 +919,7 @@ def test_tools_and_template_kwargs_reach_the_template_as_in_trl(tmp_path, chat_t
         for number in range(12)
     ]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
-    pairs = load_preferences(DataConfig(dataset_name=path), chat_tokenizer)
+    pairs = load_preferences(TextDataConfig(dataset_name=path), chat_tokenizer)
     assert pairs.counts["ignored_columns"] == ["id"]
     rows = [row | {"tools": tools} for row in rows]
     expected = {
@@ -901,12 +939,12 @@ def test_columns_that_nothing_reads_are_named(tmp_path, tokenizer, chat_tokenize
     extra = {"tools": '[{"name": "a"}]', "group": "a", "id": 1}
     rows = [talk(number) | extra for number in range(12)]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
-    counts = load_preferences(DataConfig(dataset_name=path), chat_tokenizer).counts  # whose template has no tools
+    counts = load_preferences(TextDataConfig(dataset_name=path), chat_tokenizer).counts  # whose template has no tools
     assert counts["ignored_columns"] == ["group", "id", "tools"]
     rows = [row | extra for row in write_pairs(30)]
     path = write_jsonl(tmp_path / "q.jsonl", rows)
     for its in (None, tokenizer):
-        found = load_preferences(DataConfig(dataset_name=path), its)
+        found = load_preferences(TextDataConfig(dataset_name=path), its)
         assert found.counts["ignored_columns"] == ["group", "id", "tools"]
 
 
@@ -915,4 +953,4 @@ def test_tools_that_are_no_json_are_named_with_their_row(tmp_path, chat_tokenize
     rows = [talk(number) | {"tools": "[]" if number < 3 else "[{"} for number in range(12)]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
     with pytest.raises(UserError, match=r"row 4: tools must be a list of functions or its JSON"):
-        load_preferences(DataConfig(dataset_name=path), chat_tokenizer)
+        load_preferences(TextDataConfig(dataset_name=path), chat_tokenizer)

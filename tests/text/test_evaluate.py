@@ -8,7 +8,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import paired_difference
 from resdpo_trl.text.config import TextModelConfig
-from resdpo_trl.text.data import DataConfig
+from resdpo_trl.text.data import TextDataConfig
 from resdpo_trl.text.evaluate import (
     EvaluateConfig,
     answer_figures,
@@ -110,7 +110,7 @@ def test_answers_to_prompts_as_long_as_the_model_has_positions(tmp_path, tokeniz
         tiny_model("gpt2", n_positions=48, seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     options = {"model": str(tmp_path / "policy"), "reference": str(tmp_path / "reference"), "max_length": 48}
-    data = DataConfig(dataset_name=str(tmp_path / "pairs.jsonl"))
+    data = TextDataConfig(dataset_name=str(tmp_path / "pairs.jsonl"))
     figures = evaluate(EvaluateConfig(**options, num_samples=4, max_new_tokens=30), data, TextModelConfig())
     assert figures["answers"]["n"] == 4 and figures["answers"]["length_tokens"] > 20
     with pytest.raises(UserError, match="--max_new_tokens 48: must leave 8"):

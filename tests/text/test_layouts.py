@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from trl.data_utils import apply_chat_template, extract_prompt
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.data import SPLITS, DataConfig, load_preferences
+from resdpo_trl.text.data import SPLITS, TextDataConfig, load_preferences
 from resdpo_trl.text.layouts import recognize
 
 FILES = Path(__file__).parent / "layouts"
@@ -24,7 +24,7 @@ GREETING = [
 
 def load(*names, **options):
     tokenizer = options.pop("tokenizer", None)
-    return load_preferences(DataConfig(dataset_name=[str(name) for name in names], **options), tokenizer)
+    return load_preferences(TextDataConfig(dataset_name=[str(name) for name in names], **options), tokenizer)
 
 
 def texts(pairs):
@@ -47,7 +47,7 @@ def rendered(tokenizer, *messages):
         ("plain.jsonl", "TRL's plain texts", (QUESTION, f" {GOOD}", f" {BAD}")),
         # TRL parts where the texts differ, not where a word begins
         ("implicit.jsonl", "TRL's plain texts with an implicit prompt", (f"{QUESTION} A", GOOD[1:], BAD[1:])),
-        ("orca.jsonl", "Orca's questions and answers (question as prompt)", HH),
+        ("orca.jsonl", "texts in columns question (prompt), chosen, rejected, system", HH),
         ("array.json", "TRL's plain texts", (QUESTION, f" {GOOD}", f" {BAD}")),
         ("table.csv", "TRL's plain texts", (QUESTION, GOOD, BAD)),
         ("table.tsv", "TRL's plain texts", (QUESTION, GOOD, BAD)),
@@ -66,7 +66,7 @@ def test_layouts_of_texts(file, layout, expected):
         ("messages.jsonl", "TRL's lists of messages", []),
         ("messages_implicit.jsonl", "TRL's lists of messages with an implicit prompt", []),
         ("ultrafeedback.jsonl", "UltraFeedback's prompts and lists of messages", []),
-        ("orca.jsonl", "Orca's questions and answers (question as prompt)", []),
+        ("orca.jsonl", "texts in columns question (prompt), chosen, rejected, system", []),
         (
             "sharegpt.jsonl",
             "ShareGPT's turns (conversations as prompt)",
@@ -97,7 +97,7 @@ def test_columns_of_other_names(tmp_path, chat_tokenizer):
     pairs = load(tmp_path / "p.jsonl", columns=columns, tokenizer=chat_tokenizer)
     assert texts(pairs) == texts(load(FILES / "orca.jsonl", tokenizer=chat_tokenizer))
     assert pairs.counts["layouts"] == [
-        "Orca's questions and answers (ask as prompt, better as chosen, worse as rejected, role_card as system)"
+        "texts in columns ask (prompt), better (chosen), worse (rejected), role_card (system)"
     ]
     with pytest.raises(UserError, match=r"--columns chosen=best: .*no such column \(found: ask, better, chosen"):
         load(tmp_path / "p.jsonl", columns=["chosen=best"])
@@ -106,7 +106,7 @@ def test_columns_of_other_names(tmp_path, chat_tokenizer):
 @pytest.mark.parametrize("columns", [["better"], ["=x"], ["chosen="], ["answer=x"], ["chosen=a", "chosen=b"]])
 def test_a_mapping_that_is_none(columns):
     with pytest.raises(UserError, match=r"--columns .*: needs each of prompt, chosen, rejected, system at most once"):
-        DataConfig(columns=columns)
+        TextDataConfig(columns=columns)
 
 
 def test_several_files_are_one_data_set(tmp_path):
@@ -190,7 +190,7 @@ def test_other_pairs_for_the_test(tmp_path):
     with pytest.raises(UserError, match=r"--eval_dataset_name .*nowhere\.jsonl: no such file"):
         load(FILES / "plain.jsonl", eval_dataset_name=str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(UserError, match="both name the test pairs"):
-        DataConfig(eval_dataset_name="a.jsonl", dataset_test_split="b")
+        TextDataConfig(eval_dataset_name="a.jsonl", dataset_test_split="b")
 
 
 def test_a_shared_system_message_is_no_conversation(chat_tokenizer):

@@ -54,7 +54,7 @@ def test_models_that_are_not_there(name, message):
 
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(UserError, match="not a model folder"):
-        load_tokenizer(str(tmp_path), TextModelConfig(), False, "--sft_checkpoint")
+        load_tokenizer(str(tmp_path), TextModelConfig(), False, "--reference")
 
 
 def test_a_damaged_weights_file(tmp_path, tokenizer):
@@ -62,30 +62,30 @@ def test_a_damaged_weights_file(tmp_path, tokenizer):
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="can't be loaded"):
-        load_model(str(tmp_path), TextModelConfig(), False, "--sft_checkpoint")
+        load_model(str(tmp_path), TextModelConfig(), False, "--reference")
 
 
 def test_weights_of_another_shape_than_the_configurations(tmp_path):
     tiny_model("gpt2").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
-    with pytest.raises(UserError, match=r"--sft_checkpoint .*can't be loaded \(its weights have other shapes"):
-        load_model(str(tmp_path), TextModelConfig(), False, "--sft_checkpoint")
+    with pytest.raises(UserError, match=r"--reference .*can't be loaded \(its weights have other shapes"):
+        load_model(str(tmp_path), TextModelConfig(), False, "--reference")
 
 
 @pytest.mark.parametrize("content", ["{}", "not JSON", '{"added_tokens": 5}', "[]", '{"added_tokens": [], "model": 1}'])
 def test_a_malformed_tokenizer(tmp_path, content):
     tiny_model("gpt2").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=r"--sft_checkpoint .*can't be loaded"):
-        load_tokenizer(str(tmp_path), TextModelConfig(), False, "--sft_checkpoint")
+    with pytest.raises(UserError, match=r"--reference .*can't be loaded"):
+        load_tokenizer(str(tmp_path), TextModelConfig(), False, "--reference")
 
 
 def test_tokenizers_of_other_families(tokenizer):
     other = train_tokenizer(["something else entirely"], 300)
-    check_same_tokenizer(tokenizer, "--model_name_or_path", tokenizer, "--sft_checkpoint")
-    with pytest.raises(UserError, match="--sft_checkpoint has another tokenizer than --model_name_or_path"):
-        check_same_tokenizer(tokenizer, "--model_name_or_path", other, "--sft_checkpoint")
+    check_same_tokenizer(tokenizer, "--model_name_or_path", tokenizer, "--reference")
+    with pytest.raises(UserError, match="--reference has another tokenizer than --model_name_or_path"):
+        check_same_tokenizer(tokenizer, "--model_name_or_path", other, "--reference")
 
 
 def test_a_cap_beyond_the_models_positions(tokenizer):

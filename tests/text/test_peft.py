@@ -7,6 +7,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.config import TextRewardConfig
 from resdpo_trl.text.reward import TextRewardTrainer
 from resdpo_trl.text.scoring import BEFORE_THE_ROW, PER_TOKEN, add_response_head, check_adapters, pair_logps
 from resdpo_trl.text.trainer import TextDPOTrainer
@@ -105,9 +106,40 @@ def test_options_that_would_be_wrong_are_refused_by_name(asked):
         check_adapters(None, asked, prefix_sharing=False)
 
 
-def test_a_reward_model_takes_no_virtual_tokens():
+def test_a_reward_model_takes_no_virtual_tokens(tmp_path):
     with pytest.raises(UserError, match=r"^the PEFT method PROMPT_TUNING puts virtual tokens .*: use LoRA"):
-        TextRewardTrainer(peft_config=config_of("PROMPT_TUNING"))
+        TextRewardTrainer(tiny_model("llama"), TextRewardConfig(str(tmp_path)), config_of("PROMPT_TUNING"))
+
+
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica", "pissa", "pissa_niter_4", "OLoRA"])
+def test_the_reference_of_an_adapter_is_its_base_as_it_was(tmp_path, tokenizer, start, continued):
+    """However an adapter begins; of one that goes on, the reference is that adapter."""
+    asked = config_of("LORA", init_lora_weights=start, r=4)
+    data = tokenized(5)
+
+    def trainer():
+        model = get_peft_model(tiny_model("llama"), asked) if continued else tiny_model("llama")
+        return TextDPOTrainer(
+            model=model,
+            args=config(tmp_path),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=None if continued else asked,
+        )
+
+    if str(start).lower().startswith(("pissa", "olora")):
+        with pytest.raises(UserError, match=f"init_lora_weights {start} changes the weights of the base model"):
+            trainer()
+        return
+    job = trainer()
+    found, plain = job.score(data), tiny_model("llama")
+    add_response_head(plain, longest_row=max(data["length"]))
+    with torch.no_grad():
+        expected = pair_logps(plain, PairCollator(0, True)(list(data)))[0]
+    if continued:
+        expected = found.chosen
+    torch.testing.assert_close(found.ref_chosen, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2For
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.text.config import TextModelConfig, TextRewardConfig
-from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.reward import (
     RewardModel,
     TextRewardTrainer,
@@ -95,10 +95,10 @@ def test_rows_that_only_fill_up_a_batch_do_not_count(tmp_path, tokenizer):
     own, filled = job.data_collator(rows[:3]), job.data_collator([*rows[:3], *rows[3:]])
     job.model.train()  # without dropout
     losses = [job.compute_loss(job.model, own).item()]
-    figures = {name: values[-1] for name, values in job._metrics["train"].items()}
+    figures = job._step_figures()
     for everywhere in (3, 6):  # six: three more are another process's
         losses.append(job.compute_loss(job.model, {**filled, "own_rows": 3, "all_rows": everywhere}).item())
-        again = {name: values[-1] for name, values in job._metrics["train"].items()}
+        again = job._step_figures()
         tokens = again.pop("num_tokens") - figures["num_tokens"]
         assert tokens == (len(losses) - 1) * sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows[:3])
         assert again == pytest.approx(
@@ -155,7 +155,7 @@ def test_text_is_read_as_in_training(tmp_path, tokenizer, dialogues):
     tokenizer.save_pretrained(tmp_path / "r")
     reward = RewardModel(str(tmp_path / "r"), MODEL)
     Dataset.from_list(dialogues[:40]).to_json(tmp_path / "pairs.jsonl")
-    texts = load_preferences(DataConfig(dataset_name=str(tmp_path / "pairs.jsonl")))["train"]
+    texts = load_preferences(TextDataConfig(dataset_name=str(tmp_path / "pairs.jsonl")))["train"]
     chosen, rejected = reward.pair_rewards(texts, 48, None, False, batch_size=5)
     rows = reward_rows(tokenize(texts, tokenizer, 48))
     assert chosen.tolist() == pytest.approx([by_hand(model, ids) for ids in rows["chosen_ids"]], abs=1e-5)
@@ -209,7 +209,7 @@ def test_an_answer_ends_as_its_chat_template_ended_it_in_training(tmp_path, toke
     ]
     Dataset.from_list(rows).to_json(tmp_path / "pairs.jsonl")
     reward = RewardModel(str(tmp_path / "r"), MODEL)
-    pairs = load_preferences(DataConfig(dataset_name=str(tmp_path / "pairs.jsonl")), reward.tokenizer)
+    pairs = load_preferences(TextDataConfig(dataset_name=str(tmp_path / "pairs.jsonl")), reward.tokenizer)
     texts = pairs["train"]
     said = [text.removesuffix("<end>\n") for text in texts["chosen"]]
     assert said[0].endswith(".")

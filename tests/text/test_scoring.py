@@ -1,6 +1,5 @@
 import copy
 import math
-import shutil
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text import scoring
+from resdpo_trl.text.attention import ATTENTION, FLEX
 from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.scoring import _LogProbs, add_response_head, pair_logps
 from tests.conftest import random_pairs, tiny_model
@@ -51,16 +51,18 @@ def test_scores_and_gradients_equal_separate_forwards(kind, attention, sharing):
         torch.testing.assert_close(parameter.grad, gradient, **tolerance)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled, and here is no g++")
-def test_the_block_mask_of_flex_attention_says_what_the_boolean_mask_says():
-    model = tiny_model("llama", hidden_size=64).eval()  # heads of 16: less is not taken
-    batch = PairCollator(0)(random_pairs(4))
+@pytest.mark.parametrize("kind", [*KINDS, "mistral"])
+def test_flex_attention_with_a_mask_in_blocks_scores_as_sdpa(kind):
+    model = tiny_model(kind).eval()
+    if kind == "mistral":  # whose window the rows fit into
+        model = tiny_model(kind, sliding_window=128).eval()
+    pairs = random_pairs(6)
     scores = []
-    for attention in ("sdpa", "flex_attention"):
+    for attention in (ATTENTION, FLEX):
         model.set_attn_implementation(attention)
         add_response_head(model)
         with torch.no_grad():
-            scores.append(torch.stack(pair_logps(model, batch)))
+            scores.append(torch.stack(pair_logps(model, PairCollator(0, block_mask=attention == FLEX)(pairs))))
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-5)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no backward pass on the CPU"):
@@ -115,12 +117,13 @@ def test_chunks_under_autocast_give_a_gradient_no_coarser_than_the_whole(monkeyp
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 90, bias=bias)
     exact = copy.deepcopy(head).double()
-    head.__class__ = scoring._ResponseHead
+    head.__class__, head.softcap, head.scale = scoring._ResponseHead, None, 1.0
     rows, tokens, weights = torch.randn(40, 16), torch.randint(90, (40,)), torch.randn(40)
     expected = exact(rows.double()).log_softmax(1)[torch.arange(40), tokens]
     (expected * weights.double()).sum().backward()
-    for size in (4096, 7):
+    for size, fused_on in ((4096, ()), (7, ()), (7, ("cpu",))):  # the last is what CUDA gets
         monkeypatch.setattr(scoring, "CHUNK_TOKENS", size)
+        monkeypatch.setattr(scoring, "FUSED_ON", fused_on)
         head.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             found = head(rows, tokens)
@@ -279,7 +282,7 @@ def test_what_a_model_does_about_its_head_is_kept(kind):
     for sharing in (True, False):
         model.zero_grad()
         add_response_head(model, longest_row=70 if sharing else None)
-        assert model._response_head == "own"
+        assert model._response_head == ("own" if kind == "bert" else "linear")
         found = pair_logps(model, PairCollator(0, sharing)(pairs))
         torch.testing.assert_close(torch.stack(found), own, rtol=1e-5, atol=1e-5)
         loss_of(*found).backward()

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text import data, tokens
-from resdpo_trl.text.data import MARKER, DataConfig, load_preferences, rendered_turns, turn_starts
+from resdpo_trl.text.data import MARKER, TextDataConfig, load_preferences, rendered_turns, turn_starts
 from resdpo_trl.text.tokens import (
     cap_counts,
     cap_prompt,
@@ -134,7 +134,7 @@ def test_what_is_cached_is_keyed_by_all_that_changes_it(tmp_path, chat_tokenizer
     def prepare(cap=64, **options):
         passes.clear()
         tokenizer = copy.deepcopy(chat_tokenizer)
-        pairs = load_preferences(DataConfig(dataset_name=str(path), **options), tokenizer)
+        pairs = load_preferences(TextDataConfig(dataset_name=str(path), **options), tokenizer)
         tokenized = tokenize(pairs["train"], tokenizer, cap, ends_turns=pairs.ends_turns)
         return set(passes), tokenized.to_list()
 
@@ -180,7 +180,7 @@ def test_counts_add_up(tokenizer, dialogues, tmp_path):
 
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in dialogues))
-    pairs = load_preferences(DataConfig(dataset_name=str(path)))["train"]
+    pairs = load_preferences(TextDataConfig(dataset_name=str(path)))["train"]
     roomy, tight = (tokenize(pairs, tokenizer, length) for length in (1000, 32))
     assert len(roomy) == len(tight) == len(pairs)
     assert cap_counts(roomy) == dict.fromkeys(cap_counts(roomy), 0) | {"pairs": len(pairs)}
@@ -343,7 +343,7 @@ def trl_rows(rows, tokenizer, folder):
 
 def our_rows(rows, tokenizer, folder):
     Dataset.from_list(rows).to_json(folder / "pairs.jsonl")
-    pairs = load_preferences(DataConfig(dataset_name=str(folder / "pairs.jsonl")), tokenizer)
+    pairs = load_preferences(TextDataConfig(dataset_name=str(folder / "pairs.jsonl")), tokenizer)
     tokenized = [tokenize(pairs[split], tokenizer, 10_000, None, pairs.ends_turns) for split in pairs.splits]
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     return {tuple(tuple(row[name]) for name in columns) for split in tokenized for row in split}

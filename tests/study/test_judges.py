@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.judges import (
+from resdpo_trl.study.judges import (
     UNCLEAR,
     EndpointJudge,
     PythonJudge,

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.metrics import with_intervals
-from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, read_rows, write_rows
+from resdpo_trl.study.sweep import AXES, FRONTIER_COLUMNS, Point, read_rows, write_rows
 from resdpo_trl.text.config import TextModelConfig
-from resdpo_trl.text.data import DataConfig, load_preferences
+from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.evaluate import EvaluateConfig, answer_logps, texts_of
 from resdpo_trl.text.generate import answer, answerable
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer
@@ -32,7 +32,7 @@ from resdpo_trl.text.tokens import tokenize
 class Frontier:
     """Measures the points of a sweep, one row a checkpoint, into frontier.csv."""
 
-    def __init__(self, config: EvaluateConfig, data: DataConfig, model: TextModelConfig):
+    def __init__(self, config: EvaluateConfig, data: TextDataConfig, model: TextModelConfig):
         """`config` names the reward model, the cap, the number of prompts and what is drawn; not yet the policies."""
         assert config.reward_model is not None
         self.config, self.data, self.model = config, data, model
@@ -122,8 +122,7 @@ class Frontier:
 
 
 def _row(name: str, point: Point) -> dict[str, Any]:
-    axes = {axis: getattr(point, axis) for axis in ("beta", "learning_rate", "seed", "sft_epochs")}
-    return dict.fromkeys(FRONTIER_COLUMNS, "") | axes | {"point": name}
+    return dict.fromkeys(FRONTIER_COLUMNS, "") | {axis: getattr(point, axis) for axis in AXES} | {"point": name}
 
 
 def _checkpoints(point: Point) -> list[tuple[Path, int, float]]:

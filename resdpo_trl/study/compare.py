@@ -1,7 +1,7 @@
 """The same prompts answered by several models: answers, rewards under each policy, win rates, one page.
 
-The steps in order; the recipe calls them. One model is in memory at a time, and each model's answers and each verdict
-are on disk as soon as they are there: `--resume_from_checkpoint` makes and asks only what is missing.
+The recipe calls the steps in order. One model is in memory at a time. Each model's answers (answers/DIGEST.json) and
+each verdict (verdicts.jsonl) are written at once: `--resume_from_checkpoint` draws and asks only what is missing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,13 @@ from transformers import PreTrainedTokenizerBase
 
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError, printable
-from resdpo_trl.metrics import with_intervals
+from resdpo_trl.files import read_jsonl, write_whole
+from resdpo_trl.metrics import number, table, with_intervals
 from resdpo_trl.provenance import as_trained, loss_of, read_facts
-from resdpo_trl.report import write_report
 from resdpo_trl.run import RunFolder, to_json, use_the_cores
-from resdpo_trl.text.config import CompareConfig, TextModelConfig, named_models
-from resdpo_trl.text.data import dialogue, end_of_turn
-from resdpo_trl.text.evaluate import distinct_ngrams, score_pairs
-from resdpo_trl.text.generate import answer, stop_tokens
-from resdpo_trl.text.judges import (
+from resdpo_trl.study.comparison_page import write_comparison_page
+from resdpo_trl.study.config import CompareConfig
+from resdpo_trl.study.judges import (
     KEY_VARIABLE,
     EndpointJudge,
     Judge,
@@ -44,8 +44,12 @@ from resdpo_trl.text.judges import (
     both_orders,
     win_rate,
 )
+from resdpo_trl.study.prompts import load_prompts
+from resdpo_trl.text.config import TextModelConfig, named_models
+from resdpo_trl.text.data import dialogue, end_of_turn
+from resdpo_trl.text.evaluate import distinct_ngrams, score_pairs
+from resdpo_trl.text.generate import Prompt, answer, answer_ids, prompt_ids, stop_tokens
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, local_model
-from resdpo_trl.text.prompts import Prompt, answer_ids, load_prompts, prompt_ids
 from resdpo_trl.text.reward import RewardModel
 from resdpo_trl.verdict import of_comparison
 
@@ -106,14 +110,10 @@ class Comparison:
             config.seed,
         )
         self.answers: dict[str, list[Answer]] = {}
-        self.made_from: dict[str, str] = {}  # what the answers of each name depend on, as a digest
         self.rewards: dict[str, dict[str, list[float]]] = {}  # policy -> whose answers -> (N,) β·log(π/π_ref)
         # (judge, model, against) -> (N,) 1.0 won, 0.5 tie, 0.0 lost, None no verdict
         self.outcomes: dict[tuple[str, str, str], list[float | None]] = {}
-        self.verdicts: list[dict[str, Any]] = []  # the lines of verdicts.jsonl
         self.answer_seconds, self.answer_tokens = 0.0, 0  # of all that was drawn, chosen among or not
-        if resume:
-            self._restore()
 
     def _judges(self) -> dict[str, Judge]:
         """The judges of pairs; an endpoint that does not answer is said before any model is loaded."""
@@ -161,20 +161,17 @@ class Comparison:
     # --- answers -------------------------------------------------------------------------------------------------
 
     def answer(self) -> None:
-        """Every model's answers, in batches; samples.jsonl is written anew after each model."""
+        """Every model's answers; samples.jsonl is written again after each model."""
         shortened = {}
         for name, path in self.models.items():
             prompts, lost = prompt_ids(self.prompts, self.tokenizers[name], self._prompt_tokens)
             shortened[name] = sum(tokens > 0 for tokens in lost)
-            if name not in self.answers:
-                drawn = self._drawn(name, self._load(name), prompts, self.config.do_sample, 1, name)
-                self.answers[name] = [first for (first,) in drawn]
-                self._save(name, self._key(path))
-        self.answers = {name: self.answers[name] for name in [*self.models, *self.answers]}  # in the order asked for
+            draw = partial(self._drawn, name, prompts, self.config.do_sample, name)
+            self._keep(name, name, self._digest(path), draw)
         self.run.summarize(data=self.counts | {"prompts_shortened": shortened})
 
     def add_best_of_n(self, reward_model: RewardModel) -> None:
-        """One more model: of n sampled answers to a prompt the one that the reward model scores highest,
+        """One more model: of n sampled answers to a prompt, the one that the reward model scores highest,
 
             y* = argmax_{i ≤ n} r(x, y_i),   y_1 … y_n ~ π(·|x)
 
@@ -182,53 +179,57 @@ class Comparison:
         footnote bounds its KL from π: log n − (n−1)/n).
         """
         count = self.config.best_of_n
-        if count is None or self._best_name in self.answers:
+        if count is None:
             return
-        source = self._best_source
-        prompts, _ = prompt_ids(self.prompts, self.tokenizers[source], self._prompt_tokens)
-        drawn = self._drawn(source, self._load(source), prompts, True, count, self._best_name)
-        repeated = [prompt for prompt in self.prompts for _ in range(count)]
-        flat = [candidate for candidates in drawn for candidate in candidates]
-        scores = self._scores(reward_model, repeated, flat)
-        best = [max(range(at, at + count), key=scores.__getitem__) for at in range(0, len(flat), count)]
-        self.answers[self._best_name] = [dataclasses.replace(flat[at], score=scores[at]) for at in best]
-        self._save(self._best_name, self._best_key())
+        source = self.config.best_of_n_model or next(iter(self.models))
+        name = f"{source}, best of {count}"
 
-    @property
-    def _best_source(self) -> str:
-        return self.config.best_of_n_model or next(iter(self.models))
+        def best() -> list[list[int]]:
+            repeated = [prompt for prompt in self.prompts for _ in range(count)]
+            prompts, _ = prompt_ids(repeated, self.tokenizers[source], self._prompt_tokens)
+            drawn = self._drawn(source, prompts, True, name)
+            scores = self._scores(reward_model, repeated, self._read(source, drawn))
+            return [drawn[max(range(at, at + count), key=scores.__getitem__)] for at in range(0, len(drawn), count)]
 
-    @property
-    def _best_name(self) -> str:
-        return f"{self._best_source}, best of {self.config.best_of_n}"
+        self._keep(name, source, self._digest(self.models[source], name, _files(self.config.reward_model or "")), best)
 
-    def _best_key(self) -> str:
-        return self._key(self.models[self._best_source], self._best_name, _files(self.config.reward_model or ""))
+    def _keep(self, name: str, source: str, digest: str, draw: Callable[[], list[list[int]]]) -> None:
+        """Set the answers of a name: those on disk if they would come out the same, or else what `draw` returns."""
+        path = self.run.path / "answers" / f"{digest}.json"
+        if path.exists():
+            ids = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            ids = draw()
+            if self.state.is_main_process:
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, json.dumps(ids))
+        self.answers[name] = self._read(source, ids)
+        self._write_samples()
+
+    def _read(self, name: str, ids: list[list[int]]) -> list[Answer]:
+        tokenizer = self.tokenizers[name]
+        texts, stops = tokenizer.batch_decode(ids, skip_special_tokens=True), stop_tokens(tokenizer)
+        return [Answer(tokens, text, tokens[-1] in stops, name) for tokens, text in zip(ids, texts, strict=True)]
 
     @property
     def _prompt_tokens(self) -> int:
         """Tokens of a prompt, at most."""
         return self.config.max_length - self.config.max_new_tokens
 
-    def _drawn(
-        self, name: str, model: Any, prompts: list[list[int]], sampled: bool, count: int, description: str
-    ) -> list[list[Answer]]:
-        """`count` answers to each prompt; every process answers its share of the prompts."""
+    def _drawn(self, name: str, prompts: list[list[int]], sampled: bool, description: str) -> list[list[int]]:
+        """Token ids of an answer per prompt; every process answers its share of the prompts."""
+        model = self._load(name)
         started = time.perf_counter()
-        tokenizer = self.tokenizers[name]
-        with self.state.split_between_processes(list(range(len(prompts)))) as mine:
-            rows = [prompts[place] for place in mine for _ in range(count)]
+        with self.state.split_between_processes(prompts) as mine:
             ids = answer(
-                model, tokenizer, rows, self.config.max_new_tokens, sampled=sampled,
+                model, self.tokenizers[name], mine, self.config.max_new_tokens, sampled=sampled,
                 seed=self.config.seed + self.state.process_index, batch_size=self.config.batch_size,
                 description=f"Answers, {description}", temperature=self.config.temperature, top_p=self.config.top_p,
             )  # fmt: skip
-        found = gather_object(ids)
+        found: list[list[int]] = gather_object(ids)
         self.answer_seconds += time.perf_counter() - started
         self.answer_tokens += sum(map(len, found))
-        texts, stops = tokenizer.batch_decode(found, skip_special_tokens=True), stop_tokens(tokenizer)
-        answers = [Answer(tokens, text, tokens[-1] in stops, name) for tokens, text in zip(found, texts, strict=True)]
-        return [answers[start : start + count] for start in range(0, len(answers), count)]
+        return found
 
     # --- rewards -------------------------------------------------------------------------------------------------
 
@@ -238,12 +239,8 @@ class Comparison:
             reward_model = RewardModel(self.config.reward_model, self.model, self.config.trust_remote_code)
             self.add_best_of_n(reward_model)
             for answers in self.answers.values():
-                missing = [place for place, one in enumerate(answers) if one.score is None]
-                scores = self._scores(
-                    reward_model, [self.prompts[place] for place in missing], [answers[place] for place in missing]
-                )
-                for place, score in zip(missing, scores, strict=True):
-                    answers[place].score = score
+                for one, score in zip(answers, self._scores(reward_model, self.prompts, answers), strict=True):
+                    one.score = score
             del reward_model
         if self.reference is not None:
             self._implicit_rewards(self.reference)
@@ -251,8 +248,6 @@ class Comparison:
 
     def _scores(self, reward_model: RewardModel, prompts: list[Prompt], answers: list[Answer]) -> list[float]:
         tokenizer = reward_model.tokenizer
-        if not answers:
-            return []
         before, _ = prompt_ids(prompts, tokenizer, self._prompt_tokens)
         if tokenizer.chat_template is None:
             texts, end = [one.text for one in answers], [tokenizer.eos_token_id]
@@ -265,9 +260,7 @@ class Comparison:
             (tokens[: len(tokens) - replaced] + ids + end * one.ended)[-self.config.max_length :]
             for tokens, replaced, ids, one in zip(before, merged, after, answers, strict=True)
         ]
-        with self.state.split_between_processes(list(range(len(rows)))) as mine:
-            found = reward_model.score([rows[place] for place in mine], self.config.batch_size).tolist()
-        return gather_object(found)
+        return reward_model.score(rows, self.config.batch_size).tolist()
 
     def _implicit_rewards(self, reference: str) -> None:
         """β·(log π(y|x) − log π_ref(y|x)) of every answer y under every policy π (Eq. 5 of DPO, arXiv 2305.18290, up to
@@ -300,19 +293,13 @@ class Comparison:
         scored = Dataset.from_list([row | {"length": sum(map(len, row.values()))} for row in rows])
         logps: dict[str, dict[str, np.ndarray]] = {}
         for name in [reference, *policies]:
-            both = []
-            with self.state.split_between_processes(list(range(len(rows)))) as mine:
-                if mine:
-                    found = score_pairs(
-                        self._load(name), scored.select(mine), tokenizer, self.config, f"Rewards, {name}"
-                    )
-                    both = [*zip(found.chosen.tolist(), found.rejected.tolist(), strict=True)]
-            both = gather_object(both)
+            how = (self.config.batch_size, f"Rewards, {name}", self.config.prefix_sharing, self.config.bf16)
+            found = score_pairs(self._load(name), scored, tokenizer, *how)
             logps[name] = {}
-            for number, (first, second) in enumerate(pairs):
-                part = both[number * len(prompts) : (number + 1) * len(prompts)]
-                logps[name][first] = np.array([chosen for chosen, _ in part])
-                logps[name][second] = np.array([rejected for _, rejected in part])
+            for place, (first, second) in enumerate(pairs):
+                part = slice(place * len(prompts), (place + 1) * len(prompts))
+                logps[name][first] = found.chosen[part].double().numpy()
+                logps[name][second] = found.rejected[part].double().numpy()
         self.rewards = {
             policy: {name: (self.beta * (logps[policy][name] - logps[reference][name])).tolist() for name in names}
             for policy in policies
@@ -324,18 +311,22 @@ class Comparison:
         """Every pair of models, judged in both orders; each verdict is in verdicts.jsonl as soon as it is there."""
         if not self.state.is_main_process:
             return
-        outcomes = self.outcomes
         if self.config.reward_model is not None:
+            scores = {name: np.array([one.score for one in found]) for name, found in self.answers.items()}
             for first, second in self._pairs():
-                scores = zip(self.answers[first], self.answers[second], strict=True)
-                outcomes["reward model", first, second] = [_better(one.score, other.score) for one, other in scores]
+                better = np.sign(scores[first] - scores[second])
+                self.outcomes["reward model", first, second] = ((1 + better) / 2).tolist()
         earlier = {(row["judge"], row["key"]): row for row in self._kept_verdicts()} if self.judges else {}
-        first_places: dict[str, Counter[str]] = {}
+        judges = {}
         for name, judge in self.judges.items():
             found = self._ask(name, judge, earlier)
-            first_places[name] = Counter(str(verdict.choice) for verdict in found.values())
+            judges[name] = {
+                "asked": len(found),
+                "verdicts": dict(Counter(str(verdict.choice) for verdict in found.values())),
+                "no_verdict_because": dict(Counter(verdict.reason for verdict in found.values() if verdict.reason)),
+            }
             for first, second in self._pairs():
-                outcomes[name, first, second] = [
+                self.outcomes[name, first, second] = [
                     0.5
                     if self._text(first, place) == self._text(second, place)
                     else both_orders(
@@ -347,57 +338,42 @@ class Comparison:
         self._write_samples()
         rates = [
             {"judge": judge, "model": first, "against": second, **win_rate(found)}
-            for (judge, first, second), found in outcomes.items()
+            for (judge, first, second), found in self.outcomes.items()
         ]
-        reasons = {
-            name: dict(Counter(row["reason"] for row in self.verdicts if row["judge"] == name and row["reason"]))
-            for name in self.judges
-        }
-        self.run.summarize(
-            win_rates=rates,
-            judges={
-                name: {"asked": sum(counts.values()), "verdicts": dict(counts), "no_verdict_because": reasons[name]}
-                for name, counts in first_places.items()
-            },
-        )
+        self.run.summarize(win_rates=rates, judges=judges)
 
     def _ask(self, name: str, judge: Judge, earlier: dict[Any, dict[str, Any]]) -> dict[Question, Verdict]:
-        """The verdict on every question of this judge, from an earlier run's file or from the judge."""
+        """The verdict on every question for this judge, from an earlier run's file or from the judge."""
         asked: dict[Question, dict[str, Any]] = {}
-        for first, second in self._pairs():
-            for place in range(len(self.prompts)):
-                if self._text(first, place) == self._text(second, place):
-                    continue  # a tie that nobody needs to judge
-                for one, other in ((first, second), (second, first)):
-                    question = self._question(place, one, other)
-                    asked.setdefault(question, {"judge": name, "prompt": place, "first": one, "second": other})
         found: dict[Question, Verdict] = {}
-        for question in asked:
-            kept = earlier.get((name, question.digest()))
-            if kept is not None and Verdict(kept["verdict"], kept["reason"]).final:
-                found[question] = Verdict(kept["verdict"], kept["reason"])
-                self.verdicts.append(kept)
+        for pair in self._pairs():
+            for place in range(len(self.prompts)):
+                if self._text(pair[0], place) == self._text(pair[1], place):
+                    continue  # a tie that nobody needs to judge
+                for one, other in (pair, pair[::-1]):
+                    question = self._question(place, one, other)
+                    key = question.digest()
+                    asked.setdefault(
+                        question, {"judge": name, "prompt": place, "first": one, "second": other, "key": key}
+                    )
+                    kept = earlier.get((name, key))
+                    if kept is not None and (verdict := Verdict(kept["verdict"], kept["reason"])).final:
+                        found[question] = verdict
         missing = [question for question in asked if question not in found]
-        path = self.run.path / "verdicts.jsonl"
-        with open(path, "a", encoding="utf-8") as file:
-            progress = tqdm(judge.verdicts(missing), total=len(missing), desc=f"Judging, {name}", leave=False)
-            for place, verdict in progress:
-                question = missing[place]
-                found[question] = verdict
-                row = asked[question] | {
-                    "verdict": verdict.choice, "reason": verdict.reason, "key": question.digest()
-                }  # fmt: skip
-                self.verdicts.append(row)
+        with open(self.run.path / "verdicts.jsonl", "a", encoding="utf-8") as file:
+            answers = judge.verdicts(missing)
+            for place, verdict in tqdm(answers, total=len(missing), desc=f"Judging, {name}", leave=False):
+                found[missing[place]] = verdict
+                row = asked[missing[place]] | {"verdict": verdict.choice, "reason": verdict.reason}
                 file.write(to_json(row) + "\n")
                 file.flush()
         return found
 
     def _pairs(self) -> list[tuple[str, str]]:
         """The pairs of models that are judged."""
-        pairs = itertools.combinations(self.answers, 2)
         baseline = self.config.baseline
         if baseline is None:
-            return list(pairs)
+            return list(itertools.combinations(self.answers, 2))
         return [(name, baseline) for name in self.answers if name != baseline]
 
     def _question(self, place: int, first: str, second: str) -> Question:
@@ -432,7 +408,7 @@ class Comparison:
                 throughput=speed | {"total_seconds": time.perf_counter() - self.started},
             )
             self.run.end()
-            write_report([self.run.path])
+            write_comparison_page(self.run.path)
             self.say(describe(self.run.summary, self.run.path))
 
     def _answer_figures(self, found: list[Answer]) -> dict[str, Any]:
@@ -470,55 +446,21 @@ class Comparison:
             )  # fmt: skip
         self.run.write_rows("samples.jsonl", rows)
 
-    def _save(self, name: str, key: str) -> None:
-        """What is there so far, and what it was made from."""
-        self.made_from[name] = key
-        self._write_samples()
-        self.run.summarize(made_from=self.made_from)
-
-    def _key(self, path: str, *more: Any) -> str:
+    def _digest(self, path: str, *more: Any) -> str:
         """A digest of what answers depend on: the model's files, the prompts, and how they are drawn."""
         config = {
             name: getattr(self.config, name)
             for name in ("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "seed", "batch_size")
         }
-        parts = [
-            path,
-            _files(path),
-            self.prompts,
-            config,
-            dataclasses.asdict(self.model),
-            self.state.num_processes,
-            *more,
-        ]
+        processes = self.state.num_processes
+        parts = [path, _files(path), self.prompts, config, dataclasses.asdict(self.model), processes, *more]
         return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
-
-    def _restore(self) -> None:
-        """The answers that an interrupted comparison left and that would come out the same."""
-        path = self.run.path / "samples.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        keys = {name: self._key(path) for name, path in self.models.items()}
-        if self.config.best_of_n is not None:
-            keys[self._best_name] = self._best_key()
-        for name, key in keys.items():
-            if len(rows) != len(self.prompts) or self.run.summary.get("made_from", {}).get(name) != key:
-                continue
-            source = name if name in self.models else self._best_source
-            stops = stop_tokens(self.tokenizers[source])
-            self.answers[name] = []
-            for row in rows:
-                ids, (text,) = row["answer_ids"][name], row["answers"][name].values()
-                self.answers[name].append(Answer(ids, text, ids[-1] in stops, source))
-            self.made_from[name] = key
 
     def _kept_verdicts(self) -> list[dict[str, Any]]:
         path = self.run.path / "verdicts.jsonl"
-        rows: list[dict[str, Any]] = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # torn by a crash: it is asked again
-                continue
+        rows = (
+            [row for _, row in read_jsonl(path, torn_lines=[])] if path.exists() else []
+        )  # a torn line is asked again
         self.run.write_rows("verdicts.jsonl", rows)  # without a torn end that the next line would run into
         return rows
 
@@ -533,25 +475,19 @@ class Comparison:
 
 def describe(summary: dict[str, Any], path: Path) -> str:
     """The verdict, and the win rates and rewards as tables, for the terminal."""
-    comparison, lines = summary["comparison"], ["", *of_comparison(summary), ""]
-    answers = comparison["answers"]
-    width = max(map(len, answers))
-    lines.append(
-        f"  {'':<{width}}  tokens    cut  distinct-2" + ("  reward model" if comparison["reward_model"] else "")
-    )
-    for name, found in answers.items():
-        cells = f"{found['length_tokens']:>8.1f}{found['cut']:>7.2f}{found['distinct_2'] or 0:>12.3f}"
-        score = f"{found['reward_model']:>14.3f}" if comparison["reward_model"] else ""
-        lines.append(f"  {name:<{width}}{cells}{score}")
-    if comparison["rewards"]:
+    comparison = summary["comparison"]
+    answers, rewards = comparison["answers"], comparison["rewards"]
+    columns = {"tokens": ("length_tokens", 1), "cut": ("cut", 2), "distinct-2": ("distinct_2", 3)}
+    if comparison["reward_model"]:
+        columns["reward model"] = ("reward_model", 3)
+    rows = [
+        [name, *(number(found[key], digits) for key, digits in columns.values())] for name, found in answers.items()
+    ]
+    lines = ["", *of_comparison(summary), "", table(rows, ("", *columns))]
+    if rewards:
+        rows = [[name, *(number(found[name]["mean"]) for found in rewards.values())] for name in answers]
         lines += ["", f"  mean β·log(π/π_ref), β = {comparison['beta']:g}; rows: whose answers"]
-        lines.append(f"  {'':<{width}}" + "".join(f"  {'under ' + policy:>14}" for policy in comparison["rewards"]))
-        for name in answers:
-            means = [
-                f"{found[name]['mean']:>{max(14, len(policy) + 6) + 2}.3f}"
-                for policy, found in comparison["rewards"].items()
-            ]
-            lines.append(f"  {name:<{width}}{''.join(means)}")
+        lines.append(table(rows, ("", *(f"under {policy}" for policy in rewards))))
     if summary.get("win_rates"):
         lines += ["", "  win rates: (wins + ties / 2) / n, 95% Wilson intervals"]
     for row in summary.get("win_rates", []):
@@ -575,13 +511,6 @@ def _files(path: str) -> list[tuple[str, int, int]]:
         for file in sorted(Path(path).glob("*"))
         if file.is_file() and file.suffix != ".md"
     ]
-
-
-def _better(first: float | None, second: float | None) -> float | None:
-    """The outcome of two scores, which do not depend on an order."""
-    if first is None or second is None:
-        return None
-    return 0.5 if first == second else float(first > second)
 
 
 def _mean(values: list[float]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
 from resdpo_trl.provenance import FILE
-from resdpo_trl.report import write_report
-from resdpo_trl.text import compare
-from resdpo_trl.text.compare import Comparison
-from resdpo_trl.text.comparison_page import compared_words
-from resdpo_trl.text.config import CompareConfig, TextModelConfig
-from resdpo_trl.text.judges import Verdict
+from resdpo_trl.study import compare
+from resdpo_trl.study.compare import Comparison
+from resdpo_trl.study.comparison_page import compared_words, write_comparison_page
+from resdpo_trl.study.config import CompareConfig
+from resdpo_trl.study.judges import Verdict
+from resdpo_trl.text.config import TextModelConfig
 from tests.conftest import ANSWERS, TURN_END, TURNS, tiny_model, train_tokenizer
 from tests.test_report import HOSTILE
 from tests.text.test_generate import chain
@@ -112,7 +112,7 @@ def test_a_reward_model_reads_an_answer_as_its_chat_template_ends_it(folders, tm
     assert job._scores(reward, job.prompts, said) == pytest.approx(reward.score(expected).tolist(), abs=1e-5)
 
 
-def test_answers_that_end_their_turn_are_whole_after_a_resume_too(folders, tmp_path, chat_tokenizer):
+def test_answers_that_end_their_turn_are_whole_after_a_resume_too(folders, tmp_path, chat_tokenizer, monkeypatch):
     end_of_turn = chat_tokenizer.convert_tokens_to_ids(TURN_END)
     newline = chat_tokenizer("\n", add_special_tokens=False)["input_ids"][0]  # of "assistant\n", the prompt's end
     chain(newline, 50, 60, end_of_turn).save_pretrained(folders / "chat")
@@ -121,7 +121,8 @@ def test_answers_that_end_their_turn_are_whole_after_a_resume_too(folders, tmp_p
     job = compared(folders, tmp_path, steps=2, **options)
     assert [one.ids for one in job.answers["chat"]] == [[50, 60, end_of_turn]] * len(PROMPTS)
     assert all(one.ended for one in job.answers["chat"])
-    again = compared(folders, tmp_path, steps=1, resume_from_checkpoint="last", **options)  # before it would answer
+    monkeypatch.setattr(compare, "answer", lambda *_, **__: pytest.fail("answered again"))
+    again = compared(folders, tmp_path, steps=2, resume_from_checkpoint="last", **options)
     assert again.answers == job.answers
 
 
@@ -278,13 +279,13 @@ def make_comparison(folder, text, prompts=3):
 
 
 def test_the_page_escapes_everything_and_stays_small(tmp_path):
-    page = write_report([make_comparison(tmp_path / "a", HOSTILE)]).read_text()
+    page = write_comparison_page(make_comparison(tmp_path / "a", HOSTILE)).read_text()
     assert "<script" not in page and "<img src=x" not in page and "<svg onload" not in page
     assert "&lt;script&gt;" in page and "\x1b" not in page and "\u202e" not in page
     assert "default-src 'none'" in page
     for name in ("win-rates", "rewards", "figures", "answers", "run"):
         assert f'id="{name}"' in page
-    page = write_report([make_comparison(tmp_path / "b", "long & <b> " * 900, prompts=900)]).read_text()
+    page = write_comparison_page(make_comparison(tmp_path / "b", "long & <b> " * 900, prompts=900)).read_text()
     assert len(page.encode()) < 5_000_000
     assert "of 900 prompts" in page
 
@@ -296,7 +297,7 @@ def test_the_page_escapes_everything_and_stays_small(tmp_path):
 def test_a_browser_shows_the_page_without_errors(tmp_path, width, scheme):
     from playwright.sync_api import sync_playwright
 
-    path = write_report([make_comparison(tmp_path / "a", HOSTILE)])
+    path = write_comparison_page(make_comparison(tmp_path / "a", HOSTILE))
     said = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

@@ -5,20 +5,22 @@ from __future__ import annotations
 import difflib
 import html
 import re
+from pathlib import Path
 from typing import Any, Literal
 
+from resdpo_trl.metrics import flaw, number, shown
 from resdpo_trl.report import (
     PALETTE,
     Plots,
     Run,
-    digits_of,
-    flaw,
+    load_run,
     section_of,
     short_text,
-    shown_number,
     shown_text,
     what_ran,
+    write_page,
 )
+from resdpo_trl.verdict import of_comparison
 
 PAGE_BYTES = 3_500_000  # of answers; a page stays below 5 MB
 ALIKE = 0.2  # below this share of common words, marks would cover everything and say nothing
@@ -26,9 +28,14 @@ ALIKE = 0.2  # below this share of common words, marks would cover everything an
 Piece = tuple[Literal["same", "added", "removed"], str]
 
 
-def sections(run: Run, plots: Plots) -> list[dict[str, Any] | None]:
-    """The sections of a comparison's page; None for what it does not have."""
-    return [_win_rates(run, plots), _rewards(run), _figures(run), _answers(run), what_ran([run])]
+def write_comparison_page(folder: Path, output: str | Path | None = None) -> Path:
+    """Write the page of a comparison, by default report.html in its folder."""
+    run = load_run(folder)
+    target = Path(output or run.path / "report.html")
+    opening, *said = of_comparison(run.summary)
+    sections = [_win_rates(run, Plots(target.parent / "plots")), _rewards(run), _figures(run), _answers(run)]
+    page = {"title": title(run), "subtitle": subtitle(run), "lead": opening, "verdict": said, "notes": run.notes}
+    return write_page(target, page | {"sections": [*sections, what_ran([run])], "wide": True})
 
 
 def title(run: Run) -> str:
@@ -87,26 +94,19 @@ def _win_rates(run: Run, plots: Plots) -> dict[str, Any] | None:
             "A judge of pairs saw every pair in both orders: an answer won only where it won in both, equal answers "
             "are ties. " + " ".join(notes)
         )
-    tables, drawn = [], []
-    for number, judge in enumerate(dict.fromkeys(row["judge"] for row in rates)):
+    tables, drawn, counts = [], [], ("wins", "ties", "losses", "no_verdict")
+    for place, judge in enumerate(dict.fromkeys(row["judge"] for row in rates)):
         mine = [row for row in rates if row["judge"] == judge]
         rows = [
-            [
-                f"{row['model']} against {row['against']}",
-                *_cells(row["win_rate"], row["interval_95"]),
-                row["wins"],
-                row["ties"],
-                row["losses"],
-                row["no_verdict"],
-            ]
+            [f"{row['model']} against {row['against']}", *shown(row, "win_rate"), *(row[count] for count in counts)]
             for row in mine
         ]
-        head = ["", "win rate", "95% interval", "wins", "ties", "losses", "no verdict"]
+        head = ["", "win rate", "95% interval", *(count.replace("_", " ") for count in counts)]
         tables.append({"title": f"By {judge}", "head": head, "rows": rows, "numbers": True})
         decided = [row for row in mine if row["n"]][:16]
         if decided:
             drawn.append(
-                _intervals(plots, f"win_rates_{number}", f"Win rate of the first-named model, by {judge}", decided)
+                _intervals(plots, f"win_rates_{place}", f"Win rate of the first-named model, by {judge}", decided)
             )
     return section_of("win-rates", "Win rates", text=text, tables=tables, plots=drawn)
 
@@ -134,10 +134,9 @@ def _rewards(run: Run) -> dict[str, Any] | None:
     for name, figures in found["answers"].items():
         cells = []
         for policy in policies:
-            reward = found["rewards"][policy][name]
-            cells += _cells(reward["mean"], reward["interval_95"])
+            cells += shown(found["rewards"][policy][name], "mean")
         if found["reward_model"]:
-            cells += _cells(figures.get("reward_model"), figures["interval_95"].get("reward_model"))
+            cells += shown(figures, "reward_model")
         rows.append([name, *cells])
     head = ["answers of"]
     for policy in policies:
@@ -162,12 +161,12 @@ def _figures(run: Run) -> dict[str, Any]:
     rows = [
         [
             name,
-            *_cells(found["length_tokens"], found["interval_95"]["length_tokens"]),
-            shown_number(found["cut"], 2),
+            *shown(found, "length_tokens"),
+            number(found["cut"], 2),
             flaws[name].count("repeats itself"),
             flaws[name].count("ends at once"),
-            shown_number(found["distinct_1"], 3),
-            shown_number(found["distinct_2"], 3),
+            number(found["distinct_1"], 3),
+            number(found["distinct_2"], 3),
         ]
         for name, found in run.summary["comparison"]["answers"].items()
     ]
@@ -211,8 +210,8 @@ def _answers(run: Run) -> dict[str, Any] | None:
         "hardly a word with it is left unmarked."
     )
     if len(prompts) < len(run.samples):
-        text += f" The first {len(prompts)} of {len(run.samples)} prompts; all stand in samples.jsonl."
-    return section_of("answers", "Answers side by side", text=text) | {"compared": prompts}
+        text += f" These are the first {len(prompts)} of {len(run.samples)} prompts; all are in samples.jsonl."
+    return section_of("answers", "Answers side by side", text=text, pairs=prompts, marks=True)
 
 
 def prompt_text(prompt: Any) -> str:
@@ -254,14 +253,6 @@ def _outcomes(row: dict[str, Any]) -> list[str]:
     for one in row.get("outcomes", []):
         said.setdefault(one["judge"], []).append(f"{one['model']} {words[one['outcome']]} {one['against']}")
     return [f"{judge}: {'; '.join(found)}" for judge, found in said.items()]
-
-
-def _cells(value: Any, interval: list[float] | None) -> list[str]:
-    """A mean and its 95% interval, with the digits that the interval deserves."""
-    if not interval:
-        return [shown_number(value, 3), "–"]
-    digits = digits_of(*interval)
-    return [shown_number(value, digits), f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"]
 
 
 def _clip(name: str) -> str:

@@ -1,14 +1,13 @@
-"""Which of two answers is better: a reward model's scores, a language model behind an endpoint, or any class with the
-interface of TRL's pairwise judges; and the win rates that follow, with their intervals.
+"""Which of two answers is better, by a language model behind an endpoint or by any class with the interface of TRL's
+pairwise judges; and win rates with their intervals.
 
-A judge of pairs is asked twice about each pair, with the answers' order swapped, and only an answer that wins in both
-orders has won (Zheng et al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena",
-https://arxiv.org/abs/2306.05685, section 3.4): a preference for the first place makes ties, not wins.
+A judge sees each pair twice, in both orders, and an answer wins only if it wins in both (Zheng et al. 2023, "Judging
+LLM-as-a-Judge with MT-Bench and Chatbot Arena", https://arxiv.org/abs/2306.05685, section 3.4): a preference for the
+first position makes ties, not wins.
 """
 
 from __future__ import annotations
 
-import email.utils
 import hashlib
 import http.client
 import importlib
@@ -23,6 +22,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -74,20 +74,20 @@ class Judge(Protocol):
 class EndpointJudge:
     """A language model behind an OpenAI-compatible endpoint, asked from several threads.
 
-    `huggingface_hub.InferenceClient` speaks this protocol too, but it refuses every address, a local one included,
-    where HF_HUB_OFFLINE is set, and sends the Hub's token to an endpoint that was given no key.
+    `huggingface_hub.InferenceClient` speaks this protocol too, but with HF_HUB_OFFLINE it refuses every address, and it
+    sends the Hub's token to an endpoint for which no key is given.
 
     Args:
-        url: the endpoint up to its version, as OpenAI's base_url: "https://api.openai.com/v1".
-        model: the name of the model there.
+        url: the endpoint up to its version, like OpenAI's base_url: "https://api.openai.com/v1".
+        model: the model's name at the endpoint.
         key: sent as a bearer token; None sends none.
         options: further fields of the request.
-        workers: questions asked at once.
-        timeout_seconds: for one reply, at most.
-        attempts: times that a question is asked before it counts as 'no verdict'.
-        backoff_seconds: the first pause between two attempts; it doubles, and a longer Retry-After goes before it.
-        longest_pause_seconds: whatever Retry-After says.
-        patience: questions in a row without a reply after which the rest is not asked.
+        workers: questions in flight.
+        timeout_seconds: the time limit for one reply.
+        attempts: attempts per question before it counts as 'no verdict'.
+        backoff_seconds: the first pause between two attempts. It doubles each time; a longer Retry-After replaces it.
+        longest_pause_seconds: the limit on a pause.
+        patience: consecutive questions without a reply after which the rest is not asked.
     """
 
     url: str
@@ -112,7 +112,7 @@ class EndpointJudge:
         self._failed = 0  # questions in a row without a reply
 
     def check(self) -> None:
-        """Raise a UserError where nothing answers at the address, or it refuses the key."""
+        """Raise a UserError if nothing answers at the address, or if it refuses the key."""
         try:
             self._send("/models", None, min(10.0, self.timeout_seconds))
         except urllib.error.HTTPError as error:
@@ -125,12 +125,8 @@ class EndpointJudge:
         except TimeoutError:
             pass  # it is there, and slow
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if isinstance(getattr(error, "reason", None), TimeoutError):
-                reason = "no connection in time"
-            else:
-                reason = _reason(error)
             raise UserError(
-                f"--judge_url {self.url}: unreachable ({reason}); start the server or mend the address"
+                f"--judge_url {self.url}: unreachable ({_reason(error)}); start the server or fix the address"
             ) from None
 
     def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
@@ -162,7 +158,8 @@ class EndpointJudge:
                 verdict = Verdict(None, f"HTTP {error.code}")
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     break  # the request itself is wrong: another one would be, too
-                pause = max(pause, _retry_after(error.headers.get("Retry-After")))
+                with suppress(ValueError):  # none, or a date
+                    pause = max(pause, float(error.headers.get("Retry-After", "")))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 verdict = Verdict(None, _reason(error))
             if attempt + 1 < self.attempts:
@@ -180,7 +177,7 @@ class EndpointJudge:
         return {"model": self.model, "messages": messages, **(self.options or {})}
 
     def _send(self, path: str, content: dict[str, Any] | None, seconds: float) -> bytes:
-        """The reply's body; `seconds` bound the whole of it, not only the pause between two of its bytes."""
+        """The reply's body; `seconds` limits the whole transfer, not the pause between two bytes."""
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "resdpo-trl"}
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -207,15 +204,15 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass
 class PythonJudge:
-    """Any class with the interface of TRL's pairwise judges, which TRL 1.16 itself has no more:
+    """Any class with the interface that TRL's pairwise judges had until TRL 1.16:
 
         judge(prompts: list[str], completions: list[list[str]], shuffle_order: bool) -> list[int]
 
-    which gives 0 or 1, the better completion's place, or −1 for no verdict.
+    It returns 0 or 1, the position of the better completion, or −1 for no verdict.
 
     Args:
-        name: "MODULE:CLASS", a class that is made without arguments, of the working directory or installed.
-        chunk: questions of one call.
+        name: "MODULE:CLASS", installed or in the working directory; the class takes no arguments.
+        chunk: questions per call.
     """
 
     name: str
@@ -254,35 +251,29 @@ class PythonJudge:
 
 
 def check_url(url: str) -> str:
-    """The address without a slash at its end; a UserError, which does not repeat it, where it carries a secret."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # of half an IPv6 address, or a port beyond 65535
-        usable = False
-    if not usable:
+    """The address without its final slash. The UserError for an address that holds a secret does not repeat it."""
+    parts: Any = None
+    with suppress(ValueError):  # half of an IPv6 address, or a port above 65535
+        found = urllib.parse.urlsplit(url)
+        if found.scheme in ("http", "https") and found.hostname and found.port != 0:
+            parts = found
+    if parts is None:
         raise UserError("--judge_url: needs an address like https://api.openai.com/v1 or http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
-            "--judge_url: an address alone, without a user, a query or a fragment: a key goes into the environment "
-            f"variable {KEY_VARIABLE}"
+            "--judge_url: pass the address without user, query and fragment; a key goes into the environment variable "
+            f"{KEY_VARIABLE}"
         )
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
 def read_verdict(body: bytes) -> Verdict:
-    """What the reply of a chat endpoint says: its last [[A]], [[B]] or [[C]], or the letter alone."""
-    try:
+    """The verdict in a chat endpoint's reply: its last [[A]], [[B]] or [[C]], or the letter alone."""
+    with suppress(ValueError, LookupError, TypeError, RecursionError):
         text = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return Verdict(None, UNCLEAR)
-    if not isinstance(text, str):
-        return Verdict(None, UNCLEAR)
-    letters = re.findall(r"\[\[([ABC])\]\]", text) or re.findall(r"^\W*([ABC])\W*$", text)
-    if not letters:
-        return Verdict(None, UNCLEAR)
-    choices: dict[str, Literal["first", "second", "tie"]] = {"A": "first", "B": "second", "C": "tie"}
-    return Verdict(choices[letters[-1]])
+        letters = re.findall(r"\[\[([ABC])\]\]", text) or re.findall(r"^\W*([ABC])\W*$", text)
+        return Verdict({"A": "first", "B": "second", "C": "tie"}[letters[-1]])  # type: ignore[arg-type]
+    return Verdict(None, UNCLEAR)
 
 
 def both_orders(given: str | None, swapped: str | None) -> float | None:
@@ -316,22 +307,8 @@ def win_rate(outcomes: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which names seconds or a date; 0 without a usable one."""
-    if not value:
-        return 0.0
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return 0.0
-
-
 def _reason(error: BaseException) -> str:
-    """Why there was no reply, in words that cannot hold the key: a server may repeat it in its own."""
+    """Why there was no reply. The error's own text is left out: a server may repeat the key in it."""
     cause = getattr(error, "reason", error)
     if isinstance(error, TimeoutError) or isinstance(cause, TimeoutError):
         return "timed out"

@@ -1,14 +1,14 @@
-"""A sweep: one command line a point, run one after another or several at once, each in a folder of its own.
+"""A sweep: one command line per point, run one after another or several at once, each in its own folder.
 
     OUTPUT_DIR/
       sweep.json      the flags that all points share
-      sft/            the run that made the reference which the points start from; sft_epochsN/ for --sft_epochs_list
-      points/NAME/    one run a point
-      table.csv       one line a point
-      frontier.csv    with --reward_model: one line a checkpoint, its reward and its KL from the reference
+      sft/            the run that made the reference of the points; sft_epochsN/ for --sft_epochs_list
+      points/NAME/    one run per point
+      table.csv       one line per point
+      frontier.csv    with --reward_model: one line per checkpoint, its reward and its KL from the reference
       report.html     all points on one page; plots/ has its plots as PNG
 
-A point that has ended is not run again; one that was interrupted goes on from its last checkpoint.
+A finished point is not run again. An interrupted one continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ from typing import Any
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import is_locked, write_whole
-from resdpo_trl.report import Sweep, write_report
+from resdpo_trl.metrics import FIGURES, number, table
 from resdpo_trl.run import read_object
 from resdpo_trl.sources import first_line
+from resdpo_trl.study.sweep_page import Sweep, write_sweep_page
 from resdpo_trl.verdict import of_sweep
 
+FIGURE_OF = {figure.column: name for name, figure in FIGURES.items() if figure.column}  # of a column
 COLUMNS = (
     "point", "beta", "learning_rate", "seed", "sft_epochs", "status", "best", "loss", "accuracy", "accuracy_low",
-    "accuracy_high", "margin", "reward_chosen", "reward_rejected", "n", "validation_loss", "validation_accuracy",
-    "best_epoch", "kept_epoch", "seconds", "folder",
+    "accuracy_high", *list(FIGURE_OF)[2:], "n", "validation_loss", "validation_accuracy", "best_epoch", "kept_epoch",
+    "seconds", "folder",
 )  # fmt: skip
+AXES = ("beta", "learning_rate", "seed", "sft_epochs")
 FRONTIER_COLUMNS = (
     "point", "beta", "learning_rate", "seed", "sft_epochs", "epoch", "step", "kl", "kl_low", "kl_high", "reward",
     "reward_low", "reward_high", "n", "status", "key",
@@ -79,19 +82,13 @@ class SweepConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise UserError(f"--jobs {self.jobs}: must be at least 1")
-        if self.frontier_samples < 2:
-            raise UserError(f"--frontier_samples {self.frontier_samples}: must be at least 2")
-        wrong = [epochs for epochs in self.sft_epochs_list or [] if not epochs > 0]
-        if wrong:
-            raise UserError(f"--sft_epochs_list {wrong[0]}: must be above 0")
-        wrong = [beta for beta in self.betas if not beta > 0]
-        if wrong:
-            raise UserError(f"--betas {wrong[0]}: must be above 0 (0.1 to 0.5 are usual)")
-        wrong = [rate for rate in self.learning_rates or [] if not rate > 0]
-        if wrong:
-            raise UserError(f"--learning_rates {wrong[0]}: must be above 0")
+        for flag, least in (("jobs", 1), ("frontier_samples", 2)):
+            if getattr(self, flag) < least:
+                raise UserError(f"--{flag} {getattr(self, flag)}: must be at least {least}")
+        for flag in ("betas", "learning_rates", "sft_epochs_list"):
+            for value in getattr(self, flag) or ():
+                if not value > 0:
+                    raise UserError(f"--{flag} {value}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ class Point:
     def flags(self) -> list[str]:
         return [
             "--beta", repr(self.beta), "--learning_rate", repr(self.learning_rate), "--seed", str(self.seed),
-            "--output_dir", str(self.folder), "--sft_checkpoint", str(self.reference),
+            "--output_dir", str(self.folder), "--reference", str(self.reference),
         ]  # fmt: skip
 
 
@@ -126,12 +123,12 @@ def points_of(
 ) -> list[Point]:
     """Every combination, each once.
 
-    `learning_rate`, `seed` and `sft_epochs` stand in where no values are given. The points of `sft_epochs` itself have
-    the plain names, so that the axis can be added to a sweep that was begun without it. A finished `reference` leaves
-    no SFT to run.
+    `learning_rate`, `seed` and `sft_epochs` are the values of axes that the configuration leaves out. The points of
+    `sft_epochs` itself have names without it, so that the axis can be added to a sweep later. With a finished
+    `reference` there is no SFT to run.
     """
     if reference and config.sft_epochs_list:
-        raise UserError("--sft_epochs_list runs SFT and --sft_checkpoint skips it: drop either")
+        raise UserError("--sft_epochs_list runs SFT and --reference skips it: drop either")
     grid = itertools.product(
         dict.fromkeys(config.sft_epochs_list or [sft_epochs]),
         dict.fromkeys(config.betas),
@@ -139,20 +136,12 @@ def points_of(
         dict.fromkeys(config.seeds or [seed]),
     )
     points = []
-    for epochs, beta, rate, number in grid:
-        plain = epochs == sft_epochs
-        name = f"beta{beta:g}_lr{rate:g}_seed{number}" + ("" if plain else f"_sft{epochs:g}")
-        sft = output_dir / ("sft" if plain else f"sft_epochs{epochs:g}")
-        points.append(
-            Point(
-                beta,
-                rate,
-                number,
-                "" if reference else epochs,
-                output_dir / "points" / name,
-                Path(reference) if reference else sft / "reference",
-            )
-        )
+    for epochs, beta, rate, draw in grid:
+        name, sft = f"beta{beta:g}_lr{rate:g}_seed{draw}", output_dir / "sft"
+        if epochs != sft_epochs:
+            name, sft = f"{name}_sft{epochs:g}", output_dir / f"sft_epochs{epochs:g}"
+        start = Path(reference) if reference else sft / "reference"
+        points.append(Point(beta, rate, draw, "" if reference else epochs, output_dir / "points" / name, start))
     return points
 
 
@@ -168,7 +157,7 @@ def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
         try:
             earlier = [str(flag) for flag in read_object(path)["flags"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} can't be read ({first_line(error)}): mend it, or name another folder") from None
+            raise UserError(f"{path} can't be read ({first_line(error)}): fix it, or name another folder") from None
         if earlier != list(shared):
             raise UserError(
                 f"--output_dir {output_dir} holds a sweep with other flags ({' '.join(earlier) or 'none'}): pass the "
@@ -196,8 +185,10 @@ def command_of(recipe: Path, point: Point, shared: Sequence[str]) -> list[str]:
 
 
 def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], jobs: int) -> dict[str, str]:
-    """Run the points that have not ended; name -> what went wrong, of those that failed. The others are run all the
-    same, and what a point prints goes to its log.txt. SIGTERM and Ctrl-C are passed on, and no further point is begun.
+    """Run the points that have not ended; return {name: what went wrong} of those that failed.
+
+    A failure does not end the others. A point's output goes to its log.txt. SIGTERM and Ctrl-C are passed on, and no
+    further point starts.
     """
     from tqdm.auto import tqdm
 
@@ -251,39 +242,22 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
 
 
 def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path) -> list[dict[str, Any]]:
-    """table.csv and report.html of the points, the latter with frontier.csv where it is there; the table's rows."""
+    """Write table.csv and report.html of the points, the latter with frontier.csv if it exists; the table's rows."""
     rows = []
     for point in points:
-        row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
-        row |= {
-            "point": point.name,
-            "beta": point.beta,
-            "learning_rate": point.learning_rate,
-            "seed": point.seed,
-            "sft_epochs": point.sft_epochs,
-            "folder": str(point.folder),
-            "status": f"failed: {failures[point.name]}" if point.name in failures else "not run",
-        }
+        row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"point": point.name, "folder": str(point.folder)}
+        row |= {axis: getattr(point, axis) for axis in AXES}
+        row["status"] = f"failed: {failures[point.name]}" if point.name in failures else "not run"
         if has_ended(point.folder):
             summary = json.loads((point.folder / "summary.json").read_text(encoding="utf-8"))
-            test, validation = summary["dpo"]["test"], summary["dpo"]["validation"]
-            low, high = test["interval_95"]["rewards/accuracies"]
-            row |= {
-                "status": "done",
-                "loss": test["loss"],
-                "accuracy": test["rewards/accuracies"],
-                "accuracy_low": low,
-                "accuracy_high": high,
-                "margin": test["rewards/margins"],
-                "reward_chosen": test["rewards/chosen"],
-                "reward_rejected": test["rewards/rejected"],
-                "n": test["n"],
-                "validation_loss": validation["loss"],
-                "validation_accuracy": validation["rewards/accuracies"],
-                "best_epoch": summary["dpo"].get("best_epoch", ""),
-                "kept_epoch": summary["dpo"].get("kept_epoch", ""),
-                "seconds": summary["throughput"].get("total_seconds", ""),
-            }
+            dpo, test = summary["dpo"], summary["dpo"]["test"]
+            row["status"] = "done"
+            row |= {column: test[name] for column, name in FIGURE_OF.items()}
+            row["n"] = test["n"]
+            row["accuracy_low"], row["accuracy_high"] = test["interval_95"]["rewards/accuracies"]
+            row |= {f"validation_{column}": dpo["validation"][FIGURE_OF[column]] for column in ("loss", "accuracy")}
+            row |= {name: dpo.get(name, "") for name in ("best_epoch", "kept_epoch")}
+            row["seconds"] = summary["throughput"].get("total_seconds", "")
         rows.append(row)
     best = best_of(rows, points)
     if best is not None:
@@ -301,7 +275,7 @@ def write_sweep_report(output_dir: Path, output: str | None = None) -> Path:
     if not done:
         raise UserError(f"{output_dir}: no point of this sweep has ended; run it with --resume_from_checkpoint")
     frontier = read_rows(output_dir / "frontier.csv", FRONTIER_COLUMNS)
-    return write_report(done, output or output_dir / "report.html", Sweep(rows, frontier))
+    return write_sweep_page(done, Sweep(rows, frontier), Path(output or output_dir / "report.html"))
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -314,10 +288,10 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of table.csv or frontier.csv, numbers as numbers; none where there is no such file.
+    """The rows of table.csv or frontier.csv with numbers as numbers; none if there is no such file.
 
     Raises:
-        UserError: the file can't be read, or has not these columns with a number or nothing where one belongs.
+        UserError: the file can't be read, or lacks a column, or a cell that should be a number or empty is neither.
     """
     if not path.exists():
         return []
@@ -342,17 +316,14 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str, Any] | None:
-    """The row of the best point by the validation pairs, never by the test; None where none has ended.
+    """The row of the best point on the validation pairs, never on the test; None if no point has ended.
 
-    With the sigmoid loss alone that is the least loss, the Bradley–Terry cross-entropy of the preferences, which is on
-    one scale for every β. Other losses are not: there it is the largest accuracy.
+    With the sigmoid loss alone that is the least loss: the Bradley–Terry cross-entropy of the preferences has one scale
+    for every β. Other losses depend on β, and the largest accuracy decides.
     """
     done = [row for row in rows if row["status"] == "done"]
-    types = {
-        tuple(json.loads((point.folder / "summary.json").read_text(encoding="utf-8"))["dpo"]["loss_type"])
-        for point in points
-        if has_ended(point.folder)
-    }
+    ended = [point.folder / "summary.json" for point in points if has_ended(point.folder)]
+    types = {tuple(json.loads(path.read_text(encoding="utf-8"))["dpo"]["loss_type"]) for path in ended}
     if types == {("sigmoid",)}:
         return min(done, key=lambda row: row["validation_loss"], default=None)
     return max(done, key=lambda row: row["validation_accuracy"], default=None)
@@ -360,29 +331,27 @@ def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str
 
 def describe(rows: Sequence[dict[str, Any]], output_dir: Path, seconds: float) -> str:
     """The verdict and the table for the terminal; the best point has a star."""
-    width = max(32, *(len(row["point"]) + 2 for row in rows))
-    head = f"{'loss':>8}{'accuracy':>10}{'95% interval':>18}{'margin':>9}{'chosen':>9}{'rejected':>10}{'epoch':>7}"
-    lines = ["", *of_sweep(rows), "", f"  {'point':<{width}}{head}"]
-    for row in rows:
-        name = f"{row['point']} *" if row["best"] else row["point"]
-        if row["status"] != "done":
-            lines.append(f"  {name:<{width}}{row['status']}")
-            continue
-        interval = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
-        kept = f"{row['kept_epoch']:g}" if isinstance(row["kept_epoch"], int | float) else "-"
-        lines.append(
-            f"  {name:<{width}}{row['loss']:>8.4f}{row['accuracy']:>10.3f}{interval:>18}{row['margin']:>9.3f}"
-            f"{row['reward_chosen']:>9.3f}{row['reward_rejected']:>10.3f}{kept:>7}"
-        )
-    counts = {row["n"] for row in rows if row["n"] != ""}
+    cells = [
+        [
+            f"{row['point']} *" if row["best"] else row["point"],
+            number(row["loss"], 4),
+            number(row["accuracy"]),
+            f"{number(row['accuracy_low'])} to {number(row['accuracy_high'])}",
+            *(number(row[name]) for name in ("margin", "reward_chosen", "reward_rejected")),
+            f"{row['kept_epoch']:g}" if isinstance(row["kept_epoch"], int | float) else "-",
+        ]
+        for row in rows
+        if row["status"] == "done"
+    ]
+    head = ("point", "loss", "accuracy", "95% interval", "margin", "chosen", "rejected", "epoch")
+    lines = ["", *of_sweep(rows), "", table(cells, head)]
+    lines += [f"  {row['point']}  {row['status']}" for row in rows if row["status"] != "done"]
+    counts = ", ".join(map(str, sorted({row["n"] for row in rows if row["n"] != ""}))) or "-"
     lines += [
         "",
-        f"  figures of the test pairs, n = {', '.join(map(str, sorted(counts))) or '-'}; * best on validation; "
-        f"epoch: the one kept; {seconds:.0f} s",
-        f"  {output_dir / 'table.csv'}",
+        f"  figures of the test pairs, n = {counts}; * best on validation; epoch: the one kept; {seconds:.0f} s",
+        *(f"  {path}" for name in ("table.csv", "frontier.csv") if (path := output_dir / name).exists()),
     ]
-    if (output_dir / "frontier.csv").exists():
-        lines.append(f"  {output_dir / 'frontier.csv'}")
     return "\n".join([*lines, "", f"open {output_dir / 'report.html'}"])
 
 

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text import prompts
+from resdpo_trl.study import prompts
+from resdpo_trl.study.prompts import load_prompts
 from resdpo_trl.text.data import chitchat_pairs
-from resdpo_trl.text.prompts import answer_ids, load_prompts, prompt_ids, write_prompt
+from resdpo_trl.text.generate import answer_ids, prompt_ids, write_prompt
 from tests.conftest import SENTENCEPIECE, sentencepiece_tokenizer
 
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from resdpo_trl.sweep import FRONTIER_COLUMNS, Point, read_rows
+from resdpo_trl.study.frontier import Frontier
+from resdpo_trl.study.sweep import FRONTIER_COLUMNS, Point, read_rows
 from resdpo_trl.text.config import TextModelConfig
-from resdpo_trl.text.data import DataConfig
+from resdpo_trl.text.data import TextDataConfig
 from resdpo_trl.text.evaluate import EvaluateConfig
-from resdpo_trl.text.frontier import Frontier
 from tests.conftest import tiny_model, write_pairs
 from tests.text.test_reward import tiny_reward_model
 
@@ -34,7 +34,7 @@ def test_every_checkpoint_is_measured_once_and_what_is_wrong_is_marked(tmp_path,
         model="-", reference="-", reward_model=str(tmp_path / "reward"), max_length=64, num_samples=6,
         max_new_tokens=8, bf16=False,
     )  # fmt: skip
-    frontier = Frontier(config, DataConfig(dataset_name=str(tmp_path / "pairs.jsonl")), TextModelConfig())
+    frontier = Frontier(config, TextDataConfig(dataset_name=str(tmp_path / "pairs.jsonl")), TextModelConfig())
     path = tmp_path / "frontier.csv"
     frontier.measure(points, {points[2].name: "status 1, no memory"}, path)
     rows = read_rows(path, FRONTIER_COLUMNS)
@@ -51,7 +51,7 @@ def test_every_checkpoint_is_measured_once_and_what_is_wrong_is_marked(tmp_path,
     # again: what holds is kept, the new model of one checkpoint alone answers
     save(tiny_model("gpt2", seed=99), tokenizer, torn.parent)
     answered = []
-    module = "resdpo_trl.text.frontier.answer"
+    module = "resdpo_trl.study.frontier.answer"
     from resdpo_trl.text.generate import answer
 
     monkeypatch.setattr(module, lambda *args, **kwargs: answered.append(1) or answer(*args, **kwargs))

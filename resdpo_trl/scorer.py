@@ -1,0 +1,70 @@
+"""Figures of many rows under a model: in batches of like length, shared by all processes, in the rows' order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+
+@torch.no_grad()
+def score_rows(
+    function: Callable[[Any], Sequence[Tensor]],
+    rows: Any,
+    collate: Callable[[list[Any]], Any],
+    batch_size: int,
+    models: Sequence[torch.nn.Module],
+    description: str,
+    lengths: Sequence[int] | None = None,
+    workers: int = 0,
+    delay: float = 2.0,
+    quiet: bool = False,
+) -> list[Tensor]:
+    """Apply `function` to every row and return its outputs, each (N, …), on the CPU. Every process must call it.
+
+    Args:
+        function: a batch -> tensors with one entry per row.
+        rows: N rows, indexed by number.
+        collate: a list of rows -> a batch.
+        batch_size: the number of rows in a batch of one process.
+        models: the models that `function` calls. They are in eval mode until it returns.
+        description: the label of the progress bar.
+        lengths: N lengths. The longest rows come first, so that a batch that is too large fails at once. None keeps the
+            rows' order.
+        workers: processes that collate batches.
+        delay: seconds before the progress bar appears.
+        quiet: show no progress bar.
+    """
+    state = PartialState()
+    order = range(len(rows)) if lengths is None else np.argsort(np.asarray(lengths), kind="stable")[::-1].tolist()
+    batches = [list(order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
+    # a sharded model needs every process in each forward pass: the last round repeats batches
+    rounds = -(-len(batches) // state.num_processes)
+    batches = list(itertools.islice(itertools.cycle(batches), rounds * state.num_processes))
+    loader: Any = DataLoader(
+        rows,
+        batch_sampler=batches[state.process_index :: state.num_processes],
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=state.device.type == "cuda",
+    )
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    hidden = quiet or not state.is_main_process or None  # None hides the bar where stderr is not a terminal
+    bar = tqdm(loader, desc=description, leave=False, delay=delay, disable=hidden)
+    parts = [[values.cpu() for values in function(batch)] for batch in bar]
+    for model, mode in zip(models, training, strict=True):
+        model.train(mode)
+    columns = [torch.cat(values) for values in zip(*gather_object(parts), strict=True)]
+    by_process = [batches[process :: state.num_processes] for process in range(state.num_processes)]
+    places = torch.tensor([row for own in by_process for batch in own for row in batch])
+    return [column.new_empty(len(rows), *column.shape[1:]).index_copy_(0, places, column) for column in columns]

@@ -1,0 +1,208 @@
+"""The page of a sweep: its points against β, on the test pairs and on the frontier of reward and KL."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resdpo_trl.errors import printable
+from resdpo_trl.metrics import FIGURES, digits_of, number
+from resdpo_trl.report import (
+    GREY,
+    INK,
+    Plots,
+    Run,
+    curves,
+    load_run,
+    mark_end,
+    run_title,
+    section_of,
+    styles,
+    what_ran,
+    write_page,
+)
+from resdpo_trl.verdict import STAGES, of_sweep, test_of
+
+AXES = (("beta", "β "), ("learning_rate", "rate "), ("seed", "seed "), ("sft_epochs", "SFT epochs "))
+
+
+@dataclass
+class Sweep:
+    """The tables of a sweep."""
+
+    rows: list[dict[str, Any]]  # of table.csv
+    frontier: list[dict[str, Any]]  # of frontier.csv
+
+    def name_of(self, row: dict[str, Any], without: str = "") -> str:
+        """A point by the axes on which the points differ, apart from the one named `without`."""
+        varied = [(axis, text) for axis, text in AXES if len({str(other[axis]) for other in self.rows}) > 1]
+        values = [(axis, text, row[axis]) for axis, text in varied if axis != without]
+        parts = [f"{text}{value if isinstance(value, str) else format(value, 'g')}" for _, text, value in values]
+        return ", ".join(parts) or ("" if without else f"β {row['beta']}")
+
+    @property
+    def done(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["status"] == "done"]
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        return next((row for row in self.rows if row["best"]), None)
+
+
+def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path) -> Path:
+    """Write the page of a sweep, and PNG copies of its plots in plots/ next to it.
+
+    Args:
+        folders: the points that have ended.
+        sweep: the tables.
+        target: the page.
+    """
+    runs, plots = [load_run(folder) for folder in folders], Plots(target.parent / "plots")
+    points = {row["point"]: row for row in sweep.rows}
+    for run in runs:
+        run.name = sweep.name_of(points[run.path.name])
+    best = sweep.name_of(sweep.best) if sweep.best else None
+    title = run_title(runs[0])
+    opening, *said = of_sweep(sweep.rows) or [""]
+    if sweep.best:
+        opening = opening.replace(sweep.best["point"], sweep.name_of(sweep.best))
+    stage = next((name for name in STAGES if any(row["stage"] == name for row in runs[0].metrics)), "sft")
+    return write_page(
+        target,
+        {
+            "title": f"Sweep of {len(sweep.rows)} points: {title}"
+            if title
+            else f"Sweep {printable(target.parent.resolve().name)}: {len(sweep.rows)} points",
+            "lead": opening,
+            "verdict": said,
+            "steps": _next_steps(runs, sweep),
+            "notes": [*(note for run in runs for note in run.notes), *_failures(sweep)],
+            "sections": [
+                _against_beta(runs, sweep, plots),
+                _points(sweep),
+                _frontier(sweep, plots),
+                curves(runs, stage, plots, best or ""),
+                what_ran(runs[:1]),
+            ],
+        },
+    )
+
+
+def _next_steps(runs: list[Run], sweep: Sweep) -> list[tuple[str, str]]:
+    run = next((run for run in runs if sweep.best and run.path.name == sweep.best["point"]), None)
+    if run is None or "command" not in run.run:
+        return []
+    script, *flags = run.run["command"]
+    return [
+        ("Talk to the best point", f"python {Path(script).parent / 'chat.py'} {shlex.quote(str(run.path))}"),
+        ("Its page", str(run.path / "report.html")),
+        ("Its command; name another --output_dir", shlex.join(["accelerate", "launch", script, *flags])),
+    ]
+
+
+def _against_beta(runs: list[Run], sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
+    """The share of test pairs ranked right against β, with its 95% intervals."""
+    betas = sorted({row["beta"] for row in sweep.done})
+    if len(betas) < 2:
+        return None
+    others: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(sweep.done, key=lambda row: row["beta"]):
+        others.setdefault(sweep.name_of(row, without="beta"), []).append(row)
+    references = {test_of(run.summary).get("logps/ref_accuracies") for run in runs}  # one if all have the same SFT
+
+    def paint(axes: Any) -> None:
+        for place, (label, look) in enumerate(styles(list(others)).items()):
+            rows = others[label]
+            low, high = ([abs(row[f"accuracy_{side}"] - row["accuracy"]) for row in rows] for side in ("low", "high"))
+            x, y = [row["beta"] * (1 + 0.03 * place) for row in rows], [row["accuracy"] for row in rows]
+            axes.errorbar(x, y, [low, high], marker="o", markersize=4.5, capsize=3, label=label or None, **look)
+        if sweep.best:
+            axes.plot(sweep.best["beta"], sweep.best["accuracy"], "*", color=INK, markersize=12, label="best", zorder=9)
+        if len(references) == 1 and None not in references:
+            axes.axhline(*references, color=GREY, linestyle=":", linewidth=1.4, label="reference")
+        axes.margins(y=0.12)
+        axes.set_xscale("log")
+        axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+        axes.minorticks_off()
+
+    caption = "Share of test pairs ranked right, with 95% intervals"
+    plot = plots.draw("against_beta", caption, paint, FIGURES["rewards/accuracies"].words, "β", legend_below=True)
+    return section_of("against-beta", "Against β", plots=[plot])
+
+
+def _failures(sweep: Sweep) -> list[str]:
+    """A note for each point that did not end, and for each row that the frontier lacks."""
+    failed = {row["point"]: row["status"] for row in sweep.rows if row["status"] != "done"}
+    notes = [f"{point}: {status}" for point, status in failed.items()]
+    for row in sweep.frontier:
+        if row["status"] != "done":
+            step = f", step {row['step']:g}" if row["step"] != "" else ""
+            why = "it did not end" if row["point"] in failed else row["status"]
+            notes.append(f"{row['point']}{step} is left out of the frontier: {why}")
+    return notes
+
+
+def _points(sweep: Sweep) -> dict[str, Any]:
+    """The table of the points, the best marked."""
+    columns = [figure for figure in FIGURES.values() if figure.column]
+    rows = []
+    for row in sweep.rows:
+        name = sweep.name_of(row) + (" — best" if row["best"] else "")
+        if row["status"] != "done":
+            rows.append([name, row["status"].split(":")[0], *["–"] * (len(columns) + 1)])
+            continue
+        cells = [number(row[figure.column], figure.digits - 1) for figure in columns]
+        low, high = row["accuracy_low"], row["accuracy_high"]
+        digits = digits_of(low, high)
+        cells[1] = f"{number(row['accuracy'], digits)} ({number(low, digits)} to {number(high, digits)})"
+        rows.append([name, *cells, *(f"{row[n]:g}" if row[n] != "" else "–" for n in ("best_epoch", "kept_epoch"))])
+    counts = sorted({row["n"] for row in sweep.done})
+    names = [figure.column.replace("_", " ") + figure.label.removeprefix(figure.words) for figure in columns]
+    head = ["", *names, "least loss at", "kept"]
+    head[2] += " (95% interval)"
+    text = (
+        f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs. The best point was chosen on the validation "
+        "pairs, and so was the epoch that each point kept; 'least loss at' is the epoch of least validation loss. "
+        "Every figure is in table.csv."
+    )
+    return section_of(
+        "points", "The points on the test pairs", text=text, tables=[{"head": head, "rows": rows, "numbers": True}]
+    )
+
+
+def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
+    """Expected reward against KL (Figure 2, left, of https://arxiv.org/abs/2305.18290), from frontier.csv."""
+    done = [row for row in sweep.frontier if row["status"] == "done"]
+    lines = {sweep.name_of(point): [row for row in done if row["point"] == point["point"]] for point in sweep.rows}
+    looks = styles(list(lines))
+    lines = {name: rows for name, rows in lines.items() if rows}
+    references = [row for row in done if row["point"] == "reference"]
+    if not lines:
+        return None
+    best = sweep.name_of(sweep.best) if sweep.best else None
+
+    def paint(axes: Any) -> None:
+        for name, rows in lines.items():
+            kls, rewards = [row["kl"] for row in rows], [row["reward"] for row in rows]
+            label, width = (f"{name} (best)", 3.0) if name == best else (name, 1.6)
+            axes.plot(kls, rewards, marker="o", markersize=5, label=label, linewidth=width, **looks[name])
+            low, high = ([row[f"reward_{side}"] for row in rows] for side in ("low", "high"))
+            axes.vlines(kls, low, high, color=looks[name]["color"], alpha=0.3, linewidth=1)
+            mark_end(axes, kls, rewards, looks[name]["color"], f"{rows[-1]['epoch']:g}")
+        kls, rewards = [row["kl"] for row in references], [row["reward"] for row in references]
+        axes.plot(kls, rewards, "D", color=GREY, markersize=6, label="reference" if references else None)
+
+    caption = "Expected reward against KL(policy‖reference), both from the same sampled answers"
+    counts = ", ".join(sorted({f"{row['n']:g}" for row in done}))
+    text = (
+        f"Each dot is one checkpoint: the mean reward of its sampled answers to {counts} held-out prompts by the "
+        "trained reward model, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. A "
+        "line joins a point's epochs (the last is numbered); thin bars are 95% intervals of the reward. "
+        "Higher at the same KL is better: the figure of the DPO paper (Figure 2, left). Its rows, with both "
+        "intervals, are in frontier.csv."
+    )
+    plot = plots.draw("frontier", caption, paint, "reward", "KL(policy‖reference), nats per answer", legend_below=True)
+    return section_of("frontier", "Reward and KL", text=text, plots=[plot])
