@@ -60,7 +60,9 @@ def findings(page: Path) -> Iterator[str]:
     for words, better in INSTEAD.items():
         for found in re.finditer(rf"\b(?:{words})(?!\w)", text, re.IGNORECASE):
             yield f"{name}:{text.count(chr(10), 0, found.start()) + 1}: {' '.join(found[0].split())!r}: write {better}"
-    for found in LintFile(str(page), text).lint({"max_errors": 1000, "checks": {**NOT_OURS, **DEFAULT["checks"], **NOT_OURS}}):
+    for found in LintFile(str(page), text).lint(
+        {"max_errors": 1000, "checks": {**NOT_OURS, **DEFAULT["checks"], **NOT_OURS}}
+    ):
         yield f"{name}:{found.pos[0]}: {found.check_result.message} ({found.check_result.check_path})"
 
 
