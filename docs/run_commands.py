@@ -2,13 +2,13 @@
 
     python docs/run_commands.py [PAGE.md ...]
 
-The commands of a page run in order, in a scratch folder of the page, with the flags of `SMALL` added; the pages run at the same
-time. A command fails the check if it exits with another status than 0. A plain block of any page that begins with the first
-line of a run's output shows that output:
+The commands of a page run in order, in a scratch folder, with the flags of `SMALL` added; the pages run at the same time.
+A command fails the check if its exit status is not 0. A plain block of any page whose first line is that of a run's output
+shows that output:
 
 - its labels (the first words of indented lines) must be those of the run, in the same order;
-- if the command ran at its own size, every figure with a 95% interval must lie in the run's interval, and the run's figure
-  in the page's.
+- if the command ran at its own size, every figure with a 95% interval must lie in the run's interval, and the run's
+  figure in the page's.
 
 What is not run (the Hub, other `make` targets, other tools) is listed.
 """
@@ -119,9 +119,7 @@ def differences(shown: str, run: Run) -> list[str]:
         value, low, high = map(float, figures)
         own, own_low, own_high = measured[label]
         if not (own_low <= value <= own_high and low <= own <= high):
-            found.append(
-                f"{label} is {value:g} ({low:g} to {high:g}), and the run gives {own:g} ({own_low:g} to {own_high:g})"
-            )
+            found.append(f"{label} is {value:g} ({low:g} to {high:g}); the run: {own:g} ({own_low:g} to {own_high:g})")
     return found
 
 
@@ -134,9 +132,8 @@ def compare(runs: list[Run]) -> tuple[list[str], int]:
             run = first_lines.get(block.partition("\n")[0])
             if not language and run:
                 compared += 1
-                found += [
-                    f"{page.relative_to(ROOT)}: {shlex.join(run.words)}: {text}" for text in differences(block, run)
-                ]
+                place = f"{page.relative_to(ROOT)}: {shlex.join(run.words)}"
+                found += [f"{place}: {text}" for text in differences(block, run)]
     return found, compared
 
 
@@ -150,7 +147,7 @@ def main() -> None:
         done = list(pool.map(run_page, names, folders))
     runs = [run for found, _ in done for run in found]
     problems = [
-        f"{run.page}: {shlex.join(run.words)}: exit status {run.status}: {(run.errors.strip() or run.output).splitlines()[-1]}"
+        f"{run.page}: {shlex.join(run.words)}: exit status {run.status}: {(run.errors.strip() or '?').splitlines()[-1]}"
         for run in runs
         if run.status
     ]

@@ -1,4 +1,6 @@
-"""The language of the documentation: proselint's checks, and a vocabulary of our own. One line per finding; exit status 1 if any.
+"""The language of the documentation: proselint's checks, and a vocabulary of our own.
+
+One line per finding; exit status 1 if there is any.
 
     python docs/words.py [PAGE.md ...]     # without names: every page of docs/ and CONTRIBUTING.md
 
@@ -17,11 +19,8 @@ from proselint.tools import LintFile
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = re.compile(r"^( *)(```|~~~).*?^\1\2 *$|`[^`\n]+`|\]\([^)\n]*\)|\$[^$\n]+\$|<!--.*?-->", re.MULTILINE | re.DOTALL)
-NOT_OURS = {  # checks of proselint that are wrong for Markdown and for the words of this field
-    "typography": False,  # curly quotes, ellipses, résumé
-    "hedging": False,
-    "lexical_illusions": True,
-}
+# checks of proselint that are wrong for Markdown (curly quotes, ellipses) and for this field ("résumé", "probably")
+NOT_OURS = {"typography": False, "hedging": False}
 INSTEAD = {  # what not to write -> what to write
     r"mend(s|ed|ing)?": "fix",
     r"beside": "next to, compared with",
@@ -60,9 +59,7 @@ def findings(page: Path) -> Iterator[str]:
     for words, better in INSTEAD.items():
         for found in re.finditer(rf"\b(?:{words})(?!\w)", text, re.IGNORECASE):
             yield f"{name}:{text.count(chr(10), 0, found.start()) + 1}: {' '.join(found[0].split())!r}: write {better}"
-    for found in LintFile(str(page), text).lint(
-        {"max_errors": 1000, "checks": {**NOT_OURS, **DEFAULT["checks"], **NOT_OURS}}
-    ):
+    for found in LintFile(str(page), text).lint({"max_errors": 1000, "checks": DEFAULT["checks"] | NOT_OURS}):
         yield f"{name}:{found.pos[0]}: {found.check_result.message} ({found.check_result.check_path})"
 
 
