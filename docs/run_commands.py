@@ -2,9 +2,9 @@
 
     python docs/run_commands.py [PAGE.md ...]
 
-The commands of a page run in order, in a scratch folder, with the flags of `SMALL` added; the pages run at the same time.
-A command fails the check if its exit status is not 0. A plain block of any page whose first line is that of a run's output
-shows that output:
+The commands of a page run in order, in a scratch folder, with the flags of `SMALL` added; the pages run at the same
+time. A command fails the check if its exit status is not 0. A plain block of any page whose first line is that of a
+run's output shows that output:
 
 - its labels (the first words of indented lines) must be those of the run, in the same order;
 - if the command ran at its own size, every figure with a 95% interval must lie in the run's interval, and the run's
@@ -101,7 +101,7 @@ def run_page(page: str, folder: Path) -> tuple[list[Run], list[str]]:
         (_, *rest), whole = chosen
         done = subprocess.run(
             [sys.executable, *rest], cwd=folder, capture_output=True, text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         runs.append(Run(page, words, whole, done.returncode, done.stdout, done.stderr))
     return runs, skipped

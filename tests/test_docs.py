@@ -92,3 +92,24 @@ def test_commands_of_docstrings_and_comments_are_found(tmp_path):
         "python recipes/b.py",
     ]
     assert [" ".join(words) for words in commands(preset)] == ["accelerate launch recipes/c.py --z"]
+
+
+def test_figures_of_a_page_are_held_against_a_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    runner = runpy.run_path(str(ROOT / "docs" / "run_commands.py"))
+    small, differences, run = runner["small"], runner["differences"], runner["Run"]
+    printed = "a run\n  accuracy, test  0.777   95% interval 0.722 to 0.824, n = 256\n  margin  1.2\n"
+    whole = run("README.md", ["python"], True, 0, printed, "")
+    assert differences(printed, whole) == []
+    assert differences(printed.replace("0.777", "0.75"), whole) == []
+    assert differences(printed.replace("0.777", "0.70"), whole) == [
+        "accuracy, test is 0.7 (0.722 to 0.824); the run: 0.777 (0.722 to 0.824)"
+    ]
+    assert differences(printed.replace("margin", "gap"), whole) == ["the run does not print 'gap'"]
+    assert differences(printed.replace("0.777", "0.70"), whole._replace(whole=False)) == []
+
+    assert small(["make", "test"]) is None and small(["python", "recipes/publish.py", "runs/a"]) is None
+    command, is_whole = small(["accelerate", "launch", "recipes/dpo_cifar.py", "--compare_cross_entropy"])
+    assert command == ["python", "recipes/dpo_cifar.py", "--compare_cross_entropy"] and is_whole
+    command, is_whole = small(["accelerate", "launch", "recipes/dpo_hh.py", "--config", "hh/gpt2.yaml"])
+    assert command[-2:] == ["--dataset_name", "pairs.jsonl"] and not is_whole
