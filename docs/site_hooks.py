@@ -42,4 +42,4 @@ def _display(block: str) -> str:
 
 
 def _inline(text: str) -> str:
-    return INLINE.sub(lambda found: convert(found[1]), text)
+    return INLINE.sub(lambda found: f'<span class="formula">{convert(found[1])}</span>', text)
