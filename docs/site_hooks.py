@@ -12,6 +12,7 @@ from typing import Any
 from latex2mathml.converter import convert
 
 FENCED = re.compile(r"^( *)(```|~~~).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`\n]+`")
 INLINE = re.compile(r"(?<![\\$\w`])\$(?! )([^$`]+?)(?<! )\$(?!\w)")
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+)([^)\s]+)\)")
 
@@ -42,4 +43,5 @@ def _display(block: str) -> str:
 
 
 def _inline(text: str) -> str:
+    text = CODE.sub(lambda found: found[0].replace("\\|", "|"), text)  # GitHub's tables escape it in code too
     return INLINE.sub(lambda found: f'<span class="formula">{convert(found[1])}</span>', text)
