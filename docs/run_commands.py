@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from check import FENCE, SCRIPT, commands, pages
+from check import FENCE, SCRIPT, as_recipe, commands, pages
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ("README.md", "docs/your_data.md")
@@ -56,6 +56,7 @@ def small(words: list[str]) -> tuple[list[str], bool] | None:
     """The command to run, and whether it is whole; None for what is not run."""
     if words == ["make", "quickstart"]:
         return [*QUICKSTART, *f"{SIZES} --num_samples 1 --max_new_tokens 8".split()], False
+    words = as_recipe(words)
     at = next((k for k, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
     if at is None or any(word.endswith(HUB) for word in words):
         return None

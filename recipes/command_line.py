@@ -104,6 +104,7 @@ if not VERBOSE:
 from transformers.utils.logging import disable_progress_bar  # noqa: E402  (the environment first)
 from trl import TrlParser  # noqa: E402
 
+from resdpo_trl.cli import INSTALLED, as_commands  # noqa: E402
 from resdpo_trl.errors import NothingToDo, UserError, printable  # noqa: E402
 from resdpo_trl.files import disk_trouble  # noqa: E402
 from resdpo_trl.run import untrained  # noqa: E402
@@ -122,6 +123,10 @@ class RecipeHelp(argparse.RawDescriptionHelpFormatter):
             return super()._format_action_invocation(action)
         metavar = "" if action.nargs == 0 else self._format_args(action, "X")
         return f"{action.option_strings[0]} {metavar}".rstrip()
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        return as_commands(text) if INSTALLED else text
 
     def _get_help_string(self, action: argparse.Action) -> str:
         value = action.default
@@ -230,15 +235,22 @@ class RecipeParser(TrlParser):
         return list(parsed[:count]), preset
 
     def _lora_rates(self, defaults: list[str], flags: list[str]) -> list[str]:
-        """LoRA's learning rates as words, where a flag asks for it, none gives a rate, and the preset is not LoRA's."""
-        preset, asked = (self.parse_known_args(list(words))[0] for words in (defaults, flags))
-        if not getattr(asked, "use_peft", False) or preset.use_peft:
-            return []
-        given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
-        rates = {
-            name: LORA_RATE * getattr(preset, name) for name in RATES if hasattr(preset, name) and name not in given
-        }
-        return [word for name, rate in rates.items() for word in (f"--{name}", f"{rate:g}")]
+        """Learning rates as words, where no flag gives one and the preset's, or the default, is of the other training:
+        of all weights for LoRA, or of LoRA for all weights.
+        """
+        preset, asked = (self.parse_known_args(words)[0] for words in (defaults, defaults + flags))
+        known, given = (
+            {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words} for words in (defaults, flags)
+        )
+        words: list[str] = []
+        for name in RATES:
+            if not hasattr(asked, "use_peft") or not hasattr(asked, name) or name in given:
+                continue
+            of_lora = preset.use_peft and name in known
+            if asked.use_peft != of_lora:
+                factor = LORA_RATE if asked.use_peft else 1 / LORA_RATE
+                words += [f"--{name}", f"{factor * getattr(preset, name):g}"]
+        return words
 
     def _check(self, flags: list[str], place: str) -> None:
         try:
@@ -277,7 +289,7 @@ class RecipeParser(TrlParser):
             content = yaml.safe_load(text)
         except OSError as error:
             known = ", ".join(sorted(str(path.relative_to(PRESETS)) for path in PRESETS.rglob("*.yaml")))
-            raise UserError(f"--config {preset}: {error.strerror}; recipes/configs has {known}") from None
+            raise UserError(f"--config {preset}: {error.strerror}; presets: {known}") from None
         except (yaml.YAMLError, *TAG_ERRORS) as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""

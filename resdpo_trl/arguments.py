@@ -181,7 +181,7 @@ def check_reporters(report_to: str | list[str] | None) -> None:
             brought = "'resdpo-trl[watch]'" if name in ("tensorboard", "trackio") else known[0]
             raise UserError(
                 f"--report_to {name}: the package {known[0]} is not installed: pip install {brought}; "
-                "recipes/report.py RUN --watch needs none"
+                "resdpo-trl report RUN --watch needs none"
             )
 
 

@@ -91,7 +91,7 @@ class Hub:
 
     def later(self) -> str:
         """The command that publishes the run when the Hub can be reached."""
-        words = ["python", "recipes/publish.py", str(self.run), "--hub_model_id", self.name]
+        words = ["resdpo-trl", "publish", str(self.run), "--hub_model_id", self.name]
         words += ["--hub_private_repo"] if self.private else []
         return shlex.join(words + (["--hub_revision", self.revision] if self.revision else []))
 

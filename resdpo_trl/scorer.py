@@ -60,7 +60,8 @@ def score_rows(
     for model in models:
         model.eval()
     hidden = quiet or not state.is_main_process or None  # None hides the bar where stderr is not a terminal
-    bar = tqdm(loader, desc=description, leave=False, delay=delay, disable=hidden)
+    # tqdm iterates what it is given twice, and every pass over a loader draws a number from torch's generator
+    bar = tqdm(iter(loader), total=len(loader), desc=description, leave=False, delay=delay, disable=hidden)
     parts = [[values.cpu() for values in function(batch)] for batch in bar]
     for model, mode in zip(models, training, strict=True):
         model.train(mode)

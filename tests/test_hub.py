@@ -113,7 +113,7 @@ def test_trouble_that_lasts_is_one_line(hub, run, waits, capsys, method, path, w
     (line,) = [line for line in said.splitlines() if line.startswith("not pushed: ")]
     assert reason in line
     assert line.endswith(
-        f"; the run is complete in {run}; later: python recipes/publish.py {run} --hub_model_id me/model "
+        f"; the run is complete in {run}; later: resdpo-trl publish {run} --hub_model_id me/model "
         "--hub_private_repo --hub_revision try"
     )
     assert TOKEN not in said

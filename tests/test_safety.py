@@ -140,7 +140,7 @@ def test_no_secret_in_any_file_or_stream(recipe, hub, tmp_path, model_folder, mo
         os.umask(before)
     assert status == 0, err
     assert "not pushed: the Hub does not accept the token" in err  # which is not the server's, and quoted by it
-    assert f"python recipes/publish.py {tmp_path}/runs/r --hub_model_id me/r" in err
+    assert f"resdpo-trl publish {tmp_path}/runs/r --hub_model_id me/r" in err
     files = everything_in(tmp_path / "runs")
     assert any(path.name == "training_args.bin" for path in files)
     streams = said + err + caplog.text

@@ -37,3 +37,13 @@ def test_rows_without_lengths_keep_their_order():
 
     (found,) = score_rows(function, range(5), list, 2, [], "Scoring")
     assert found.tolist() == [0, 1, 2, 3, 4] and batches == [[0, 1], [2, 3], [4]]
+
+
+def test_a_pass_draws_one_number_as_a_loader_does():
+    """Training with dropout goes on from the same state as after a plain pass over a DataLoader."""
+    torch.manual_seed(0)
+    list(torch.utils.data.DataLoader(range(5), batch_size=2))
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    score_rows(lambda batch: (torch.tensor(batch),), range(5), list, 2, [], "Scoring")
+    assert torch.equal(torch.get_rng_state(), expected)

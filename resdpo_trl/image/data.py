@@ -257,8 +257,7 @@ def _digits(config: ImageDataConfig) -> Images:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError(
-            "--dataset_name digits needs the package scikit-learn: pip install 'resdpo-trl[quickstart]', or name "
-            "images of your own"
+            "--dataset_name digits needs the package scikit-learn: pip install scikit-learn, or name images of your own"
         ) from None
     bunch, size = load_digits(), config.image_size or 32
     grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)

@@ -98,9 +98,9 @@ class ImageRun(Job):
         source = self.data.dataset_name
         if source == QUICKSTART:
             source = "handwritten digits (no network needed)"
-        stages = "cross-entropy and DPO" if self.stage else "cross-entropy"
+        stages = "DPO" if named else "cross-entropy and DPO" if self.stage else "cross-entropy"
         self.say(
-            f"{stages} {model} on {source}; for ResNet on CIFAR-10: --config recipes/configs/cifar/resnet18.yaml\n"
+            f"{stages} {model} on {source}; for ResNet on CIFAR-10: --config cifar/resnet18.yaml\n"
             + self.hardware_line()
         )
 

@@ -409,7 +409,7 @@ def chitchat_pairs(
         import chitchat_dataset
     except ImportError:
         raise UserError(
-            "--dataset_name chitchat needs the package chitchat-dataset: pip install 'resdpo-trl[quickstart]', or name "
+            "--dataset_name chitchat needs the package chitchat-dataset: pip install chitchat-dataset, or name "
             "a file of your own pairs"
         ) from None
     generator = np.random.default_rng(seed)

@@ -78,7 +78,7 @@ class TextRun(Job):
         # the model that SFT starts from; a finished reference may come without its name
         self.base = model.model_name_or_path or (None if self.sft.reference else SMOLLM2)
         self.training: Any = training
-        self._check_model_flags()
+        self._check_model_flags(given or ())
         if model.dtype is None and model.use_peft and training.bf16 and not isinstance(training, TextRewardConfig):
             model.dtype = "bfloat16"  # autocast would convert the frozen float32 weights again in every step
         config = {
@@ -96,7 +96,7 @@ class TextRun(Job):
     def _skips_sft(self) -> bool:
         return self.sft.reference is not None or self.sft.sft_epochs == 0
 
-    def _check_model_flags(self) -> None:
+    def _check_model_flags(self, given: Collection[str]) -> None:
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
             raise UserError(
                 "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
@@ -110,10 +110,11 @@ class TextRun(Job):
             raise UserError("--load_in_4bit and --load_in_8bit are not supported for a reward model: drop them")
         if getattr(self.training, "reference_update", "frozen") != "frozen" and self.model.use_peft:
             raise UserError(
-                "--reference_update moves a full reference model, which --use_peft does not keep: drop either"
+                "--reference_update moves a full reference model, which --use_peft does not keep: pass --use_peft "
+                "false, or drop it"
             )
         trains_adapter = self._trains_adapter
-        if self.training.merge_adapter and not trains_adapter:
+        if self.training.merge_adapter and not trains_adapter and "merge_adapter" in given:
             raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or drop the flag")
         merges = self.training.merge_adapter or isinstance(self.training, TextRewardConfig)  # which always is
         if self.training.push_to_hub and trains_adapter and not merges:
@@ -146,7 +147,7 @@ class TextRun(Job):
         sft_first = not self._skips_sft and not isinstance(self.training, TextSFTConfig)
         self.say(
             f"{'SFT and ' if sft_first else ''}{last} of {model} on {source}; for GPT-2 on Anthropic HH: "
-            "--config recipes/configs/hh/gpt2.yaml\n" + self.hardware_line()
+            "--config hh/gpt2.yaml\n" + self.hardware_line()
         )
         if self.model.use_peft:
             alone = self._skips_sft or isinstance(self.training, TextSFTConfig)

@@ -230,7 +230,7 @@ def check_reward_model(name: str, trust_remote_code: bool, flag: str = "--reward
         raise not_a_model(name, flag, error) from None
     kind = (config.architectures or ["a model of no named architecture"])[0]
     if not kind.endswith("ForSequenceClassification"):
-        raise UserError(f"{flag} {name}: not a reward model ({kind}); recipes/reward_hh.py trains one")
+        raise UserError(f"{flag} {name}: not a reward model ({kind}); resdpo-trl reward trains one")
     if config.num_labels != 1:
         raise UserError(f"{flag} {name}: it has {config.num_labels} labels, and a reward model has one")
 

@@ -46,8 +46,8 @@ def test_the_values_shown_are_those_that_would_be_used(recipe):
     options = options_of(recipe("dpo_hh.py", "--config", "hh/gpt2.yaml", "--beta", "0.7", "--help")[1])
     assert options["--beta"].endswith("[0.7]")
     assert options["--dataset_name"].replace(" ", "").endswith("[Anthropic/hh-rlhf]")  # argparse breaks at a hyphen
-    options = options_of(recipe("dpo_hh.py", "--use_peft", "--help")[1])
-    assert options["--learning_rate"].endswith("[0.001]") and options["--use_peft"].endswith("[True]")
+    options = options_of(recipe("dpo_hh.py", "--use_peft", "false", "--help")[1])
+    assert options["--learning_rate"].endswith("[0.0002]") and options["--use_peft"].endswith("[False]")
 
 
 @pytest.mark.parametrize("name", ["compare_hh.py", "evaluate_hh.py", "sweep_hh.py", "chat.py"])

@@ -126,6 +126,7 @@ def test_cross_entropy_alone_then_dpo_from_it(recipe, tmp_path, image_folder):  
         "--do_copy", "--compare_cross_entropy", "--widths", "24", "32", "40",
     )  # fmt: skip
     assert status == 0, wrong
+    assert said.startswith(f"DPO from {tmp_path / 'ce' / 'policy'} on ")
     baseline = json.loads((tmp_path / "d" / "compared" / "cross_entropy" / "config.json").read_text())
     assert baseline["widths"] == [24, 24]  # as the given reference, whatever --widths says
     summary = json.loads((tmp_path / "d" / "summary.json").read_text())

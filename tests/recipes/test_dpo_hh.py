@@ -102,7 +102,7 @@ def test_the_summary_has_counts_and_intervals(finished, model_folder):
     for line in ("pairs ranked right", "margin of rewards", "pairs per second", str(folder), "no pair lost"):
         assert line in done.stdout, line
     assert done.stdout.startswith(f"SFT and DPO of {model_folder} on ")
-    assert "recipes/configs/hh/gpt2.yaml" in done.stdout.splitlines()[0]
+    assert "--config hh/gpt2.yaml" in done.stdout.splitlines()[0]
 
 
 def test_the_test_figures_can_be_computed_again_from_the_folders(finished):

@@ -66,6 +66,7 @@ def test_lora_rates(recipe, monkeypatch, tmp_path):
     preset.write_text("learning_rate: 5.0e-6\n")
     assert rates("--config", str(preset), "--use_peft") == pytest.approx((5e-5, 2e-4))
     assert rates("--config", str(preset)) == (5e-6, 2e-5)
-    preset.write_text("learning_rate: 5.0e-6\nuse_peft: true\n")  # it knows
-    assert rates("--config", str(preset))[0] == 5e-6
-    assert rates("--config", str(preset), "--use_peft")[0] == 5e-6
+    preset.write_text("learning_rate: 5.0e-6\nuse_peft: true\n")  # LoRA's, and SFT's default is not
+    assert rates("--config", str(preset)) == pytest.approx((5e-6, 2e-4))
+    assert rates("--config", str(preset), "--use_peft") == pytest.approx((5e-6, 2e-4))
+    assert rates("--config", str(preset), "--use_peft", "false") == pytest.approx((5e-7, 2e-5))

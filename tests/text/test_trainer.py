@@ -485,14 +485,13 @@ def test_raw_pairs_are_tokenized_as_the_recipes_do(tmp_path, chat_model_folder, 
         TextDPOTrainer(str(chat_model_folder), None, args, None, rows.remove_columns("rejected"))
 
 
-@pytest.mark.parametrize("kind, bf16", [("gpt2", False), ("lora", True)])
+@pytest.mark.parametrize("kind, bf16", [("gpt2", False), ("llama", True)])
 def test_compiled_blocks_share_at_most_four_graphs_for_every_shape(tmp_path, tokenizer, kind, bf16):
     """In an epoch with training, evaluation and the reference pass, whose batches differ in rows and widths.
 
     The graphs run as they were traced (aot_eager): the numbers are those of the blocks without compilation.
     """
     torch._dynamo.reset()
-    adapter = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])} if kind == "lora" else {}
     logged = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
         torch._dynamo.utils.counters.clear()
@@ -508,7 +507,6 @@ def test_compiled_blocks_share_at_most_four_graphs_for_every_shape(tmp_path, tok
             train_dataset=tokenized(),
             eval_dataset=tokenized(9, seed=1),
             processing_class=tokenizer,
-            **adapter,
         )
         job.train()
         logged.append([entry.get("loss", entry.get("eval_loss")) for entry in job.state.log_history[:-1]])
