@@ -62,7 +62,8 @@ def test_what_is_wrong_is_found(tmp_path):
         "```sh\nmake nothing && make here\npython recipes/nowhere.py\n"
         "accelerate launch --config_file missing.yaml recipes/dpo_hh.py\npython recipes/dpo_hh.py --bta 3\n"
         "accelerate launch recipes/dpo_hh.py --config hh/gpt2.yaml \\\n  --beta 0.3  # a comment\n"
-        "accelerate launch recipes/dpo_cifar.py --beta -1\npython recipes/report.py\nresdpo-trl dop\nresdpo-trl report\n```\n"
+        "accelerate launch recipes/dpo_cifar.py --beta -1\npython recipes/report.py\n"
+        "resdpo-trl dop\nresdpo-trl report\n```\n"
         "```\n[e](not-a-link.md) make not-a-command\n```\n"
     )
     found = [problem.partition(": ")[2] for problem in check()["problems"](tmp_path)]
