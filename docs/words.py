@@ -7,15 +7,11 @@ One line per finding; exit status 1 if there is any.
 Code, links' targets, formulas and HTML comments are not read.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-from proselint.checks import __register__
-from proselint.config import DEFAULT
-from proselint.registry import CheckRegistry
-from proselint.tools import LintFile
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = re.compile(r"^( *)(```|~~~).*?^\1\2 *$|`[^`\n]+`|\]\([^)\n]*\)|\$[^$\n]+\$|<!--.*?-->", re.MULTILINE | re.DOTALL)
@@ -53,21 +49,33 @@ def blank(found: re.Match[str]) -> str:
     return re.sub(r"[^\n]", "~", found[0])
 
 
-def findings(page: Path) -> Iterator[str]:
-    text = CODE.sub(blank, page.read_text(encoding="utf-8"))
-    name = page.relative_to(ROOT) if page.is_relative_to(ROOT) else page
+def ours(text: str) -> Iterator[tuple[int, str]]:
+    """The line and the words of what `INSTEAD` names."""
     for words, better in INSTEAD.items():
         for found in re.finditer(rf"\b(?:{words})(?!\w)", text, re.IGNORECASE):
-            yield f"{name}:{text.count(chr(10), 0, found.start()) + 1}: {' '.join(found[0].split())!r}: write {better}"
-    for found in LintFile(str(page), text).lint({"max_errors": 1000, "checks": DEFAULT["checks"] | NOT_OURS}):
-        yield f"{name}:{found.pos[0]}: {found.check_result.message} ({found.check_result.check_path})"
+            yield text.count("\n", 0, found.start()) + 1, f"{' '.join(found[0].split())!r}: write {better}"
+
+
+def proselints(text: str) -> Iterator[tuple[int, str]]:
+    """The line and the words of what proselint finds."""
+    from proselint.config import DEFAULT
+    from proselint.tools import LintFile
+
+    for found in LintFile("page", text).lint({"max_errors": 1000, "checks": DEFAULT["checks"] | NOT_OURS}):
+        yield found.pos[0], f"{found.check_result.message} ({found.check_result.check_path})"
 
 
 def main() -> None:
+    from proselint.checks import __register__
+    from proselint.registry import CheckRegistry
+
     CheckRegistry().register_many(__register__)
     pages = [Path(name).resolve() for name in sys.argv[1:]]
     pages = pages or [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
-    found = [line for page in pages for line in findings(page)]
+    found = []
+    for page in pages:
+        text = CODE.sub(blank, page.read_text(encoding="utf-8"))
+        found += [f"{os.path.relpath(page)}:{line}: {said}" for line, said in sorted([*ours(text), *proselints(text)])]
     print("\n".join(found) or f"{len(pages)} pages: no word to change")
     sys.exit(1 if found else 0)
 

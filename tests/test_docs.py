@@ -116,3 +116,12 @@ def test_figures_of_a_page_are_held_against_a_run(monkeypatch):
     assert command == ["python", "recipes/dpo_cifar.py", "--compare_cross_entropy"] and is_whole
     command, is_whole = small(["accelerate", "launch", "recipes/dpo_hh.py", "--config", "hh/gpt2.yaml"])
     assert command[-2:] == ["--dataset_name", "pairs.jsonl"] and not is_whole
+
+
+def test_idioms_are_found_and_code_is_not_read():
+    words = runpy.run_path(str(ROOT / "docs" / "words.py"))
+    text = (
+        "One checkpoint a step,\n8.0 for 9.1 s; mended.\n```sh\nmend 3 for 4\n```\n`mend` for two reasons: 5 are left\n"
+    )
+    found = [(line, said.partition(":")[0]) for line, said in words["ours"](words["CODE"].sub(words["blank"], text))]
+    assert sorted(found) == [(1, "'One checkpoint a step'"), (2, "'8.0 for 9.1'"), (2, "'mended'")]
