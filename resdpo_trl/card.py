@@ -40,6 +40,12 @@ PLOTS = {  # plots/NAME.png of the run; a card shows the first three that exist
     "test_margins": "Margins on the test data",
 }  # fmt: skip
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TAGS = {
+    "dpo": "dpo",
+    "reward": "reward-trainer",
+    "cross_entropy": "cross-entropy",
+    None: "sft",
+}  # TRL's where it has one
 
 
 def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> None:
@@ -49,7 +55,7 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
 
     data, stage, options = run.summary["data"], stage_of(run.summary), run.config.get("data", {})
     images = "classes" in data
-    library, tags = "transformers", ["resdpo-trl", *([] if images else ["trl"]), stage or "sft"]
+    library, tags = "transformers", ["resdpo-trl", *([] if images else ["trl"]), TAGS[stage]]
     task = "image-classification" if images else "text-classification" if stage == "reward" else "text-generation"
     if (folder / "adapter_config.json").is_file():
         base_model = read_object(folder / "adapter_config.json")["base_model_name_or_path"]

@@ -40,7 +40,7 @@ class Job:
         given: Collection[str] | None = None,
     ):
         """`given` names the fields that flags give; what they do not give is adapted to small data (None: nothing)."""
-        check_sharding(getattr(training, "reference_update", "frozen"))
+        check_sharding(training)
         self.training, self.options, self.given = training, options, given
         self.resume = training.resume_from_checkpoint is not None
         self.started = time.perf_counter()

@@ -1,8 +1,14 @@
 """Several processes that follow one process on the same global batch, and what says which ones really run.
 
 What accelerate and transformers do: a global batch is the same rows however many processes share it; gradients are
-averaged; gathered figures count every row once. What this module adds: an epoch's last batch. accelerate fills it with
-rows of the epoch's beginning, so that no process runs dry, and a plain mean would count those rows twice.
+averaged; gathered figures count every row once. What this module adds:
+
+- An epoch's last batch. accelerate fills it with rows of the epoch's beginning, so that no process runs dry, and a
+  plain mean would count those rows twice.
+- The precision of FSDP2. accelerate's policy casts the outputs of the model and the gradients that are summed to the
+  precision of the computation.
+- Whole models until training. Where ZeRO-3 is on, transformers shards a model as soon as it loads it, and the checks,
+  the reference cache's key and a copied reference need whole weights. `unset_hf_deepspeed_config` turns that off.
 """
 
 from __future__ import annotations
@@ -13,12 +19,22 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from resdpo_trl.errors import UserError
+
+# what shards a model, and the variable by which `accelerate launch` asks for it
+SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+NOT_SUPPORTED = {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config (tensor, context and sequence parallelism)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 
 
 class EveryRowOnce(Trainer):
@@ -52,11 +68,28 @@ class EveryRowOnce(Trainer):
         """The batch with a note for `mean_over_processes`: its first `own` rows count, of `everywhere` in all."""
         return {**batch, "own_rows": own, "all_rows": everywhere}
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """transformers' accelerator, with float32 outputs and sums of gradients under FSDP2."""
+        super().create_accelerator_and_postprocess()
+        unset_hf_deepspeed_config()  # an accelerator sets it again
+        state = self.accelerator.state
+        if self.is_fsdp_enabled and state.mixed_precision != "no":  # before a reference is wrapped
+            computed = {"bf16": torch.bfloat16, "fp16": torch.float16}[state.mixed_precision]
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(computed, torch.float32, torch.float32)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a whole model. Under FSDP the checkpoints of training may be sharded; what is published is not."""
         if self.is_fsdp_enabled and not _internal_call:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: all of it, or its shard under FSDP2 or ZeRO-3."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    shard: Tensor = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 the parameter is empty between steps
+    return shard
 
 
 def own_rows(inputs: dict[str, Any], values: Tensor) -> Tensor:
@@ -92,14 +125,12 @@ def parallelism(model: Any = None) -> dict[str, Any]:
         model: the model as the trainer wrapped it. Without it, which is before training, sharding does not show yet.
 
     Returns:
-        {"num_processes", "parallelism"}: NO, MULTI_CPU or MULTI_GPU (data parallel), FSDP1, FSDP2, DEEPSPEED_ZERO_n.
+        {"num_processes", "parallelism"}: NO, MULTI_CPU or MULTI_GPU (data parallel), FSDP2, DEEPSPEED_ZERO_n.
     """
     state = PartialState()
     kind = str(state.distributed_type.value)
     if isinstance(model, FSDPModule):
         kind = "FSDP2"
-    elif isinstance(model, FullyShardedDataParallel):
-        kind = "FSDP1"
     elif hasattr(model, "zero_optimization_stage"):
         kind = f"DEEPSPEED_ZERO_{model.zero_optimization_stage()}"
     elif isinstance(model, DistributedDataParallel):
@@ -122,9 +153,9 @@ def fewer_than_asked() -> str | None:
             "pass --config_file accelerate_configs/multi_cpu.yaml --num_processes N"
         )
     state = PartialState()
-    if state.num_processes > 1 and state.device.type == "cpu":
-        for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
-            if os.environ.get(variable, "").lower() == "true":
+    if state.num_processes > 1 and not is_sharded():
+        for name, variable in SHARDING.items():
+            if _is_on(variable):
                 return f"{name} was asked for, and accelerate runs it on GPUs only: this run is plain data parallel"
     if state.num_processes == 1 and state.device.type == "cuda" and torch.cuda.device_count() > 1:
         return (
@@ -136,28 +167,45 @@ def fewer_than_asked() -> str | None:
 
 def is_sharded() -> bool:
     """Whether training will shard the model over processes: until then it lies whole on the CPU."""
-    on_gpus = PartialState().device.type != "cpu"
-    return on_gpus and any(
-        os.environ.get(variable, "").lower() == "true"
-        for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    )
+    on_gpus = PartialState().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
+    return on_gpus and any(map(_is_on, SHARDING.values()))
 
 
-def check_sharding(reference_update: str = "frozen") -> None:
-    """Raise a UserError for what does not work where the model is sharded over processes (FSDP, DeepSpeed)."""
+def check_sharding(args: Any) -> None:
+    """Raise a UserError for what does not work where the model is sharded over processes (FSDP, DeepSpeed).
+
+    Args:
+        args: the training arguments of the stage that ends the run.
+    """
+    for variable, name in NOT_SUPPORTED.items():
+        if _is_on(variable):
+            raise UserError(f"{name} is not supported: use accelerate_configs/fsdp2.yaml or deepspeed_zero3.yaml")
     if not is_sharded():
         return
-    if reference_update != "frozen":
+    update = getattr(args, "reference_update", "frozen")
+    if update != "frozen":
         raise UserError(
-            f"--reference_update {reference_update} moves whole models, and FSDP and DeepSpeed shard them: use "
+            f"--reference_update {update} moves whole models, and FSDP and DeepSpeed shard them: use "
             "accelerate_configs/multi_gpu.yaml, or drop either"
         )
-    for variable, name in (
-        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "fsdp_cpu_ram_efficient_loading"),
-        ("ACCELERATE_DEEPSPEED_ZERO3_INIT", "zero3_init_flag"),
-    ):
-        if os.environ.get(variable, "").lower() == "true":
-            raise UserError(
-                f"{name}: true leaves every process but one without weights until training, and they are checked "
-                "before: set it to false in accelerate's config file"
-            )
+    for name in ("save_only_model", "auto_find_batch_size"):
+        if getattr(args, name):
+            raise UserError(f"--{name} is not supported with FSDP and DeepSpeed: drop it")
+    if _is_on(SHARDING["FSDP"]) and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("fsdp_version: 1 is not supported: set it to 2 in accelerate's config file")
+    zero = args.deepspeed_plugin
+    if _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING") or (zero is not None and zero.is_zero3_init_enabled()):
+        name = "fsdp_cpu_ram_efficient_loading" if zero is None else "zero3_init_flag"
+        raise UserError(
+            f"{name}: true leaves every process but one without weights until training, and they are checked "
+            "before: set it to false in accelerate's config file"
+        )
+    if zero is not None and zero.zero_stage == 3 and not zero.zero3_save_16bit_model:
+        raise UserError(
+            "zero3_save_16bit_model: false leaves no model that can be loaded: set it to true in accelerate's config "
+            "file"
+        )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() == "true"

@@ -31,6 +31,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.files import disk_trouble, last_whole, not_written, read_manifest, replace_folder, write_manifest
+from resdpo_trl.processes import own_part
 from resdpo_trl.run import trim_heap
 from resdpo_trl.signals import AfterTheStep, Interrupted
 
@@ -237,8 +238,8 @@ class Resumable(Trainer):
     def _check_weights(self) -> None:
         """Raise a UserError where the loss since the last log, or a trained weight, is not finite."""
         model: Any = self.model
-        weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-        weights = [each.to_local() if hasattr(each, "to_local") else each for each in weights]
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        weights = [own_part(parameter).detach() for parameter in weights]
         finite = [each.isfinite().all() for each in [self._tr_loss, *weights] if each.numel()]
         wrong = torch.stack([each.to(self._tr_loss.device) for each in finite]).logical_not().any().float()
         if self.accelerator.reduce(wrong).item():

@@ -20,7 +20,7 @@ from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig
 from resdpo_trl.image.data import AugmentConfig, Images
 from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, image_processor
 from resdpo_trl.image.trainer import ImageCrossEntropyTrainer, ImageDPOTrainer
-from resdpo_trl.processes import is_sharded, parallelism
+from resdpo_trl.processes import parallelism
 from resdpo_trl.text.config import TextDPOConfig, TextRewardConfig, TextSFTConfig
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows
 from resdpo_trl.text.tokens import sft_rows
@@ -175,7 +175,7 @@ def text(folder: Path) -> dict:
     }.items():
         trainer = TextDPOTrainer(
             model=language_model(),
-            ref_model=language_model() if "polyak" in name or is_sharded() else None,
+            ref_model=language_model() if "polyak" in name else None,
             args=TextDPOConfig(**shared(folder / "dpo", **options), max_length=128),
             train_dataset=train,
             eval_dataset=validation,
@@ -211,8 +211,4 @@ def of_images(folder: Path) -> dict:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     every = run(folder)
-    if PartialState().num_processes > 1:
-        from tests.sharded_job import compare
-
-        every["sharded"] = compare()
     (folder / f"process{PartialState().process_index}.json").write_text(json.dumps(every))

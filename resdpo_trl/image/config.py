@@ -234,7 +234,7 @@ def reference_stage(dpo: ImageDPOConfig, stage: ReferenceStageConfig) -> ImageCr
         "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "per_device_train_batch_size",
         "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "run_name",
         "dataloader_num_workers", "torch_compile", "tf32",
-        "full_determinism", "disable_tqdm", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "eval_strategy",
+        "full_determinism", "disable_tqdm", "ddp_timeout", "eval_strategy",
         "ddp_find_unused_parameters",
         "eval_steps", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "channels_last",
         "select", "dataloader_drop_last",

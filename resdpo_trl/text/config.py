@@ -226,6 +226,8 @@ class ShortDialogues(OneMachine):
         args: Any = self
         if args.do_eval and self.eval_strategy == "no":
             raise UserError("--do_eval is not supported here: pass --eval_strategy epoch or steps")
+        if args.activation_offloading and not has_cuda(args.use_cpu):
+            raise UserError("--activation_offloading moves activations off a GPU, and there is none: drop it")
         if args.liger_kernel_config is not None and not args.use_liger_kernel:
             raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
         if self.metric_for_best_model is not None and args.greater_is_better is None:  # transformers knows losses alone

@@ -101,6 +101,11 @@ class TextRun(Job):
             raise UserError(
                 "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
             )
+        if is_sharded() and (self.model.load_in_4bit or self.model.load_in_8bit):
+            raise UserError(
+                "--load_in_4bit and --load_in_8bit are not supported with FSDP and DeepSpeed: drop them, or use "
+                "accelerate_configs/multi_gpu.yaml"
+            )
         figure = self.training.metric_for_best_model
         if figure is not None and figure.removeprefix("eval_") not in self.training.figures:
             raise UserError(
@@ -419,11 +424,12 @@ class TextRun(Job):
         if peft_config is not None:
             peft_config.task_type = "SEQ_CLS"  # so that PEFT trains the new head whole
         rows = {split: reward_rows(pairs[split]) for split in SPLITS}
+        untrained = partial(
+            untrained_reward_model, str(self.run.reference), self.model, args.trust_remote_code, "reference", args.seed
+        )
         with adapter_refusals():
             trainer = TextRewardTrainer(
-                model=untrained_reward_model(
-                    str(self.run.reference), self.model, args.trust_remote_code, "reference", args.seed
-                ),
+                model=untrained(),
                 args=args,
                 train_dataset=rows["train"],
                 eval_dataset=rows["validation"],
@@ -435,7 +441,8 @@ class TextRun(Job):
         checkpoint = self.checkpoint("reward")
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started - trainer.evaluation_seconds
-        self.publish(self.run.reward_model, partial(save_reward_model, trainer), self.tokenizer, self._facts(args))
+        save = partial(save_reward_model, trainer, untrained)
+        self.publish(self.run.reward_model, save, self.tokenizer, self._facts(args))
         per_pair = {split: trainer.pair_figures(rows[split], split) for split in ("validation", "test")}
         figures = {split: with_intervals(found) for split, found in per_pair.items()}
         step, epoch = trainer.state.global_step, trainer.state.epoch

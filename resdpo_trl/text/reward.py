@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, Trainer
@@ -212,13 +215,16 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
         }
 
 
-def save_reward_model(trainer: TextRewardTrainer, folder: str) -> None:
-    """Write a folder that `AutoModelForSequenceClassification` loads; adapters are merged into it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not hasattr(model, "peft_config"):
-        trainer.save_model(folder)
-    elif trainer.is_world_process_zero():
-        model.merge_and_unload().save_pretrained(folder)
+def save_reward_model(trainer: TextRewardTrainer, untrained: Callable[[], PreTrainedModel], folder: str) -> None:
+    """Write a folder that `AutoModelForSequenceClassification` loads; adapters are merged into it.
+
+    `untrained` gives the model that an adapter was trained on: the trainer's own may be sharded.
+    """
+    trainer.save_model(folder)
+    if trainer.is_world_process_zero() and (Path(folder) / "adapter_config.json").is_file():
+        merged = PeftModel.from_pretrained(untrained(), folder).merge_and_unload()
+        shutil.rmtree(folder)
+        merged.save_pretrained(folder)
 
 
 def check_reward_model(name: str, trust_remote_code: bool, flag: str = "--reward_model") -> None:

@@ -58,8 +58,18 @@ def _arguments(batch: dict[str, Tensor]) -> dict[str, Any]:
     return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
 
 
+def check_float32(logps: Tensor) -> Tensor:
+    """The log-probabilities; a UserError where what wraps the model has cast them, for their sums would be wrong."""
+    if logps.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"what wraps the model casts its log-probabilities to {logps.dtype}, whose sums over a response are wrong: "
+            "let it leave the model's outputs in float32 (output_dtype of FSDP2's MixedPrecisionPolicy)"
+        )
+    return logps
+
+
 def _sums(batch: dict[str, Tensor], logps: Tensor) -> tuple[Tensor, Tensor]:
-    sums = logps.new_zeros(2 * len(batch["chosen_tokens"])).index_add(0, batch["response"], logps)
+    sums = check_float32(logps).new_zeros(2 * len(batch["chosen_tokens"])).index_add(0, batch["response"], logps)
     return sums[0::2], sums[1::2]
 
 
@@ -126,7 +136,7 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
         with backbone.register_forward_hook(keep_predicted):
             if head == "linear":
                 hidden = backbone(*args, **kwargs).last_hidden_state[0]
-                logps = _token_logps(self.get_output_embeddings(), hidden, predicted, softcap, scale)
+                logps = check_float32(_token_logps(self.get_output_embeddings(), hidden, predicted, softcap, scale))
             else:
                 logps = _LogProbs.apply(original(*args, **kwargs).logits[0], predicted)
         if router_weights is None:

@@ -51,6 +51,7 @@ from resdpo_trl.text.reference_cache import (
 from resdpo_trl.text.scoring import (
     add_response_head,
     check_adapters,
+    check_float32,
     check_router_loss,
     pair_logps,
     pair_logps_and_router_loss,
@@ -534,6 +535,8 @@ class TextDPOTrainer(PairTrainer, MovingReference, DPOTrainer):
             self._weights = weights_digest(model, ".default." if hasattr(model, "peft_config") else None)
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
         precision += f" tf32 {self.args.tf32} {self.accelerator.device.type}"
+        if is_sharded():  # FSDP2 and DeepSpeed round in other places than autocast
+            precision += f" {self.accelerator.distributed_type.value}"
         model = self.accelerator.unwrap_model(self.model)
         attention = base_model(model).config._attn_implementation
         forward = f"{precision} {attention} {'shared' if self.args.prefix_sharing else 'plain'} {forward_config(model)}"
@@ -655,7 +658,8 @@ def _label_logps(model: torch.nn.Module, inputs: dict[str, Tensor], router_loss:
         router_weights=inputs["attention_mask"] if router_loss else None,
         use_cache=False,
     )
-    return found if router_loss else (found,)
+    logps, *rest = found if router_loss else (found,)
+    return check_float32(logps), *rest
 
 
 def _token_mean(rows: EvalPrediction) -> dict[str, float]:

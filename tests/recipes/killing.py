@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.sharded_job import run_as_on_gpus
+
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audit events that change a folder
 
@@ -80,7 +82,7 @@ class Server:
     def __init__(self, folder: Path):
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.recipes.killing"],
@@ -93,11 +95,19 @@ class Server:
         Keyword Args:
             kill_after: seconds until SIGKILL (`signal`: or another one), to it and to the processes it has started.
             kill_at: the number of the file operation before which the process sends it to itself.
+            kill_before: that operation itself, as `operations` has it.
+            environment: variables of this run alone; with them it runs as where there are GPUs (tests/sharded_job.py).
             longest_file: bytes that no file may pass, as on a disk that fills up.
         """
+        self.start(recipe, arguments, log, **how)
+        return self.answer()
+
+    def start(self, recipe: str, arguments: list, log: Path, **how) -> None:
         request = {"recipe": recipe, "arguments": [str(word) for word in arguments], "log": str(log), **how}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+
+    def answer(self) -> dict:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
@@ -222,14 +232,18 @@ def _recipe(request: dict, operations: int) -> None:
         if event in OPERATIONS and str(arguments[0]).startswith(folder):
             if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
                 return
-            if done == request.get("kill_at"):
+            line = f"{event} {os.path.relpath(arguments[0], folder)}"
+            if done == request.get("kill_at") or line == request.get("kill_before"):
                 os.kill(os.getpid(), request.get("signal", signal.SIGKILL))
             done += 1
-            os.write(operations, f"{event} {os.path.relpath(arguments[0], folder)}\n".encode())
+            os.write(operations, f"{line}\n".encode())
 
     sys.addaudithook(watch)
     status = 1
     try:
+        if "environment" in request:
+            os.environ |= request["environment"]
+            run_as_on_gpus()
         if "longest_file" in request:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails with EFBIG
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["longest_file"],) * 2)

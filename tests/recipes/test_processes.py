@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.utils import DeepSpeedPlugin
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.processes import check_sharding, fewer_than_asked
+from resdpo_trl.text.config import TextDPOConfig
 from tests import processes_job
 from tests.recipes.conftest import ROOT
 
@@ -81,11 +83,6 @@ def test_the_reference_is_computed_once_and_read_by_all(both):
         assert found["dpo, read from the cache"]["read"] == processes_job.ROWS + processes_job.HELD_OUT
 
 
-def test_a_model_sharded_by_fsdp2_gives_the_same_gradients(both):
-    """`tests/sharded_job.py` compares, and raises, within the two processes."""
-    assert [found["sharded"] for found in both[1:]] == ["FSDP2", "FSDP2"]
-
-
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_the_configs(path):
     from accelerate.commands.config.config_args import load_config_from_file
@@ -114,14 +111,37 @@ def test_fewer_processes_than_asked_are_said(monkeypatch):
     assert "started one" in fewer_than_asked() and "\n" not in fewer_than_asked()
 
 
-def test_what_sharding_refuses(monkeypatch):
+ZERO3 = {"zero_stage": 3, "zero3_init_flag": False, "zero3_save_16bit_model": True}
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "zero", "said"),
+    [
+        ({}, {}, None, None),
+        ({}, {}, ZERO3, None),
+        ({}, {"reference_update": "polyak"}, None, "--reference_update polyak"),
+        ({}, {"save_only_model": True}, None, "--save_only_model is not supported with FSDP and DeepSpeed"),
+        ({}, {"auto_find_batch_size": True}, None, "--auto_find_batch_size is not supported"),
+        ({"FSDP_VERSION": "1"}, {}, None, "fsdp_version: 1 is not supported"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, None, "fsdp_cpu_ram_efficient_loading: true"),
+        ({}, {}, ZERO3 | {"zero3_init_flag": True}, "zero3_init_flag: true"),
+        ({}, {}, ZERO3 | {"zero3_save_16bit_model": False}, "zero3_save_16bit_model: false"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, None, "parallelism_config .*context.* is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, None, "Megatron-LM is not supported"),
+    ],
+)
+def test_what_sharding_refuses(monkeypatch, tmp_path, environment, options, zero, said):
     monkeypatch.setattr("resdpo_trl.processes.is_sharded", lambda: True)  # there is no GPU to shard over
-    check_sharding()
-    with pytest.raises(UserError, match="--reference_update polyak"):
-        check_sharding("polyak")
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    with pytest.raises(UserError, match="fsdp_cpu_ram_efficient_loading"):
-        check_sharding()
+    args = TextDPOConfig(output_dir=str(tmp_path), **options)
+    sharded_by = "ACCELERATE_USE_FSDP" if zero is None else "ACCELERATE_USE_DEEPSPEED"
+    for name, value in ({sharded_by: "true", "FSDP_VERSION": "2"} | environment).items():
+        monkeypatch.setenv(name, value)
+    args.deepspeed_plugin = zero and DeepSpeedPlugin(**zero)
+    if said is None:
+        check_sharding(args)
+    else:
+        with pytest.raises(UserError, match=said):
+            check_sharding(args)
 
 
 @pytest.mark.parametrize("arch", ["fast", "resnet18"])

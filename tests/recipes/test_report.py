@@ -1,4 +1,4 @@
-"""report.py from the command line, and publish.py's flags: one line and status 2 for what the user can mend."""
+"""report.py from the command line, and publish.py's flags: one line and status 2 for what the user can fix."""
 
 import pytest
 
@@ -64,7 +64,7 @@ def test_a_damaged_table_is_named(recipe, tmp_path, name, damage):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flags": null}', '{"flags": 5}'])
 def test_a_damaged_list_of_flags_is_named(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(UserError, match=r"sweep\.json can't be read \(.*mend it, or name another folder"):
+    with pytest.raises(UserError, match=r"sweep\.json can't be read \(.*fix it, or name another folder"):
         remember(tmp_path, [], resume=True)
     with pytest.raises(UserError, match="already holds a sweep"):
         remember(tmp_path, [], resume=False)

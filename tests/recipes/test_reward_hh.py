@@ -75,7 +75,7 @@ def test_from_sft_to_a_reward_model_and_its_evaluation(recipe, tmp_path, pairs_f
     assert figures["rank_correlation"]["rewards"]["n"] == 2 * test["n"]
     assert -1 <= figures["rank_correlation"]["margins"]["spearman"] <= 1
     assert figures["answers"]["n"] == 4
-    assert "accuracy of the reward model" in said and "rank correlation of margins" in said
+    assert "pairs ranked right by the reward model" in said and "rank correlation of margins" in said
 
     # a reward model of another family reads the text with its own tokenizer; a language model is refused
     other = train_tokenizer([row["chosen"] for row in write_pairs(40)], 320)

@@ -14,6 +14,7 @@ import transformers
 import trl
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
+from resdpo_trl.arguments import OF_THE_LAUNCHER
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.config import (
     OF_4BIT,
@@ -29,9 +30,9 @@ from resdpo_trl.text.config import (
 from resdpo_trl.text.model import loading_options
 
 CONFIGS = {
-    TextDPOConfig: (DPOConfig, set(REFUSED)),
-    TextSFTConfig: (SFTConfig, set(REFUSED_SFT)),
-    TextRewardConfig: (RewardConfig, set(REFUSED_REWARD)),
+    TextDPOConfig: (DPOConfig, {*REFUSED, *OF_THE_LAUNCHER}),
+    TextSFTConfig: (SFTConfig, {*REFUSED_SFT, *OF_THE_LAUNCHER}),
+    TextRewardConfig: (RewardConfig, {*REFUSED_REWARD, *OF_THE_LAUNCHER}),
     TextModelConfig: (ModelConfig, {"lora_task_type", *OF_PEFT, *OF_4BIT}),  # those of adapters without one
 }
 # values that ask for something
@@ -39,7 +40,9 @@ ASKED = {
     "assistant_only_loss": True, "average_tokens_across_devices": False, "batch_eval_metrics": True,
     "bf16_full_eval": True, "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": "fp4",
     "chat_template_path": "a folder", "dataset_kwargs": {"skip_prepare_dataset": True}, "dataset_num_proc": 4,
-    "dataset_text_field": "content", "do_predict": True, "do_train": True, "enable_jit_checkpoint": True,
+    "dataset_text_field": "content", "deepspeed": "zero3.json", "do_predict": True, "do_train": True,
+    "enable_jit_checkpoint": True, "fsdp": "full_shard", "fsdp_config": {"version": 2},
+    "parallelism_config": {"tp_size": 2},
     "eos_token": "<end>", "eval_accumulation_steps": 4, "eval_do_concat_batches": False, "eval_packing": True,
     "eval_use_gather_object": True, "fp16_full_eval": True, "include_for_metrics": ["loss"],
     "label_names": ["labels"], "label_smoothing_factor": 0.1, "ld_alpha": 0.5, "length_column_name": "size",
@@ -55,6 +58,7 @@ ASKED = {
 }  # fmt: skip
 # field -> the test that shows what it does
 SHOWN_BY = {
+    "activation_offloading": "test_options_that_need_others_are_refused_without_them",
     "activation_checkpointing": "test_gradient_checkpointing_changes_nothing",
     "attn_implementation": "test_scores_and_gradients_equal_separate_forwards",
     "beta": "test_dpo_loss_is_the_papers_listing",
@@ -111,16 +115,16 @@ SHOWN_BY = {
 # read by code of transformers and TRL that runs here unchanged: the loop of training, its optimizer, its callbacks,
 # the launch; tested there
 UNCHANGED = {
-    "accelerator_config", "activation_checkpointing_kwargs", "activation_offloading", "adam_beta1", "adam_beta2",
+    "accelerator_config", "activation_checkpointing_kwargs", "adam_beta1", "adam_beta2",
     "adam_epsilon", "auto_find_batch_size", "average_tokens_across_devices", "dataloader_in_order",
     "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug", "deepspeed",
-    "disable_dropout", "disable_tqdm", "eval_delay", "eval_on_start", "eval_steps", "fp16", "fsdp", "fsdp_config",
+    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug",
+    "disable_dropout", "disable_tqdm", "eval_delay", "eval_on_start", "eval_steps", "fp16",
     "full_determinism", "gradient_checkpointing_kwargs", "greater_is_better", "ignore_data_skip",
     "label_smoothing_factor", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step",
     "logging_nan_inf_filter", "logging_steps", "logging_strategy", "lr_scheduler_kwargs", "lr_scheduler_type",
-    "max_grad_norm", "neftune_noise_alpha", "optim", "optim_args", "optim_target_modules", "parallelism_config",
+    "max_grad_norm", "neftune_noise_alpha", "optim", "optim_args", "optim_target_modules",
     "project", "restore_callback_states_from_checkpoint", "router_aux_loss_coef", "run_name", "save_on_each_node",
     "save_only_model", "save_steps", "skip_memory_metrics", "tf32", "torch_compile", "torch_compile_backend",
     "torch_compile_mode", "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
@@ -176,6 +180,7 @@ def test_what_is_said_to_be_read_by_transformers_and_trl_is():
     [
         (TextDPOConfig, {"do_eval": True, "eval_strategy": "no", "select": "last"}, "--do_eval .*--eval_strategy"),
         (TextSFTConfig, {"liger_kernel_config": {"rope": True}}, "--liger_kernel_config .*add --use_liger_kernel"),
+        (TextDPOConfig, {"activation_offloading": True}, "--activation_offloading .*there is none: drop it"),
         (TextDPOConfig, {"remove_unused_columns": True}, "--remove_unused_columns must stay false"),
     ],
 )

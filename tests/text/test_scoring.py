@@ -28,6 +28,24 @@ def loss_of(chosen, rejected):
     return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
 
 
+class Casts(torch.nn.Module):
+    """A wrapper that casts what its model gives, as accelerate's policy for FSDP2 does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs).bfloat16()
+
+
+def test_a_wrapper_that_casts_log_probabilities_ends_the_run():
+    model = tiny_model("gpt2")
+    add_response_head(model)
+    with pytest.raises(UserError, match=r"casts its log-probabilities to torch\.bfloat16"):
+        pair_logps(Casts(model), PairCollator(0, True)(random_pairs(2)))
+
+
 @pytest.mark.parametrize("sharing", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
