@@ -153,8 +153,9 @@ def main() -> None:
         if run.status
     ]
     different, compared = compare([run for run in runs if not run.status])
-    print("\n".join([line for _, skipped in done for line in skipped]))
-    print("\n".join([*problems, *different]) or f"{len(runs)} commands run, {compared} blocks of output are as printed")
+    for line in [line for _, skipped in done for line in skipped] + problems + different:
+        print(line)
+    print(f"{len(runs)} commands run, {compared} blocks of output compared, {len(problems + different)} problems")
     sys.exit(1 if problems or different else 0)
 
 
