@@ -1,15 +1,16 @@
 # make quickstart   environment, install, and the main job: data and model come from packages, two CPU cores, no network
 # make test         environment, install with the test extra, and the tests
 # make test-deepspeed  install DeepSpeed and run its tests, which make test skips
-# make quality      ruff, mypy, and the known vulnerabilities of what is installed (make audit)
+# make quality      ruff, mypy, the language of the documentation, and the known vulnerabilities of what is installed (make audit)
 # make bench-gpu    what only a GPU decides, in one table (gpu.md)
-# make docs-check   links of the Markdown files, commands of its shell blocks
+# make docs         the documentation as a site, strictly, in build/site
+# make docs-check   make docs; links and commands of the Markdown files, those of README.md and docs/your_data.md run in small
 # make release-check   sdist, wheel, and the recipes against the installed wheel in a fresh environment
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-deepspeed quality audit format bench bench-gpu clean docs-check release-check
+.PHONY: setup quickstart test test-deepspeed quality audit format bench bench-gpu clean docs docs-check release-check
 
 setup: $(VENV)/.installed
 
@@ -40,6 +41,7 @@ quality: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/words.py
 	@$(MAKE) --no-print-directory audit
 
 # pip-audit asks pypi.org for each version. A finding fails; one that was looked at and does not matter here is passed over
@@ -51,8 +53,12 @@ audit: setup
 	then echo "audit: skipped, pypi.org gives no vulnerability data (no network, or a mirror)"; \
 	else $(BIN)/pip-audit --local --skip-editable --progress-spinner off $(AUDIT_FLAGS); fi
 
-docs-check: setup
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-check: docs
 	$(BIN)/python docs/check.py
+	OMP_NUM_THREADS=1 $(BIN)/python docs/run_commands.py
 
 release-check: setup
 	$(BIN)/python -m pip install --quiet build twine

@@ -92,6 +92,17 @@ def commands(page: Path) -> Iterator[list[str]]:
                 words.append(word)
 
 
+def as_recipe(words: list[str]) -> list[str]:
+    """`resdpo-trl [launch [options]] NAME [flags]` as the command of its recipe; any other command as it is."""
+    if words[:1] != ["resdpo-trl"]:
+        return words
+    from resdpo_trl.cli import recipes
+
+    found = recipes()
+    at = next((k for k, word in enumerate(words) if word in found), None)
+    return words if at is None else ["python", f"recipes/{found[words[at]].name}", *words[at + 1 :]]
+
+
 def refusal(words: list[str], root: Path) -> str | None:
     """Why this command would not work; None where it would, or where it is no business of the repository's."""
     if words[:1] == ["make"]:
@@ -99,6 +110,9 @@ def refusal(words: list[str], root: Path) -> str | None:
         for target in (word for word in words[1:] if not word.startswith("-") and "=" not in word):
             if not re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE):
                 return f"make {target}: no such target"
+    words = as_recipe(words)
+    if words[:1] == ["resdpo-trl"] and not words[-1].startswith("-"):
+        return f"{' '.join(words)}: no such command"
     at = next((k for k, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
     if at is None:
         return None

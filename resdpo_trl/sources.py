@@ -240,7 +240,7 @@ def describe_cuts(counts: dict[str, Any], config: Any) -> str:
     for name, value in counts["adapted"].items():
         lines.append(f"small data: --{name} {value}, for at least {LEAST_STEPS} steps an epoch and a log of them")
     if counts["test"] < FEW_TO_TEST:
-        lines.append("small data: one split's figures depend on luck; docs/study.md says how to cross-validate")
+        lines.append("small data: one split's figures depend on luck; docs/your_data.md says how to cross-validate")
     return "".join(f"\n{line}" for line in lines)
 
 

@@ -62,7 +62,8 @@ def test_what_is_wrong_is_found(tmp_path):
         "```sh\nmake nothing && make here\npython recipes/nowhere.py\n"
         "accelerate launch --config_file missing.yaml recipes/dpo_hh.py\npython recipes/dpo_hh.py --bta 3\n"
         "accelerate launch recipes/dpo_hh.py --config hh/gpt2.yaml \\\n  --beta 0.3  # a comment\n"
-        "accelerate launch recipes/dpo_cifar.py --beta -1\npython recipes/report.py\n```\n"
+        "accelerate launch recipes/dpo_cifar.py --beta -1\npython recipes/report.py\n"
+        "resdpo-trl dop\nresdpo-trl report\n```\n"
         "```\n[e](not-a-link.md) make not-a-command\n```\n"
     )
     found = [problem.partition(": ")[2] for problem in check()["problems"](tmp_path)]
@@ -75,6 +76,8 @@ def test_what_is_wrong_is_found(tmp_path):
             "accelerate launch: missing.yaml: no such file",
             "dpo_hh.py: unknown flag --bta; did you mean beta?",
             "dpo_cifar.py: --beta -1.0: must be above 0 (0.1 to 0.5 are usual)",
+            "report.py: the following arguments are required: RUN",
+            "resdpo-trl dop: no such command",
             "report.py: the following arguments are required: RUN",
         ]
     )
@@ -92,3 +95,33 @@ def test_commands_of_docstrings_and_comments_are_found(tmp_path):
         "python recipes/b.py",
     ]
     assert [" ".join(words) for words in commands(preset)] == ["accelerate launch recipes/c.py --z"]
+
+
+def test_figures_of_a_page_are_held_against_a_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    runner = runpy.run_path(str(ROOT / "docs" / "run_commands.py"))
+    small, differences, run = runner["small"], runner["differences"], runner["Run"]
+    printed = "a run\n  accuracy, test  0.777   95% interval 0.722 to 0.824, n = 256\n  margin  1.2\n"
+    whole = run("README.md", ["python"], True, 0, printed, "")
+    assert differences(printed, whole) == []
+    assert differences(printed.replace("0.777", "0.75"), whole) == []
+    assert differences(printed.replace("0.777", "0.70"), whole) == [
+        "accuracy, test is 0.7 (0.722 to 0.824); the run: 0.777 (0.722 to 0.824)"
+    ]
+    assert differences(printed.replace("margin", "gap"), whole) == ["the run does not print 'gap'"]
+    assert differences(printed.replace("0.777", "0.70"), whole._replace(whole=False)) == []
+
+    assert small(["make", "test"]) is None and small(["python", "recipes/publish.py", "runs/a"]) is None
+    command, is_whole = small(["accelerate", "launch", "recipes/dpo_cifar.py", "--compare_cross_entropy"])
+    assert command == ["python", "recipes/dpo_cifar.py", "--compare_cross_entropy"] and is_whole
+    command, is_whole = small(["accelerate", "launch", "recipes/dpo_hh.py", "--config", "hh/gpt2.yaml"])
+    assert command[-2:] == ["--dataset_name", "pairs.jsonl"] and not is_whole
+
+
+def test_idioms_are_found_and_code_is_not_read():
+    words = runpy.run_path(str(ROOT / "docs" / "words.py"))
+    text = (
+        "One checkpoint a step,\n8.0 for 9.1 s; mended.\n```sh\nmend 3 for 4\n```\n`mend` for two reasons: 5 are left\n"
+    )
+    found = [(line, said.partition(":")[0]) for line, said in words["ours"](words["CODE"].sub(words["blank"], text))]
+    assert sorted(found) == [(1, "'One checkpoint a step'"), (2, "'8.0 for 9.1'"), (2, "'mended'")]

@@ -37,7 +37,7 @@ def test_small_images_get_steps_and_lines(recipe, tmp_path):
         "small data: --per_device_train_batch_size 4, for at least 4 steps an epoch",
         "small data: 10 rows are held out for validation, more than 10%",
         "left out: 8 rows, by --max_train_samples 30",
-        "docs/study.md says how to cross-validate",
+        "docs/your_data.md says how to cross-validate",
     ):
         assert line in said, line
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
