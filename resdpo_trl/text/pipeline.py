@@ -157,10 +157,7 @@ class TextRun(Job):
         if self.model.use_peft:
             alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
             sft = "" if alone else f", SFT {self.sft.sft_learning_rate:g}"
-            self.say(
-                f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft} (--use_peft "
-                "multiplies the default by ten)"
-            )
+            self.say(f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft}")
 
     # --- pairs ---------------------------------------------------------------------------------------------------
 
