@@ -90,7 +90,7 @@ MATRIX = [(wrapper, case) for wrapper in WRAPPERS for case in SAMPLED.get(wrappe
 
 def run_as_on_gpus() -> None:
     """In this process: distributed training is of accelerate's kind for GPUs, over gloo and in the CPU's memory. The LM
-    head runs in chunks, as it does where a batch is large."""
+    head is TRL's function, as on CUDA, with more than one tile of the vocabulary."""
     import accelerate.state
     import transformers.training_args
     from accelerate.utils import DistributedType, is_deepspeed_available
@@ -102,7 +102,8 @@ def run_as_on_gpus() -> None:
     accelerate.state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     resdpo_trl.arguments.has_accelerator = lambda: True
-    resdpo_trl.text.scoring.CHUNK_TOKENS = 16
+    resdpo_trl.text.scoring.FUSED_ON = ("cpu",)
+    resdpo_trl.text.scoring.VOCABULARY_TILE = 128
     if is_deepspeed_available():
         # collectives of the CPU alone, which would be compiled first; `deepspeed.comm.torch` by name is torch itself
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
