@@ -5,14 +5,15 @@ averaged; gathered figures count every row once. What this module adds:
 
 - An epoch's last batch. accelerate fills it with rows of the epoch's beginning, so that no process runs dry, and a
   plain mean would count those rows twice.
-- The precision of FSDP2. accelerate's policy casts the outputs of the model and the gradients that are summed to the
-  precision of the computation.
+- The precision of FSDP2 and DeepSpeed. Under both, the gradients are summed in the precision of the computation by
+  default. accelerate's policy of FSDP2 casts the outputs of the model to it too, and leaves autocast out of training.
 - Whole models until training. Where ZeRO-3 is on, transformers shards a model as soon as it loads it, and the checks,
   the reference cache's key and a copied reference need whole weights. `unset_hf_deepspeed_config` turns that off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -69,13 +70,31 @@ class EveryRowOnce(Trainer):
         return {**batch, "own_rows": own, "all_rows": everywhere}
 
     def create_accelerator_and_postprocess(self) -> None:
-        """transformers' accelerator, with float32 outputs and sums of gradients under FSDP2."""
+        """transformers' accelerator, with float32 sums of gradients where they are sharded, and outputs under FSDP2."""
         super().create_accelerator_and_postprocess()
         unset_hf_deepspeed_config()  # an accelerator sets it again
         state = self.accelerator.state
         if self.is_fsdp_enabled and state.mixed_precision != "no":  # before a reference is wrapped
             computed = {"bf16": torch.bfloat16, "fp16": torch.float16}[state.mixed_precision]
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(computed, torch.float32, torch.float32)
+        if self.is_deepspeed_enabled and state.mixed_precision == "bf16":
+            config = state.deepspeed_plugin.deepspeed_config
+            config["communication_data_type"] = "fp32"
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+
+    def _prepare_input(self, data: Any) -> Any:
+        """On the device, in its own type: transformers casts what is no integer to the precision of DeepSpeed's
+        computation, and a reference's log-probabilities are among a batch's columns."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Autocast around a training step's loss under FSDP2, as around evaluation and the reference: accelerate puts
+        the forward of other models in it."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a whole model. Under FSDP the checkpoints of training may be sharded; what is published is not."""

@@ -1,6 +1,7 @@
 """Recipes under FSDP2 and DeepSpeed on two processes against one: the same losses, log-probabilities and weights."""
 
 import json
+import math
 
 import pytest
 from accelerate.utils import is_deepspeed_available
@@ -24,11 +25,16 @@ def test_two_sharded_processes_follow_one(runs, wrapper, name):
     ran = json.loads((two / "run.json").read_text())
     assert (ran["num_processes"], ran["parallelism"], ran["complete"]) == (2, kind, True)
     found = differences(one, two)
-    assert found["loss"] < (2e-2 if case.bfloat16 else 1e-4)
-    assert found.get("log-probability, mean of a batch", 0) < (5e-3 if case.bfloat16 else 1e-5)
-    assert found.get("log-probability, response", 0) < (2e-3 if case.bfloat16 else 1e-5)
-    exact = differences(runs.one(name, bfloat16=False), two)
-    assert exact.get("log-probability, response", 0) < 1e-3
+    # in bfloat16 a weight, a product and what AdamW makes of a small gradient's sign are rounded in other places
+    assert found["loss"] < (2e-2 if case.bfloat16 else 1e-5)
+    assert found.get("log-probability, mean of a batch", 0) < (1e-3 if case.bfloat16 else 1e-5)
+    assert found.get("log-probability, response", 0) < (1e-3 if case.bfloat16 else 1e-5)
+    if case.stage == "dpo":
+        exact = differences(runs.one(name, bfloat16=False), two)
+        assert exact.get("log-probability, response", 0) < 1e-3
+        steps = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+        first = next(step for step in steps if (step["stage"], step["split"]) == ("dpo", "train"))
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the policy is the reference, in training too
 
     summaries = [json.loads((each / "summary.json").read_text()).get(case.stage, {}) for each in (one, two)]
     assert summaries[0].get("kept_step") == summaries[1].get("kept_step")
