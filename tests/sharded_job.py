@@ -84,10 +84,7 @@ WRAPPERS = {
     "ZeRO-2": ("deepspeed_zero2.yaml", {}, "DEEPSPEED_ZERO_2"),
     "ZeRO-3": ("deepspeed_zero3.yaml", {}, "DEEPSPEED_ZERO_3"),
 }
-SAMPLED = {
-    "FSDP2, full checkpoints": ["dpo, float32", "sft, bfloat16, LoRA"],
-    "ZeRO-2": ["dpo, float32", "dpo, bfloat16", "sft, bfloat16, LoRA", "reward, float32"],
-}
+SAMPLED = {"FSDP2, full checkpoints": ["dpo, float32", "sft, bfloat16, LoRA"]}
 MATRIX = [(wrapper, case) for wrapper in WRAPPERS for case in SAMPLED.get(wrapper, CASES)]
 
 

@@ -25,8 +25,8 @@ def test_two_sharded_processes_follow_one(runs, wrapper, name):
     ran = json.loads((two / "run.json").read_text())
     assert (ran["num_processes"], ran["parallelism"], ran["complete"]) == (2, kind, True)
     found = differences(one, two)
-    # in bfloat16 a weight, a product and what AdamW makes of a small gradient's sign are rounded in other places
-    assert found["loss"] < (2e-2 if case.bfloat16 else 1e-5)
+    # in bfloat16, weights and products are rounded in other places; measured: 4e-3 (LoRA at 1e-2), 3e-4, 2e-4
+    assert found["loss"] < (8e-3 if case.bfloat16 else 1e-5)
     assert found.get("log-probability, mean of a batch", 0) < (1e-3 if case.bfloat16 else 1e-5)
     assert found.get("log-probability, response", 0) < (1e-3 if case.bfloat16 else 1e-5)
     if case.stage == "dpo":
