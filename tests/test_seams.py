@@ -52,6 +52,7 @@ CALLABLES = [
     ("transformers.Trainer._get_num_items_in_batch", "self, batch_samples, device", "processes"),
     ("transformers.Trainer._get_train_sampler", "self, train_dataset", "text.trainer image.trainer"),
     ("transformers.Trainer._track_num_input_tokens", "self, inputs", "text.trainer"),
+    ("transformers.Trainer._prepare_input", "self, data", "processes"),
     ("transformers.Trainer._set_signature_columns_if_needed", "self", "text.trainer"),
     ("transformers.Trainer._prepare_inputs", "self, inputs", "text.trainer"),
     (

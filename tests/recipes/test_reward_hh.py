@@ -118,7 +118,7 @@ def test_lora_trains_the_head_and_is_merged(recipe, tmp_path, pairs_file, langua
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "d" / "reward_model")
     scores = rows_of(tmp_path / "d" / "scores.jsonl")
     assert len({row["chosen_reward"] for row in scores}) > 5
-    # the merged folder gives the figures of the run
+    # the merged folder gives the figures of the run, up to bfloat16's rounding of the sum W + B·A
     status, _, wrong = recipe(
         "evaluate_hh.py", "--model", language_model, "--reference", language_model, "--reward_model",
         tmp_path / "d" / "reward_model", "--dataset_name", pairs_file, "--max_length", 64, "--num_samples", 0,
@@ -127,7 +127,7 @@ def test_lora_trains_the_head_and_is_merged(recipe, tmp_path, pairs_file, langua
     assert status == 0, wrong
     test = json.loads((tmp_path / "d" / "summary.json").read_text())["reward"]["test"]
     figures = json.loads((tmp_path / "f.json").read_text())["reward_model"]
-    assert figures["pairs"]["rewards/margins"] == pytest.approx(test["rewards/margins"], abs=1e-4)
+    assert figures["pairs"]["rewards/margins"] == pytest.approx(test["rewards/margins"], abs=2e-3)
     assert figures["rank_correlation"]["margins"]["spearman"] is None  # the policy is the reference
     assert loaded.config.num_labels == 1
 
