@@ -47,7 +47,7 @@ def test_the_values_shown_are_those_that_would_be_used(recipe):
     assert options["--beta"].endswith("[0.7]")
     assert options["--dataset_name"].replace(" ", "").endswith("[Anthropic/hh-rlhf]")  # argparse breaks at a hyphen
     options = options_of(recipe("dpo_hh.py", "--use_peft", "false", "--help")[1])
-    assert options["--learning_rate"].endswith("[0.0001]") and options["--use_peft"].endswith("[False]")
+    assert options["--learning_rate"].endswith("[0.0002]") and options["--use_peft"].endswith("[False]")
 
 
 @pytest.mark.parametrize("name", ["compare_hh.py", "evaluate_hh.py", "sweep_hh.py", "chat.py"])
