@@ -34,7 +34,7 @@ FIXES = {
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # nobody should load these: they are not pushed with a model
 # files of a checkpoint that are not the model's
 STATE = ["trainer_state.json", "log_state_*.json", MANIFEST, "reference.safetensors", "global_step*"]
-ID = "FOLDER_OR_ID"  # stands in a card for the place that the model is loaded from
+ID = "FOLDER_OR_ID"  # in a card, the place that the model is loaded from
 
 
 @dataclass

@@ -125,7 +125,7 @@ class CompareConfig:
                 raise UserError(f"--{flag} {getattr(self, flag)}: must be at least 1")
         if self.max_length < self.max_new_tokens + SHORTEST // 2:
             raise UserError(
-                f"--max_length {self.max_length}: must leave {SHORTEST // 2} tokens of the prompt beside "
+                f"--max_length {self.max_length}: must leave {SHORTEST // 2} tokens of the prompt next to "
                 f"--max_new_tokens {self.max_new_tokens}"
             )
         if not self.temperature > 0 or not 0 < self.top_p <= 1:
