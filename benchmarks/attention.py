@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from resdpo_trl.run import hardware, use_the_cores
+from resdpo_trl.run.folder import hardware, use_the_cores
 from resdpo_trl.text.attention import attention
 
 SHAPES = {

@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from resdpo_trl.arguments import has_bfloat16, has_cuda
-from resdpo_trl.callbacks import use_run_callbacks
 from resdpo_trl.image.config import ImageDPOConfig
 from resdpo_trl.image.data import AugmentConfig, Images
 from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, image_processor
 from resdpo_trl.image.muon import with_muon
 from resdpo_trl.image.trainer import ImageDPOTrainer
-from resdpo_trl.run import RunFolder, hardware, use_the_cores
+from resdpo_trl.run.folder import RunFolder, hardware, use_the_cores
+from resdpo_trl.training.arguments import has_bfloat16, has_cuda
+from resdpo_trl.training.callbacks import use_run_callbacks
 
 CLASSES, SIZE, WARM_UP = 10, 32, 3
 

@@ -16,7 +16,7 @@ import numpy as np
 from datasets import concatenate_datasets
 
 from resdpo_trl.metrics import with_intervals
-from resdpo_trl.run import hardware
+from resdpo_trl.run.folder import hardware
 from resdpo_trl.text.data import MARKER, TextDataConfig, load_preferences
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dpo_hh.py"

@@ -269,7 +269,7 @@ def plain(options: argparse.Namespace, scratch: str) -> dict:
 
 def worker(options: argparse.Namespace) -> None:
     """One engine in this process; its figures as one JSON line."""
-    from resdpo_trl.run import hardware, use_the_cores
+    from resdpo_trl.run.folder import hardware, use_the_cores
 
     use_the_cores()
     with tempfile.TemporaryDirectory() as scratch:
@@ -304,8 +304,8 @@ def main() -> None:
     if options.worker:
         worker(options)
         return
-    from resdpo_trl.arguments import has_bfloat16
     from resdpo_trl.text.model import local_model
+    from resdpo_trl.training.arguments import has_bfloat16
 
     options.dtype = options.dtype or ("bfloat16" if has_bfloat16() else "float32")
     options.model = local_model(options.model, "--model")

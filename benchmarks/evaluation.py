@@ -20,7 +20,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import numpy as np
 
-from resdpo_trl.run import hardware, use_the_cores
+from resdpo_trl.run.folder import hardware, use_the_cores
 from resdpo_trl.sources import SMOLLM2
 from resdpo_trl.text.config import TextDPOConfig, TextModelConfig
 from resdpo_trl.text.data import TextDataConfig, load_preferences

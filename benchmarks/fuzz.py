@@ -212,11 +212,11 @@ def config(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[
     import yaml
     from command_line import PRESETS, RecipeParser
 
-    from resdpo_trl.arguments import RunConfig
     from resdpo_trl.image.config import ImageDPOConfig, ImageModelConfig, ReferenceStageConfig
     from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
     from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
     from resdpo_trl.text.data import TextDataConfig
+    from resdpo_trl.training.arguments import RunConfig
 
     text_parser = RecipeParser(
         (TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
@@ -290,7 +290,7 @@ def images(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[
 
 
 def metrics(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    from resdpo_trl.run import RunFolder
+    from resdpo_trl.run.folder import RunFolder
 
     done = 0
     while done < rows:

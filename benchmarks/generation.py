@@ -16,7 +16,7 @@ import time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from resdpo_trl.run import hardware, use_the_cores
+from resdpo_trl.run.folder import hardware, use_the_cores
 from resdpo_trl.sources import SMOLLM2
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import chitchat_pairs

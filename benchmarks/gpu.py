@@ -286,7 +286,7 @@ def table(made: list[Row], machine: str) -> str:
 
 
 def describe_machine(device: str) -> str:
-    from resdpo_trl.run import hardware
+    from resdpo_trl.run.folder import hardware
 
     found = hardware()
     name = found["gpus"][0] if device == "cuda" else f"{found['cpu']}, {found['cpu_threads']} threads"

@@ -21,7 +21,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 from dpo_throughput import read_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from resdpo_trl.run import hardware, use_the_cores
+from resdpo_trl.run.folder import hardware, use_the_cores
 from resdpo_trl.text.config import TextDPOConfig
 from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.model import local_model

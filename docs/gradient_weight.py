@@ -10,7 +10,7 @@ import sys
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from resdpo_trl.report import load_run
+from resdpo_trl.run.report import load_run
 
 
 def main(folder: str, output: str) -> None:

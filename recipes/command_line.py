@@ -106,10 +106,10 @@ from trl import TrlParser  # noqa: E402
 
 from resdpo_trl.cli import INSTALLED, as_commands  # noqa: E402
 from resdpo_trl.errors import NothingToDo, UserError, printable  # noqa: E402
-from resdpo_trl.files import disk_trouble  # noqa: E402
-from resdpo_trl.run import untrained  # noqa: E402
-from resdpo_trl.signals import Interrupted, stop_at_once  # noqa: E402
+from resdpo_trl.run.files import disk_trouble  # noqa: E402
+from resdpo_trl.run.folder import untrained  # noqa: E402
 from resdpo_trl.sources import first_line  # noqa: E402
+from resdpo_trl.training.signals import Interrupted, stop_at_once  # noqa: E402
 
 if not VERBOSE:
     disable_progress_bar()  # of "Loading weights" and "Writing model shards"
@@ -374,7 +374,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         discard_untrained()
         reason = disk_trouble(error)
         if reason is None:
-            from resdpo_trl.run import redacted
+            from resdpo_trl.run.folder import redacted
 
             # its message may hold a row of the data, or quote a request with its token
             print("\n".join(map(printable, redacted(traceback.format_exc()).splitlines())), file=sys.stderr)

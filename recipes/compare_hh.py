@@ -15,9 +15,9 @@ JUDGE_API_KEY=… python recipes/compare_hh.py --models good=runs/good/policy ba
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.study.config import CompareConfig
 from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.training.arguments import RunConfig
 
 
 def main() -> None:

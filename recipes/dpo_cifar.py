@@ -16,9 +16,9 @@ accelerate launch recipes/dpo_cifar.py --config recipes/configs/cifar/fast.yaml 
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.image.config import ImageDPOConfig, ImageModelConfig, ReferenceStageConfig
 from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
+from resdpo_trl.training.arguments import RunConfig
 
 
 def main() -> None:

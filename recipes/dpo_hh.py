@@ -17,9 +17,9 @@ accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
 from resdpo_trl.text.data import TextDataConfig
+from resdpo_trl.training.arguments import RunConfig
 
 
 def main() -> None:

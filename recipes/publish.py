@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--hub_token", help="better HF_TOKEN: other users of the machine can read a command line")
     options = parser.parse_args()
 
-    from resdpo_trl.hub import Hub, publish
+    from resdpo_trl.run.hub import Hub, publish
 
     hub = Hub(options.run, options.hub_model_id, options.hub_private_repo, options.hub_token, options.hub_revision)
     print(f"pushed to {publish(hub, options.merge_adapter)}")

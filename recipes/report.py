@@ -20,8 +20,8 @@ from pathlib import Path
 from command_line import RecipeParser, on_one_process, run
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import is_locked
-from resdpo_trl.report import load_run, write_report
+from resdpo_trl.run.files import is_locked
+from resdpo_trl.run.report import load_run, write_report
 from resdpo_trl.study.comparison_page import write_comparison_page
 from resdpo_trl.study.sweep import write_sweep_report
 

@@ -17,9 +17,9 @@ accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --refere
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextModelConfig, TextRewardConfig
 from resdpo_trl.text.data import TextDataConfig
+from resdpo_trl.training.arguments import RunConfig
 
 # the presets are dpo_hh.py's: how DPO trains, and where to, is not how a reward model is trained
 OF_DPO = ("beta", "output_dir", "learning_rate", "select", "eval_strategy", "save_strategy")

@@ -13,9 +13,9 @@ accelerate launch recipes/dpo_hh.py --reference runs/sft/reference --dataset_nam
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.text.config import SamplesConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import TextDataConfig
+from resdpo_trl.training.arguments import RunConfig
 
 # the presets are dpo_hh.py's: what they say of its first stage is this recipe's training
 OF_DPO = ("beta", "output_dir", "learning_rate", "num_train_epochs")

@@ -30,7 +30,6 @@ from pathlib import Path
 
 from command_line import RecipeParser, on_one_process, run
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
 from resdpo_trl.study.sweep import (
     SweepConfig,
@@ -44,6 +43,7 @@ from resdpo_trl.study.sweep import (
 )
 from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
 from resdpo_trl.text.data import TextDataConfig
+from resdpo_trl.training.arguments import RunConfig
 
 RECIPE = Path(__file__).resolve().parent / "dpo_hh.py"
 ONE_RUN = (

@@ -13,9 +13,9 @@ accelerate launch recipes/train_cifar.py --arch resnet34 --dataset_name FOLDER -
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageModelConfig
 from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
+from resdpo_trl.training.arguments import RunConfig
 
 # the presets are dpo_cifar.py's: what they say of its reference stage is this recipe's training
 OF_DPO = (

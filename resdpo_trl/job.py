@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from resdpo_trl.arguments import RunConfig
-from resdpo_trl.callbacks import PushCallback
 from resdpo_trl.errors import NothingToDo, UserError, printable
-from resdpo_trl.files import ASIDE, replace_folder, step_of, torn
-from resdpo_trl.hub import Hub
 from resdpo_trl.metrics import figure_rows, number, table
-from resdpo_trl.processes import check_sharding, fewer_than_asked, parallelism
-from resdpo_trl.provenance import write_facts
-from resdpo_trl.report import load_run, write_report
-from resdpo_trl.run import RunFolder, trim_heap, untrained, use_the_cores
+from resdpo_trl.run.files import ASIDE, replace_folder, step_of, torn
+from resdpo_trl.run.folder import RunFolder, trim_heap, untrained, use_the_cores
+from resdpo_trl.run.hub import Hub
+from resdpo_trl.run.provenance import write_facts
+from resdpo_trl.run.report import load_run, write_report
+from resdpo_trl.run.verdict import stage_of, verdict
 from resdpo_trl.sources import LEAST_STEPS
-from resdpo_trl.verdict import stage_of, verdict
+from resdpo_trl.training.arguments import RunConfig
+from resdpo_trl.training.callbacks import PushCallback
+from resdpo_trl.training.processes import check_sharding, fewer_than_asked, parallelism
 
 
 class Job:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import read_jsonl
-from resdpo_trl.verdict import FEW_TO_TEST
+from resdpo_trl.run.files import read_jsonl
+from resdpo_trl.run.verdict import FEW_TO_TEST
 
 if TYPE_CHECKING:
     from datasets import Dataset

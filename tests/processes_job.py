@@ -20,11 +20,11 @@ from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig
 from resdpo_trl.image.data import AugmentConfig, Images
 from resdpo_trl.image.model import ImageClassifierConfig, build_classifier, image_processor
 from resdpo_trl.image.trainer import ImageCrossEntropyTrainer, ImageDPOTrainer
-from resdpo_trl.processes import parallelism
 from resdpo_trl.text.config import TextDPOConfig, TextRewardConfig, TextSFTConfig
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows
 from resdpo_trl.text.tokens import sft_rows
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
+from resdpo_trl.training.processes import parallelism
 from tests.conftest import random_pairs, tiny_model, train_tokenizer
 
 GLOBAL_BATCH = 8

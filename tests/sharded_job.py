@@ -95,13 +95,13 @@ def run_as_on_gpus() -> None:
     import transformers.training_args
     from accelerate.utils import DistributedType, is_deepspeed_available
 
-    import resdpo_trl.arguments
     import resdpo_trl.text.scoring
+    import resdpo_trl.training.arguments
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     accelerate.state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    resdpo_trl.arguments.has_accelerator = lambda: True
+    resdpo_trl.training.arguments.has_accelerator = lambda: True
     resdpo_trl.text.scoring.FUSED_ON = ("cpu",)
     resdpo_trl.text.scoring.VOCABULARY_TILE = 128
     if is_deepspeed_available():

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from resdpo_trl.arguments import check_positive
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig, ReferenceStageConfig
 from resdpo_trl.text.config import SFTStageConfig, TextDPOConfig, TextRewardConfig, TextSFTConfig
+from resdpo_trl.training.arguments import check_positive
 
 ABOVE_ZERO = (0.0, -1.0, math.nan, math.inf)
 

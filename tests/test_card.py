@@ -7,9 +7,9 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
-from resdpo_trl.card import HUB_ID, write_card
 from resdpo_trl.metrics import FIGURES
-from resdpo_trl.run import RunFolder
+from resdpo_trl.run.card import HUB_ID, write_card
+from resdpo_trl.run.folder import RunFolder
 
 TEST = {
     "n": 512,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import (
+from resdpo_trl.run.files import (
     MANIFEST,
     disk_trouble,
     is_locked,
@@ -115,7 +115,7 @@ def test_the_words_of_a_full_disk():
 
 
 def test_one_process_writes_a_run(tmp_path):
-    program = f"from pathlib import Path; from resdpo_trl.files import *; p = Path({str(tmp_path)!r})\n"
+    program = f"from pathlib import Path; from resdpo_trl.run.files import *; p = Path({str(tmp_path)!r})\n"
     holder = subprocess.Popen(
         [sys.executable, "-c", program + "print(lock(p), flush=True); input()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

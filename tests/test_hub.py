@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import MANIFEST
-from resdpo_trl.hub import Hub, publish
-from resdpo_trl.reference import REFERENCE_FILE
+from resdpo_trl.run.files import MANIFEST
+from resdpo_trl.run.hub import Hub, publish
+from resdpo_trl.training.reference import REFERENCE_FILE
 from tests.conftest import tiny_model
 from tests.hub_server import TOKEN
 

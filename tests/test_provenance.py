@@ -8,7 +8,7 @@ import pytest
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.data import ImageDataConfig, load_images
-from resdpo_trl.provenance import FILE, as_trained, loss_of, read_facts, training_facts, unseen, write_facts
+from resdpo_trl.run.provenance import FILE, as_trained, loss_of, read_facts, training_facts, unseen, write_facts
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.evaluate import EvaluateConfig, describe, evaluate

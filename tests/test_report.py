@@ -9,7 +9,7 @@ import pytest
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.metrics import digits_of, flaw
-from resdpo_trl.report import bin_edges, load_run, write_report
+from resdpo_trl.run.report import bin_edges, load_run, write_report
 from resdpo_trl.study.sweep import COLUMNS
 from resdpo_trl.study.sweep_page import Sweep, write_sweep_page
 

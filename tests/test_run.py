@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.run import RunFolder, to_json
+from resdpo_trl.run.folder import RunFolder, to_json
 
 
 def test_json_is_strict_and_exact():

@@ -13,7 +13,7 @@ import torch
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.model import load_classifier
-from resdpo_trl.run import redacted
+from resdpo_trl.run.folder import redacted
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.model import load_model, load_tokenizer
 from tests.conftest import tiny_model, write_pairs

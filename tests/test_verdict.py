@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from resdpo_trl.verdict import (
+from resdpo_trl.run.verdict import (
     of_comparison,
     of_divergence,
     of_epochs,

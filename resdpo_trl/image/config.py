@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from resdpo_trl.arguments import OneMachine, ReferenceUpdate, check_positive, preference_loss, refuse
 from resdpo_trl.errors import UserError, renamed
+from resdpo_trl.training.arguments import OneMachine, ReferenceUpdate, check_positive, preference_loss, refuse
 
 SAMPLING = ("random", "uniform", "hard", "all")  # of the rejected classes, `trainer.RejectedClasses`
 

@@ -29,8 +29,8 @@ from resdpo_trl.metrics import (
     table,
     with_intervals,
 )
-from resdpo_trl.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
-from resdpo_trl.run import use_the_cores, write_figures
+from resdpo_trl.run.folder import use_the_cores, write_figures
+from resdpo_trl.run.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.scorer import score_rows
 
 CALIBRATION_BINS = 15

@@ -16,11 +16,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from transformers import set_seed
 
-from resdpo_trl.arguments import RunConfig, preference_loss
-from resdpo_trl.callbacks import use_run_callbacks
-from resdpo_trl.card import write_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import step_of
 from resdpo_trl.image.config import (
     ImageCrossEntropyConfig,
     ImageDPOConfig,
@@ -45,10 +41,14 @@ from resdpo_trl.image.trainer import ImageCrossEntropyTrainer, ImageDPOTrainer
 from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, table, with_intervals
-from resdpo_trl.processes import is_sharded
-from resdpo_trl.provenance import read_facts, seen_by, training_facts
-from resdpo_trl.report import SIDE_BY_SIDE, side_by_side
+from resdpo_trl.run.card import write_card
+from resdpo_trl.run.files import step_of
+from resdpo_trl.run.provenance import read_facts, seen_by, training_facts
+from resdpo_trl.run.report import SIDE_BY_SIDE, side_by_side
 from resdpo_trl.sources import SPLITS, describe_cuts, describe_left_out
+from resdpo_trl.training.arguments import RunConfig, preference_loss
+from resdpo_trl.training.callbacks import use_run_callbacks
+from resdpo_trl.training.processes import is_sharded
 
 FITTED_ON = 5000  # training images that the mean, the standard deviation and the whitening are computed from
 

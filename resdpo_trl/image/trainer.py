@@ -21,7 +21,6 @@ from torchvision.transforms.v2 import functional
 from transformers import ViTImageProcessor
 from trl.trainer.utils import disable_dropout_in_model
 
-from resdpo_trl.arguments import preference_loss
 from resdpo_trl.errors import UserError, renamed
 from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig
 from resdpo_trl.image.data import Augmentation, AugmentConfig, Images, hash_seed
@@ -29,17 +28,18 @@ from resdpo_trl.image.model import ImageClassifier, share_statistics
 from resdpo_trl.image.muon import with_muon
 from resdpo_trl.losses import LogProbs, PreferenceLoss, classifier_pairs, wrong_classes
 from resdpo_trl.metrics import RunningMeans, classifier_metrics, training_figures
-from resdpo_trl.processes import EveryRowOnce, mean_over_processes, own_rows
-from resdpo_trl.reference import MovingReference
-from resdpo_trl.resume import Resumable
 from resdpo_trl.scorer import score_rows
+from resdpo_trl.training.arguments import preference_loss
+from resdpo_trl.training.processes import EveryRowOnce, mean_over_processes, own_rows
+from resdpo_trl.training.reference import MovingReference
+from resdpo_trl.training.resume import Resumable
 
 
 class EpochSampler(Sampler[int]):
     """A permutation of `count` numbers per epoch, drawn from seed and epoch: the same on every process.
 
     The Trainer calls `set_epoch` of its loader's sampler, often more than once per epoch, and so does
-    `resdpo_trl.resume`. This sampler passes a new epoch on to everything else that is drawn once per epoch.
+    `resdpo_trl.training.resume`. This sampler passes a new epoch on to everything else that is drawn once per epoch.
 
     Args:
         count: how many numbers.

@@ -26,12 +26,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError, printable
-from resdpo_trl.files import read_jsonl, write_whole
 from resdpo_trl.metrics import number, table, with_intervals
-from resdpo_trl.provenance import as_trained, loss_of, read_facts
-from resdpo_trl.run import RunFolder, to_json, use_the_cores
+from resdpo_trl.run.files import read_jsonl, write_whole
+from resdpo_trl.run.folder import RunFolder, to_json, use_the_cores
+from resdpo_trl.run.provenance import as_trained, loss_of, read_facts
+from resdpo_trl.run.verdict import of_comparison
 from resdpo_trl.study.comparison_page import write_comparison_page
 from resdpo_trl.study.config import CompareConfig
 from resdpo_trl.study.judges import (
@@ -51,7 +51,7 @@ from resdpo_trl.text.evaluate import distinct_ngrams, score_pairs
 from resdpo_trl.text.generate import Prompt, answer, answer_ids, prompt_ids, stop_tokens
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, local_model
 from resdpo_trl.text.reward import RewardModel
-from resdpo_trl.verdict import of_comparison
+from resdpo_trl.training.arguments import RunConfig
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from resdpo_trl.metrics import flaw, number, shown
-from resdpo_trl.report import (
+from resdpo_trl.run.report import (
     PALETTE,
     Plots,
     Run,
@@ -20,7 +20,7 @@ from resdpo_trl.report import (
     what_ran,
     write_page,
 )
-from resdpo_trl.verdict import of_comparison
+from resdpo_trl.run.verdict import of_comparison
 
 PAGE_BYTES = 3_500_000  # of answers; a page stays below 5 MB
 ALIKE = 0.2  # below this share of common words, marks would cover everything and say nothing

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.config import named_models
 from resdpo_trl.text.tokens import SHORTEST
+from resdpo_trl.training.arguments import has_bfloat16
 
 
 @dataclass

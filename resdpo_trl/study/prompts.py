@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import read_jsonl
+from resdpo_trl.run.files import read_jsonl
 from resdpo_trl.text.data import MARKER, SPEAKERS, chitchat_pairs, parse_dialogue
 from resdpo_trl.text.generate import Prompt
 

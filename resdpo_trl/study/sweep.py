@@ -29,12 +29,12 @@ from queue import SimpleQueue
 from typing import Any
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import is_locked, write_whole
 from resdpo_trl.metrics import FIGURES, number, table
-from resdpo_trl.run import read_object
+from resdpo_trl.run.files import is_locked, write_whole
+from resdpo_trl.run.folder import read_object
+from resdpo_trl.run.verdict import of_sweep
 from resdpo_trl.sources import first_line
 from resdpo_trl.study.sweep_page import Sweep, write_sweep_page
-from resdpo_trl.verdict import of_sweep
 
 FIGURE_OF = {figure.column: name for name, figure in FIGURES.items() if figure.column}  # of a column
 COLUMNS = (

@@ -10,7 +10,7 @@ from typing import Any
 
 from resdpo_trl.errors import printable
 from resdpo_trl.metrics import FIGURES, digits_of, number
-from resdpo_trl.report import (
+from resdpo_trl.run.report import (
     GREY,
     INK,
     Plots,
@@ -24,7 +24,7 @@ from resdpo_trl.report import (
     what_ran,
     write_page,
 )
-from resdpo_trl.verdict import STAGES, of_sweep, test_of
+from resdpo_trl.run.verdict import STAGES, of_sweep, test_of
 
 AXES = (("beta", "β "), ("learning_rate", "rate "), ("seed", "seed "), ("sft_epochs", "SFT epochs "))
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from resdpo_trl.errors import UserError, printable
-from resdpo_trl.run import use_the_cores
-from resdpo_trl.signals import Interrupted
+from resdpo_trl.run.folder import use_the_cores
 from resdpo_trl.text.config import ChatConfig, ChatModelConfig, named_models
 from resdpo_trl.text.generate import answer, prompt_ids, stop_tokens
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, positions_of
+from resdpo_trl.training.signals import Interrupted
 
 NEXT_TURN = "\n\nHuman:"  # how a model without a chat template begins to write the user's next message
 HELP = """/reset  forget the conversation

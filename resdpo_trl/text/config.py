@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
-from resdpo_trl.arguments import (
+from resdpo_trl.errors import UserError
+from resdpo_trl.text.tokens import SHORTEST
+from resdpo_trl.training.arguments import (
     OneMachine,
     ReferenceUpdate,
     check_positive,
@@ -18,8 +20,6 @@ from resdpo_trl.arguments import (
     preference_loss,
     refuse,
 )
-from resdpo_trl.errors import UserError
-from resdpo_trl.text.tokens import SHORTEST
 
 # transformers' fields that no trainer here honors: value that means "not asked for", and what to do instead
 REFUSED_EVERYWHERE: dict[str, tuple[Any, str]] = {

@@ -34,14 +34,14 @@ from transformers import (
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.quantizers.auto import get_hf_quantizer
 
-from resdpo_trl.arguments import hardware_precision
 from resdpo_trl.errors import UserError
-from resdpo_trl.provenance import read_facts
+from resdpo_trl.run.provenance import read_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, check_model_folder, first_line
 from resdpo_trl.text.attention import ATTENTION, FLEX
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.fused import use_fused_layers
 from resdpo_trl.text.tokens import SHORTEST
+from resdpo_trl.training.arguments import hardware_precision
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # what a folder with a tokenizer has one of
 

@@ -17,17 +17,14 @@ from datasets import Dataset
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, set_seed
 from trl import get_peft_config
 
-from resdpo_trl.arguments import RunConfig
-from resdpo_trl.callbacks import use_run_callbacks
-from resdpo_trl.card import write_card
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import ASIDE, replace_folder, step_of
-from resdpo_trl.hub import check_public_base
 from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
-from resdpo_trl.processes import is_sharded
-from resdpo_trl.provenance import read_facts, seen_by, training_facts, write_facts
-from resdpo_trl.run import RunFolder
+from resdpo_trl.run.card import write_card
+from resdpo_trl.run.files import ASIDE, replace_folder, step_of
+from resdpo_trl.run.folder import RunFolder
+from resdpo_trl.run.hub import check_public_base
+from resdpo_trl.run.provenance import read_facts, seen_by, training_facts, write_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SPLITS, describe_cuts, describe_left_out, first_line, source_name
 from resdpo_trl.text.config import (
     SamplesConfig,
@@ -54,6 +51,9 @@ from resdpo_trl.text.model import (
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows, save_reward_model, untrained_reward_model
 from resdpo_trl.text.tokens import cap_counts, sft_rows, tokenize
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
+from resdpo_trl.training.arguments import RunConfig
+from resdpo_trl.training.callbacks import use_run_callbacks
+from resdpo_trl.training.processes import is_sharded
 
 SHOWN_CHARACTERS = 600  # of a text of the first pair, in the terminal
 

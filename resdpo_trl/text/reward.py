@@ -31,7 +31,6 @@ from trl import RewardTrainer
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs, PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
-from resdpo_trl.processes import mean_over_processes, own_rows
 from resdpo_trl.scorer import score_rows
 from resdpo_trl.sources import check_model_folder
 from resdpo_trl.text.config import TextModelConfig, TextRewardConfig
@@ -46,6 +45,7 @@ from resdpo_trl.text.model import (
 )
 from resdpo_trl.text.tokens import cache_key, tokenize
 from resdpo_trl.text.trainer import PairTrainer, check_arguments
+from resdpo_trl.training.processes import mean_over_processes, own_rows
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> LogProbs:

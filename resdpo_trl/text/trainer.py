@@ -26,14 +26,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
-from resdpo_trl.arguments import preference_loss
-from resdpo_trl.callbacks import TIMINGS
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import LogProbs
 from resdpo_trl.metrics import RunningMeans, preference_metrics, training_figures
-from resdpo_trl.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
-from resdpo_trl.reference import MovingReference
-from resdpo_trl.resume import Resumable
 from resdpo_trl.scorer import score_rows
 from resdpo_trl.text.attention import FLEX
 from resdpo_trl.text.batch import LabelCollator, PairCollator
@@ -56,6 +51,11 @@ from resdpo_trl.text.scoring import (
     pair_logps,
     pair_logps_and_router_loss,
 )
+from resdpo_trl.training.arguments import preference_loss
+from resdpo_trl.training.callbacks import TIMINGS
+from resdpo_trl.training.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
+from resdpo_trl.training.reference import MovingReference
+from resdpo_trl.training.resume import Resumable
 
 
 class LengthSampler(LengthGroupedSampler):

@@ -241,10 +241,10 @@ def test_a_run_is_not_overwritten(recipe, finished, image_folder):  # noqa: F811
 def test_every_preset_parses(tmp_path, preset, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     command_line = importlib.import_module("command_line")
-    from resdpo_trl.arguments import RunConfig
     from resdpo_trl.image.config import ImageDPOConfig, ImageModelConfig, ReferenceStageConfig
     from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
     from resdpo_trl.image.model import check_architecture
+    from resdpo_trl.training.arguments import RunConfig
 
     parser = command_line.RecipeParser(
         (ImageDataConfig, ImageModelConfig, AugmentConfig, ReferenceStageConfig, ImageDPOConfig, RunConfig)

@@ -474,9 +474,9 @@ def test_every_preset_parses(recipe, tmp_path, preset, monkeypatch):
     """Its fields are known and its values accepted; the data or model that it names may not be here."""
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     command_line = importlib.import_module("command_line")
-    from resdpo_trl.arguments import RunConfig
     from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
     from resdpo_trl.text.data import TextDataConfig
+    from resdpo_trl.training.arguments import RunConfig
 
     parser = command_line.RecipeParser(
         (TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import read_jsonl
 from resdpo_trl.image.data import LARGEST_IMAGE, ImageDataConfig, load_images
-from resdpo_trl.run import RunFolder, to_json
+from resdpo_trl.run.files import read_jsonl
+from resdpo_trl.run.folder import RunFolder, to_json
 from resdpo_trl.text.data import MARKER, TextDataConfig, load_preferences, parse_dialogue
 from tests.conftest import write_pairs
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, LogitsProcessor, pipeline
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.hub import Hub, publish
+from resdpo_trl.run.hub import Hub, publish
 from tests.conftest import save_model
 from tests.recipes.test_dpo_hh import pairs_file  # noqa: F401  (a fixture)
 

@@ -12,8 +12,8 @@ import yaml
 from accelerate.utils import DeepSpeedPlugin
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.processes import check_sharding, fewer_than_asked
 from resdpo_trl.text.config import TextDPOConfig
+from resdpo_trl.training.processes import check_sharding, fewer_than_asked
 from tests import processes_job
 from tests.recipes.conftest import ROOT
 
@@ -131,7 +131,7 @@ ZERO3 = {"zero_stage": 3, "zero3_init_flag": False, "zero3_save_16bit_model": Tr
     ],
 )
 def test_what_sharding_refuses(monkeypatch, tmp_path, environment, options, zero, said):
-    monkeypatch.setattr("resdpo_trl.processes.is_sharded", lambda: True)  # there is no GPU to shard over
+    monkeypatch.setattr("resdpo_trl.training.processes.is_sharded", lambda: True)  # there is no GPU to shard over
     args = TextDPOConfig(output_dir=str(tmp_path), **options)
     sharded_by = "ACCELERATE_USE_FSDP" if zero is None else "ACCELERATE_USE_DEEPSPEED"
     for name, value in ({sharded_by: "true", "FSDP_VERSION": "2"} | environment).items():

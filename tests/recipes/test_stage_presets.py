@@ -26,7 +26,6 @@ def without_the_folder(arguments):
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("hh/*.yaml")), ids=lambda path: path.stem)
 def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
-    from resdpo_trl.arguments import RunConfig
     from resdpo_trl.text.config import (
         SamplesConfig,
         SFTStageConfig,
@@ -36,6 +35,7 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
         sft_stage,
     )
     from resdpo_trl.text.data import TextDataConfig
+    from resdpo_trl.training.arguments import RunConfig
 
     shared = (TextDataConfig, TextModelConfig)
     arguments = ["--config", str(preset)]
@@ -56,7 +56,6 @@ def test_sft_is_the_first_stage_of_a_text_preset(preset, monkeypatch):
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("cifar/*.yaml")), ids=lambda path: path.stem)
 def test_cross_entropy_is_the_first_stage_of_an_image_preset(preset, monkeypatch):
-    from resdpo_trl.arguments import RunConfig
     from resdpo_trl.image.config import (
         ImageCrossEntropyConfig,
         ImageDPOConfig,
@@ -65,6 +64,7 @@ def test_cross_entropy_is_the_first_stage_of_an_image_preset(preset, monkeypatch
         reference_stage,
     )
     from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
+    from resdpo_trl.training.arguments import RunConfig
 
     shared = (ImageDataConfig, ImageModelConfig, AugmentConfig)
     arguments = ["--config", str(preset)]

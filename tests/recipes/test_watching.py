@@ -14,7 +14,7 @@ from tests.image.conftest import draw, write_parquet
 HOLD = """
 import sys, time
 from pathlib import Path
-from resdpo_trl.files import lock
+from resdpo_trl.run.files import lock
 assert lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(float(sys.argv[2]))
@@ -22,7 +22,7 @@ time.sleep(float(sys.argv[2]))
 
 
 def test_a_page_that_follows_a_run(recipe, tmp_path):
-    from resdpo_trl.report import write_report
+    from resdpo_trl.run.report import write_report
 
     run = tmp_path / "run"
     run.mkdir()

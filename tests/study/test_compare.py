@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
-from resdpo_trl.provenance import FILE
+from resdpo_trl.run.provenance import FILE
 from resdpo_trl.study import compare
 from resdpo_trl.study.compare import Comparison
 from resdpo_trl.study.comparison_page import compared_words, write_comparison_page
 from resdpo_trl.study.config import CompareConfig
 from resdpo_trl.study.judges import Verdict
 from resdpo_trl.text.config import TextModelConfig
+from resdpo_trl.training.arguments import RunConfig
 from tests.conftest import ANSWERS, TURN_END, TURNS, tiny_model, train_tokenizer
 from tests.test_report import HOSTILE
 from tests.text.test_generate import chain

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.signals import Interrupted
 from resdpo_trl.text import chat as module
 from resdpo_trl.text.chat import AnswerStreamer, Chat
 from resdpo_trl.text.config import ChatConfig, ChatModelConfig
+from resdpo_trl.training.signals import Interrupted
 from tests.conftest import CHATML, TURN_END, save_model, tiny_model
 
 

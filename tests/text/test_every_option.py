@@ -14,7 +14,6 @@ import transformers
 import trl
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
-from resdpo_trl.arguments import OF_THE_LAUNCHER
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.config import (
     OF_4BIT,
@@ -28,6 +27,7 @@ from resdpo_trl.text.config import (
     TextSFTConfig,
 )
 from resdpo_trl.text.model import loading_options
+from resdpo_trl.training.arguments import OF_THE_LAUNCHER
 
 CONFIGS = {
     TextDPOConfig: (DPOConfig, {*REFUSED, *OF_THE_LAUNCHER}),

@@ -13,7 +13,6 @@ import yaml
 from peft import LoraConfig
 from transformers import LlamaForSequenceClassification
 
-from resdpo_trl.arguments import cuda_precision, has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.config import ImageDPOConfig
 from resdpo_trl.text import scoring
@@ -24,6 +23,7 @@ from resdpo_trl.text.reward import TextRewardTrainer, reward_rows
 from resdpo_trl.text.scoring import add_response_head, pair_logps
 from resdpo_trl.text.tokens import sft_rows
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
+from resdpo_trl.training.arguments import cuda_precision, has_bfloat16
 from tests.conftest import Operators, random_pairs, save_model, tiny_model
 from tests.text.test_trainer import config, tokenized, trainer
 
@@ -80,7 +80,7 @@ def test_the_precision_and_the_loading_of_a_gpu(tmp_path, monkeypatch, capabilit
     for place in ("arguments", "text.config"):
         monkeypatch.setattr(f"resdpo_trl.{place}.has_cuda", lambda use_cpu=False: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr("resdpo_trl.arguments.has_accelerator", lambda: False)
+    monkeypatch.setattr("resdpo_trl.training.arguments.has_accelerator", lambda: False)
     args = config(tmp_path, bf16=None)
     assert cuda_precision(capability) == precision
     assert (args.bf16, args.fp16) == (precision == "bfloat16", precision == "float16")

@@ -6,13 +6,13 @@ import pytest
 import transformers
 from peft import LoraConfig
 
-from resdpo_trl.arguments import RunConfig
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextRewardConfig, TextSFTConfig
 from resdpo_trl.text.data import TextDataConfig
 from resdpo_trl.text.model import load_model
 from resdpo_trl.text.pipeline import TextRun, adapter_refusals
 from resdpo_trl.text.trainer import TextDPOTrainer
+from resdpo_trl.training.arguments import RunConfig
 from tests.conftest import save_model, tiny_model
 from tests.text.test_trainer import config, tokenized
 

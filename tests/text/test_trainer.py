@@ -10,7 +10,6 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from resdpo_trl.arguments import has_bfloat16
 from resdpo_trl.errors import UserError
 from resdpo_trl.job import free
 from resdpo_trl.losses import PreferenceLoss
@@ -20,6 +19,7 @@ from resdpo_trl.text.data import SPLITS, TextDataConfig, load_preferences
 from resdpo_trl.text.model import with_faster_parts
 from resdpo_trl.text.tokens import sft_rows, tokenize
 from resdpo_trl.text.trainer import LengthSampler, TextDPOTrainer, TextSFTTrainer
+from resdpo_trl.training.arguments import has_bfloat16
 from tests.conftest import random_pairs, tiny_model
 from tests.text.test_scoring import AFTER_THE_HEAD, SIZES, new_model, random_pair_of, with_large_weights
 

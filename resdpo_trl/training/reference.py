@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from resdpo_trl.processes import share_buffers
-from resdpo_trl.resume import Resumable
+from resdpo_trl.training.processes import share_buffers
+from resdpo_trl.training.resume import Resumable
 
 REFERENCE_FILE = "reference.safetensors"
 

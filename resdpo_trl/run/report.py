@@ -22,11 +22,11 @@ from typing import Any
 
 from resdpo_trl import __version__
 from resdpo_trl.errors import UserError, printable
-from resdpo_trl.files import read_jsonl, write_whole
 from resdpo_trl.metrics import FIGURES, flaw, number, percent, shown
-from resdpo_trl.run import read_object
+from resdpo_trl.run.files import read_jsonl, write_whole
+from resdpo_trl.run.folder import read_object
+from resdpo_trl.run.verdict import STAGES, before_and_after, lead, test_of, verdict
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, source_name
-from resdpo_trl.verdict import STAGES, before_and_after, lead, test_of, verdict
 
 INK = "#010203"  # what plots are drawn with; in the page it becomes the color of the text, light or dark
 GREY = "#888888"
@@ -128,7 +128,7 @@ def write_page(target: Path, page: dict[str, Any], refresh: float | None = None)
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resdpo_trl"),
+        loader=jinja2.PackageLoader("resdpo_trl.run"),
         autoescape=True,
         trim_blocks=True,
         finalize=lambda value: printable(value, kept="\n\t") if type(value) is str else value,  # not of our own SVG

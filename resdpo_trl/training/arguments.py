@@ -141,7 +141,7 @@ class OneMachine:
         if not has_cuda(args.use_cpu):
             args.dataloader_pin_memory = False  # PyTorch warns at every loader otherwise
         super().__post_init__()  # type: ignore[misc]
-        unset_hf_deepspeed_config()  # models load whole (resdpo_trl/processes.py)
+        unset_hf_deepspeed_config()  # models load whole (resdpo_trl/training/processes.py)
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in torch's old DataParallel
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from resdpo_trl.errors import printable
-from resdpo_trl.files import read_jsonl
-from resdpo_trl.hub import ID
 from resdpo_trl.metrics import FIGURES, shown
-from resdpo_trl.run import RunFolder, read_object
+from resdpo_trl.run.files import read_jsonl
+from resdpo_trl.run.folder import RunFolder, read_object
+from resdpo_trl.run.hub import ID
+from resdpo_trl.run.verdict import lead, stage_of
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, source_name
-from resdpo_trl.verdict import lead, stage_of
 
 SETTINGS = (
     "sft_epochs", "sft_learning_rate", "reference_epochs", "reference_learning_rate", "learning_rate",
@@ -102,7 +102,7 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
         shutil.copyfile(run.path / "plots" / f"{name}.png", folder / "plots" / f"{name}.png")
     script, *flags = run.command
     environment = jinja2.Environment(  # noqa: S701  (Markdown: what others wrote goes through a filter)
-        loader=jinja2.PackageLoader("resdpo_trl"), trim_blocks=True, keep_trailing_newline=True
+        loader=jinja2.PackageLoader("resdpo_trl.run"), trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"plain": _plain, "fenced": _fenced, "link": _link}
     content = environment.get_template("model_card.md").render(

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from resdpo_trl.arguments import has_bfloat16, preference_loss
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
-from resdpo_trl.run import read_object, to_json
+from resdpo_trl.run.folder import read_object, to_json
+from resdpo_trl.training.arguments import has_bfloat16, preference_loss
 
 FILE = "resdpo_trl.json"
 LOSS = {

@@ -38,7 +38,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import (
+from resdpo_trl.run.files import (
     checkpoints_of,
     disk_trouble,
     last_whole,
@@ -191,7 +191,7 @@ class RunFolder:
         Raises:
             UserError: a run is resumed with other data than it began with, or the folder can't be written.
         """
-        from resdpo_trl.processes import parallelism
+        from resdpo_trl.training.processes import parallelism
 
         if self.earlier.get("data_fingerprint", data_fingerprint) != data_fingerprint:
             raise UserError(

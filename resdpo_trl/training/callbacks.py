@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from resdpo_trl.hub import Hub
-from resdpo_trl.processes import parallelism
-from resdpo_trl.run import RunFolder, trim_heap, untrained
+from resdpo_trl.run.folder import RunFolder, trim_heap, untrained
+from resdpo_trl.run.hub import Hub
+from resdpo_trl.training.processes import parallelism
 
 # the Trainer's own summary of a stage; it goes to summary.json's throughput
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss", "model_preparation_time")

@@ -30,10 +30,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import disk_trouble, last_whole, not_written, read_manifest, replace_folder, write_manifest
-from resdpo_trl.processes import own_part
-from resdpo_trl.run import trim_heap
-from resdpo_trl.signals import AfterTheStep, Interrupted
+from resdpo_trl.run.files import disk_trouble, last_whole, not_written, read_manifest, replace_folder, write_manifest
+from resdpo_trl.run.folder import trim_heap
+from resdpo_trl.training.processes import own_part
+from resdpo_trl.training.signals import AfterTheStep, Interrupted
 
 UNFINISHED = "unfinished"  # the folder beside the checkpoints in which the next one is written
 

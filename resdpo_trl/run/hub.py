@@ -21,8 +21,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.files import MANIFEST
-from resdpo_trl.run import RunFolder, redacted
+from resdpo_trl.run.files import MANIFEST
+from resdpo_trl.run.folder import RunFolder, redacted
 
 FIXES = {
     401: "the Hub does not accept the token: run `hf auth login`, or set HF_TOKEN",
@@ -148,7 +148,7 @@ def publish(hub: Hub, merge_adapter: bool = False) -> str:
         hub: the run and its repository.
         merge_adapter: first make the run's adapter a full model, in the run's folder.
     """
-    from resdpo_trl.report import load_run
+    from resdpo_trl.run.report import load_run
 
     run = hub.run
     if load_run(run).run.get("ended") is None:
