@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from trl import get_peft_config
 
 from resdpo_trl.errors import UserError
@@ -24,16 +24,14 @@ from resdpo_trl.run.card import write_card
 from resdpo_trl.run.files import ASIDE, replace_folder, step_of
 from resdpo_trl.run.folder import RunFolder
 from resdpo_trl.run.hub import check_public_base
-from resdpo_trl.run.provenance import read_facts, seen_by, training_facts, write_facts
+from resdpo_trl.run.provenance import read_facts, write_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SPLITS, describe_cuts, describe_left_out, first_line, source_name
 from resdpo_trl.text.config import (
     SamplesConfig,
-    SFTStageConfig,
     TextDPOConfig,
     TextModelConfig,
     TextRewardConfig,
     TextSFTConfig,
-    sft_stage,
 )
 from resdpo_trl.text.data import QUICKSTART, TextDataConfig, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
@@ -68,33 +66,31 @@ class TextRun(Job):
         samples: SamplesConfig,
         options: RunConfig,
         training: TextDPOConfig | TextRewardConfig | TextSFTConfig,
-        sft: SFTStageConfig | None = None,
+        sft: TextSFTConfig | None = None,
         preset: Path | None = None,
         given: Collection[str] | None = None,
     ):
-        """`training` is a `TextDPOConfig` or `TextRewardConfig` with the `sft` stage before it, or `TextSFTConfig`."""
+        """`training` is of the stage that ends the run; `sft` of the one before DPO or a reward model, if there is one:
+        without it the reference is the model as it is."""
         self.data, self.model, self.samples = data, model, samples
-        self.sft = sft or SFTStageConfig()
+        self.reference: str | None = None  # a finished one, by name
+        if isinstance(training, TextSFTConfig):
+            sft = training
+            if training.is_skipped:
+                raise UserError("--num_train_epochs 0: nothing is trained; pass a number above 0")
+        else:
+            self.reference = training.reference
+        self.sft = None if sft is None or sft.is_skipped or self.reference else sft
         # the model that SFT starts from; a finished reference may come without its name
-        self.base = model.model_name_or_path or (None if self.sft.reference else SMOLLM2)
+        self.base = model.model_name_or_path or (None if self.reference else SMOLLM2)
         self.training: Any = training
         self._check_model_flags(given or ())
         if model.dtype is None and model.use_peft and training.bf16 and not isinstance(training, TextRewardConfig):
             model.dtype = "bfloat16"  # autocast would convert the frozen float32 weights again in every step
-        config = {
-            "data": dataclasses.asdict(data),
-            "model": dataclasses.asdict(model),
-            "training": training.to_dict(),
-            "samples": dataclasses.asdict(samples),
-            "run": dataclasses.asdict(options),
-        }
-        if sft is not None:
-            config["sft_stage"] = dataclasses.asdict(sft)
-        super().__init__(training, options, config, preset, given)
-
-    @property
-    def _skips_sft(self) -> bool:
-        return self.sft.reference is not None or self.sft.sft_epochs == 0
+        before = {"sft": self.sft} if self.sft is not None and self.sft is not training else {}
+        super().__init__(
+            training, options, {"data": data, "model": model, "samples": samples}, before, preset, given
+        )
 
     def _check_model_flags(self, given: Collection[str]) -> None:
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
@@ -140,7 +136,7 @@ class TextRun(Job):
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
-        model = self.base or f"the reference {self.sft.reference}"
+        model = self.base or f"the reference {self.reference}"
         if model == SMOLLM2:
             model = SMOLLM2_ID.partition("/")[2]
         source = source_name(self.data.dataset_name) + (
@@ -149,14 +145,12 @@ class TextRun(Job):
         if source == QUICKSTART:
             source = "people's chit-chat (no network needed)"
         last = {TextDPOConfig: "DPO", TextRewardConfig: "a reward model", TextSFTConfig: "SFT"}[type(self.training)]
-        sft_first = not self._skips_sft and not isinstance(self.training, TextSFTConfig)
         self.say(
-            f"{'SFT and ' if sft_first else ''}{last} of {model} on {source}; for GPT-2 on Anthropic HH: "
+            f"{'SFT and ' if self.before else ''}{last} of {model} on {source}; for GPT-2 on Anthropic HH: "
             "--config hh/gpt2.yaml\n" + self.hardware_line()
         )
         if self.model.use_peft:
-            alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
-            sft = "" if alone else f", SFT {self.sft.sft_learning_rate:g}"
+            sft = "".join(f", SFT {args.learning_rate:g}" for args in self.before.values())
             self.say(f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft}")
 
     # --- pairs ---------------------------------------------------------------------------------------------------
@@ -193,18 +187,16 @@ class TextRun(Job):
         return pairs
 
     def _facts(self, args: Any) -> dict[str, Any]:
-        reference = [read_facts(str(self.run.reference), None, "reference")] if self.run.reference.is_dir() else []
-        trained, validated = seen_by(*reference)
-        trained.update(self.texts["train"]["pair"][:])
-        validated.update(self.texts["validation"]["pair"][:])
-        cap = {"max_length": args.max_length, "max_response_length": self.data.max_response_length}
-        return training_facts(args, trained, validated, **cap)
+        rows = (self.texts[split]["pair"][:] for split in ("train", "validation"))
+        return self.facts(
+            args, *rows, max_length=args.max_length, max_response_length=self.data.max_response_length
+        )
 
     def _sources(self) -> list[tuple[str, str]]:
         """(name, flag) of every place a tokenizer comes from; the first one's is used."""
         found = []
-        if self.sft.reference:  # it says in which format it was trained
-            found.append((self.sft.reference, "--reference"))
+        if self.reference:  # it says in which format it was trained
+            found.append((self.reference, "--reference"))
         if self.base:
             found.append((self.base, "--model_name_or_path"))
         return found
@@ -219,10 +211,10 @@ class TextRun(Job):
 
     def make_reference(self, pairs: dict[str, Dataset]) -> None:
         """SFT, into reference/; or the model as given."""
-        set_seed(self.training.seed)
+        set_seed((self.sft or self.training).seed)
         if self.past("sft", self.run.reference, self.run.summary.get("sft")):
             return
-        if self._skips_sft:
+        if self.sft is None:
             name, flag = self._sources()[0]
             model = load_model(name, self.model, self.training.trust_remote_code, flag)
             self._prepare(model)
@@ -237,9 +229,7 @@ class TextRun(Job):
         self._prepare(model)
         checkpoint = self.checkpoint("sft")
         # not by `evaluate` before training: accelerate would take the model for prepared, and never average gradients
-        own = self.training
-        args = self._arguments("sft", own if isinstance(own, TextSFTConfig) else sft_stage(own, self.sft))
-        args = dataclasses.replace(args, eval_on_start=checkpoint is None)
+        args = dataclasses.replace(self.arguments("sft", self.sft), eval_on_start=checkpoint is None)
         as_rows = partial(sft_rows, completion_only_loss=args.completion_only_loss is not False)
         held_out = as_rows(pairs["validation"])
         with adapter_refusals():
@@ -297,15 +287,6 @@ class TextRun(Job):
         kept = epochs(trainer)["kept_step"]
         return evaluated[kept] if kept in evaluated else trainer.evaluate()["eval_loss"]
 
-    def _arguments(self, stage: str, args: Any) -> Any:
-        """A stage's training arguments in this run's folder; the Hub is the run's, not a trainer's."""
-        return dataclasses.replace(
-            args,
-            output_dir=str(self.run.checkpoints(stage)),
-            push_to_hub=False,
-            report_to=args.report_to or "none",
-        )
-
     def _base_model(self) -> Any:
         return load_model(str(self.base), self.model, self.training.trust_remote_code, "--model_name_or_path")
 
@@ -325,7 +306,7 @@ class TextRun(Job):
         reference = str(self.run.reference)
         model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
         adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
-        args = self._arguments("dpo", self.training)
+        args = self.arguments("dpo", self.training)
         sharded = is_sharded()
         if sharded and self.model.use_peft:
             args.precompute_ref_log_probs = False  # the policy without its adapter runs only once it is sharded
@@ -416,7 +397,7 @@ class TextRun(Job):
         """Bradley–Terry from the reference's weights, into reward_model/; then the test, once."""
         if self.past("reward", self.run.reward_model, self.run.summary.get("reward")):
             return
-        args = self._arguments("reward", self.training)
+        args = self.arguments("reward", self.training)
         peft_config = get_peft_config(self.model)
         if peft_config is not None:
             peft_config.task_type = "SEQ_CLS"  # so that PEFT trains the new head whole
@@ -515,31 +496,8 @@ class TextRun(Job):
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        base = str(self.base or self.sft.reference)
-        if self.run.main_process:
-            self._say_where_answers_end()
+        base = str(self.base or self.reference)
         self.end(describe_results, partial(write_card, self.run, self.run.trained, base))
-
-    def _say_where_answers_end(self) -> None:
-        """One line where a pipeline would end the answers of an adapter where its base ends them: transformers reads
-        no generation_config.json of an adapter's folder.
-        """
-        folder = self.run.trained
-        place: dict[str, Any] = {"revision": self.model.model_revision}
-        if not (folder / "adapter_config.json").is_file():
-            return
-        base, end = full_model(str(folder), "the adapter"), stop_tokens(self.tokenizer)[-1]
-        try:
-            ends: Any = GenerationConfig.from_pretrained(base, **place).eos_token_id
-        except OSError:  # it has no such file, and transformers reads its config.json
-            trust = self.training.trust_remote_code
-            ends = AutoConfig.from_pretrained(base, **place, trust_remote_code=trust).get_text_config().eos_token_id
-        if end not in (ends if isinstance(ends, list) else [ends]):
-            self.say(
-                f"{folder} is an adapter: transformers' pipeline ends its answers at its base's end of text and not at "
-                f"{self.tokenizer.convert_ids_to_tokens(end)}; pass generation_config=GenerationConfig.from_pretrained("
-                f"'{folder}') with each call, or train with --merge_adapter"
-            )
 
 
 @contextmanager
@@ -578,7 +536,7 @@ def merge_run(path: Path) -> None:
     folder, config = run.trained, run.config
     if not (folder / "adapter_config.json").is_file():
         return
-    model, stage = TextModelConfig(**config["model"]), config.get("sft_stage", {})
+    model, reference = TextModelConfig(**config["model"]), config["training"].get("reference")
     trust_remote_code = config["training"]["trust_remote_code"]
     tokenizer = load_tokenizer(str(folder), model, trust_remote_code, str(folder))
     aside = folder.with_name(folder.name + ASIDE)
@@ -586,7 +544,7 @@ def merge_run(path: Path) -> None:
     tokenizer.save_pretrained(str(aside))
     write_facts(aside, read_facts(str(folder), None, str(folder)))
     replace_folder(aside, folder)
-    write_card(run, folder, model.model_name_or_path or stage.get("reference") or SMOLLM2)
+    write_card(run, folder, model.model_name_or_path or reference or SMOLLM2)
 
 
 def _rows_trained(trainer: Any, checkpoint: str | None) -> float:
