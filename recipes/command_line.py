@@ -31,6 +31,7 @@ LORA_RATE = 10  # times the rate of all weights; on chit-chat it reaches the sam
 ELSEWHERE = {
     "adam8bit": "optim adamw_bnb_8bit", "batch_size": "per_device_train_batch_size", "cutoff_len": "max_length",
     "data_path": "dataset_name", "dataset": "dataset_name", "dataset_path": "dataset_name",
+    "do_copy": "reference_update copy", "do_polyak": "reference_update polyak",
     "epochs": "num_train_epochs", "eval_dataset": "eval_dataset_name", "eval_file": "eval_dataset_name",
     "evaluation_strategy": "eval_strategy", "finetuning_type": "use_peft",
     "grad_accum": "gradient_accumulation_steps", "lora_rank": "lora_r", "lr": "learning_rate",
@@ -253,8 +254,8 @@ class RecipeParser(OptionParser):
             if field in self.of_the_run:
                 raise UserError(f"--{name} is of the whole run: pass --{field}")
             own += [option[0].replace(f"{stage}.", "", 1), *option[1:]]
-            if field == "optim":
-                shared.pop("optim_args", None)  # they are of the other optimizer
+        if any(name_of(word) == "optim" for word in own):
+            shared.pop("optim_args", None)  # they are of the other optimizer
         return rest, [word for option in shared.values() for word in option] + own
 
     def _values(self, words: list[str]) -> dict[str, Any]:
@@ -303,7 +304,9 @@ class RecipeParser(OptionParser):
             groups.insert(-1, (f"the stage before: {self.before}", text, of_stage))
         if not everything:
             of_a_sweep = ("beta", "learning_rate", "seed") if "betas" in values else ()  # each point's own
-            shown = [each for *_, group in groups for each in group if each.dest in rank and each.dest not in of_a_sweep]
+            shown = [
+                each for *_, group in groups for each in group if each.dest in rank and each.dest not in of_a_sweep
+            ]
             origin = f", some from {preset.parent.name}/{preset.name}" if preset else ""
             groups = [(f"options [default{origin}]", None, shown)]
         formatter = self._get_formatter()

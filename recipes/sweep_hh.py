@@ -1,4 +1,4 @@
-"""β × learning rate × seed × SFT epochs: one SFT and one pass of the reference for each value of the last, a table, one page.
+"""β × learning rate × seed × SFT epochs, as a table and one page; each value of the last has one SFT and reference.
 
 # the quickstart's model and pairs, three values of β
 python recipes/sweep_hh.py --betas 0.1 0.3 0.5 --output_dir runs/betas

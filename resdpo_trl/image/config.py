@@ -37,9 +37,7 @@ class ImageModelConfig:
     stem: Literal["cifar", "imagenet"] = option(
         "cifar", "First layers of a ResNet: 3×3 without max-pool (cifar) or torchvision's own (imagenet)."
     )
-    head: Literal["linear", "dropout"] = option(
-        "linear", "Last layers: one linear, or two linear ones with dropout."
-    )
+    head: Literal["linear", "dropout"] = option("linear", "Last layers: one linear, or two linear ones with dropout.")
     dropout: float = option(0.1, "Probability of the dropout head.")
     widths: list[int] = option([64, 128, 256], "Channels of the stages of --arch fast.")
     pretrained_weights: str | None = option(
@@ -63,9 +61,7 @@ class ImageTraining(OneMachine):
 
     per_device_train_batch_size: int = option(128, "Images of a step on each device.")
     per_device_eval_batch_size: int = option(512, "Images of an evaluation batch.")
-    dataloader_drop_last: bool = option(
-        True, "Leave out an epoch's last, smaller batch, whose batch norms are noisy."
-    )
+    dataloader_drop_last: bool = option(True, "Leave out an epoch's last, smaller batch, whose batch norms are noisy.")
     max_grad_norm: float = option(0.0, "Clip the gradient's norm; 0 for no clipping.")
     metric_for_best_model: str | None = option("eval_accuracy", "Figure by which the best epoch is chosen.")
     greater_is_better: bool | None = option(
@@ -130,9 +126,7 @@ class ImageDPOConfig(ReferenceUpdate, ImageTraining, TrainingArguments):  # type
         "The rejected class: any of all (random), any wrong one (uniform), a wrong one by the reference's "
         "probabilities (hard), or every wrong one, exactly (all).",
     )
-    compare_modes: list[str] = option(
-        [], "Further modes to train from the same reference, as all/copy or hard/polyak."
-    )
+    compare_modes: list[str] = option([], "Further modes to train from the same reference, as all/copy or hard/polyak.")
     compare_cross_entropy: bool = option(
         False, "Also train by cross-entropy from scratch, for --num_train_epochs, and end with a table."
     )

@@ -75,7 +75,8 @@ class ImageRun(Job):
                 "accelerate_configs/multi_gpu.yaml"
             )
         parts = {"data": data, "model": model, "augmentation": augment}
-        stages = {} if before is None else {"reference": before}
+        needed = self.reference is None or getattr(training, "compare_cross_entropy", False)
+        stages = {"reference": before} if before is not None and needed else {}
         super().__init__(training, options, parts, stages, preset, given)
 
     def say_what_runs(self) -> None:

@@ -84,7 +84,7 @@ class TextModelConfig(ModelConfig):
 
     model_name_or_path: str | None = option(
         None,
-        "Any causal language model: a Hub id, a folder, a .gguf file, or smollm2 (the default), which needs no network.",
+        "Any causal language model: a Hub id, a folder, a .gguf file, or smollm2 (the default; it needs no network).",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = option(
         None,
@@ -163,7 +163,7 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
     )
     reference_cache_dir: str = option(
         "auto",
-        "Folder that keeps the reference's log-probabilities for later runs; 'auto' is below HF_HOME, 'none' keeps none.",
+        "Folder that keeps the reference's log-probabilities for later runs; auto is below HF_HOME, none keeps none.",
     )
 
     def __post_init__(self) -> None:

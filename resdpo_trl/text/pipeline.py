@@ -88,9 +88,7 @@ class TextRun(Job):
         if model.dtype is None and model.use_peft and training.bf16 and not isinstance(training, TextRewardConfig):
             model.dtype = "bfloat16"  # autocast would convert the frozen float32 weights again in every step
         before = {"sft": self.sft} if self.sft is not None and self.sft is not training else {}
-        super().__init__(
-            training, options, {"data": data, "model": model, "samples": samples}, before, preset, given
-        )
+        super().__init__(training, options, {"data": data, "model": model, "samples": samples}, before, preset, given)
 
     def _check_model_flags(self, given: Collection[str]) -> None:
         if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
@@ -188,9 +186,7 @@ class TextRun(Job):
 
     def _facts(self, args: Any) -> dict[str, Any]:
         rows = (self.texts[split]["pair"][:] for split in ("train", "validation"))
-        return self.facts(
-            args, *rows, max_length=args.max_length, max_response_length=self.data.max_response_length
-        )
+        return self.facts(args, *rows, max_length=args.max_length, max_response_length=self.data.max_response_length)
 
     def _sources(self) -> list[tuple[str, str]]:
         """(name, flag) of every place a tokenizer comes from; the first one's is used."""

@@ -158,7 +158,6 @@ class OneMachine:
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in torch's old DataParallel
 
-
     @property
     def is_skipped(self) -> bool:
         """Whether the stage is left out, and what it starts from taken as it is."""
