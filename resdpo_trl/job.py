@@ -199,6 +199,14 @@ class Job:
         PartialState().wait_for_everyone()
         return str(found) if found else None
 
+    def train(self, trainer: Any, stage: str) -> tuple[float, int]:
+        """Train a stage, from its checkpoint if there is one: the seconds without evaluation, and its first step."""
+        started = time.perf_counter()
+        checkpoint = self.checkpoint(stage)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        return seconds, step_of(Path(checkpoint)) if checkpoint else 0
+
     def publish(self, folder: Path, save: Callable[[str], Any], processor: Any, facts: dict[str, Any]) -> None:
         """Save a model, its tokenizer or image processor and the facts of its training whole or not at all: aside, then
         renamed."""

@@ -17,12 +17,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from transformers import set_seed
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.config import (
-    ImageCrossEntropyConfig,
-    ImageDPOConfig,
-    ImageModelConfig,
-    parse_mode,
-)
+from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig, ImageModelConfig, parse_mode
 from resdpo_trl.image.data import QUICKSTART, AugmentConfig, ImageDataConfig, LabelledImages, load_images
 from resdpo_trl.image.model import (
     FAST,
@@ -40,7 +35,6 @@ from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, table, with_intervals
 from resdpo_trl.run.card import write_card
-from resdpo_trl.run.files import step_of
 from resdpo_trl.run.provenance import read_facts
 from resdpo_trl.run.report import SIDE_BY_SIDE, side_by_side
 from resdpo_trl.sources import SPLITS, describe_cuts, describe_left_out
@@ -137,12 +131,10 @@ class ImageRun(Job):
             if config.arch != self.model.arch:
                 weights = None  # they are --arch's
         else:
+            shape = dataclasses.asdict(self.model)
+            del shape["pretrained_weights"]
             config = ImageClassifierConfig(
-                arch=self.model.arch,
-                stem=self.model.stem,
-                head=self.model.head,
-                dropout=self.model.dropout,
-                widths=self.model.widths,
+                **shape,
                 image_size=images["train"].pixels.shape[2],
                 id2label=dict(enumerate(names)),
                 label2id={name: number for number, name in enumerate(names)},
@@ -196,10 +188,10 @@ class ImageRun(Job):
         use_run_callbacks(trainer, self.run, stage, "cross-entropy")
         if not self.before:
             self.push_saves(trainer)
-        seconds, trained = self._train(trainer, stage)
+        timed = self.train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         summary: dict[str, Any] = {
-            "steps": trainer.state.global_step, **epochs(trainer), **_speed(seconds, trained),
+            "steps": trainer.state.global_step, **epochs(trainer), **_speed(trainer, *timed),
         }  # fmt: skip
         for split in ("validation", "test"):
             if split == "validation" or stage != "reference":  # the reference meets the test with the policy
@@ -238,11 +230,7 @@ class ImageRun(Job):
             if mode in compared:
                 continue
             sampling, update = parse_mode(mode)
-            args = dataclasses.replace(
-                self.training,
-                rejected_sampling=sampling,
-                reference_update=update,
-            )
+            args = dataclasses.replace(self.training, rejected_sampling=sampling, reference_update=update)
             name = mode.replace("/", "-")
             compared[mode], _ = self._dpo(f"dpo-{name}", images, args, folder / name)
             self.run.summarize(compared=compared)
@@ -270,7 +258,7 @@ class ImageRun(Job):
         use_run_callbacks(trainer, self.run, stage, "DPO")
         if stage == "dpo":
             self.push_saves(trainer)
-        seconds, trained = self._train(trainer, stage)
+        timed = self.train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
             first = load_classifier(name, "reference").state_dict()
@@ -283,7 +271,7 @@ class ImageRun(Job):
             "loss_type": list(loss.loss_types),
             "rejected_sampling": args.rejected_sampling,
             "reference_update": args.reference_update,
-            **_speed(seconds, trained),
+            **_speed(trainer, *timed),
         }
         reference: dict[str, Any] = {}
         for split in ("validation", "test"):
@@ -324,17 +312,6 @@ class ImageRun(Job):
             },
         }
 
-    def _train(self, trainer: ImageCrossEntropyTrainer, stage: str) -> tuple[float, int]:
-        """Train; the seconds it took without evaluation, and the images it saw."""
-        checkpoint = self.checkpoint(stage)
-        first = step_of(Path(checkpoint)) if checkpoint else 0
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started - trainer.evaluation_seconds
-        args = trainer.args
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return seconds, (trainer.state.global_step - first) * rows
-
     def finish(self) -> None:
         """The end of the run, with the model card."""
         self.end(describe_results, partial(write_card, self.run, self.run.policy, self.reference))
@@ -351,8 +328,10 @@ def _png(pixels: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _speed(seconds: float, images: int) -> dict[str, float]:
-    return {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
+def _speed(trainer: ImageCrossEntropyTrainer, seconds: float, first_step: int) -> dict[str, float]:
+    args = trainer.args
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {"seconds": seconds, "images_per_second": (trainer.state.global_step - first_step) * rows / seconds}
 
 
 def describe_images(counts: dict[str, Any]) -> str:

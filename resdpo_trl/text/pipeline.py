@@ -21,18 +21,12 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.run.card import write_card
-from resdpo_trl.run.files import ASIDE, replace_folder, step_of
+from resdpo_trl.run.files import ASIDE, replace_folder
 from resdpo_trl.run.folder import RunFolder
 from resdpo_trl.run.hub import check_public_base
 from resdpo_trl.run.provenance import read_facts, write_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SPLITS, describe_cuts, describe_left_out, first_line, source_name
-from resdpo_trl.text.config import (
-    SamplesConfig,
-    TextDPOConfig,
-    TextModelConfig,
-    TextRewardConfig,
-    TextSFTConfig,
-)
+from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextRewardConfig, TextSFTConfig
 from resdpo_trl.text.data import QUICKSTART, TextDataConfig, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import (
@@ -91,33 +85,31 @@ class TextRun(Job):
         super().__init__(training, options, {"data": data, "model": model, "samples": samples}, before, preset, given)
 
     def _check_model_flags(self, given: Collection[str]) -> None:
-        if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
+        model, training, reward = self.model, self.training, isinstance(self.training, TextRewardConfig)
+        if model.load_in_4bit or model.load_in_8bit:
+            refused = {
+                "freeze the model's weights: add --use_peft to train adapters": not model.use_peft,
+                "are not supported with FSDP and DeepSpeed: drop them, or use accelerate_configs/multi_gpu.yaml": (
+                    is_sharded()
+                ),
+                "are not supported for a reward model: drop them": reward,
+            }
+            for why in (why for why, found in refused.items() if found):
+                raise UserError(f"--load_in_4bit and --load_in_8bit {why}")
+        figure = training.metric_for_best_model
+        if figure is not None and figure.removeprefix("eval_") not in training.figures:
             raise UserError(
-                "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
+                f"--metric_for_best_model {figure}: no such figure; evaluation has {', '.join(training.figures)}"
             )
-        if is_sharded() and (self.model.load_in_4bit or self.model.load_in_8bit):
-            raise UserError(
-                "--load_in_4bit and --load_in_8bit are not supported with FSDP and DeepSpeed: drop them, or use "
-                "accelerate_configs/multi_gpu.yaml"
-            )
-        figure = self.training.metric_for_best_model
-        if figure is not None and figure.removeprefix("eval_") not in self.training.figures:
-            raise UserError(
-                f"--metric_for_best_model {figure}: no such figure; evaluation has {', '.join(self.training.figures)}"
-            )
-        if isinstance(self.training, TextRewardConfig) and (self.model.load_in_4bit or self.model.load_in_8bit):
-            raise UserError("--load_in_4bit and --load_in_8bit are not supported for a reward model: drop them")
-        if getattr(self.training, "reference_update", "frozen") != "frozen" and self.model.use_peft:
+        if getattr(training, "reference_update", "frozen") != "frozen" and model.use_peft:
             raise UserError(
                 "--reference_update moves a full reference model, which --use_peft does not keep: pass --use_peft "
                 "false, or drop it"
             )
-        trains_adapter = self._trains_adapter
-        if self.training.merge_adapter and not trains_adapter and "merge_adapter" in given:
+        if training.merge_adapter and not self._trains_adapter and "merge_adapter" in given:
             raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or drop the flag")
-        merges = self.training.merge_adapter or isinstance(self.training, TextRewardConfig)  # which always is
-        if self.training.push_to_hub and trains_adapter and not merges:
-            check_public_base(full_model(*self._sources()[0]))
+        if training.push_to_hub and self._trains_adapter and not training.merge_adapter and not reward:
+            check_public_base(full_model(*self._sources()[0]))  # a reward model's adapter is always merged
 
     @property
     def _trains_adapter(self) -> bool:
@@ -249,11 +241,7 @@ class TextRun(Job):
         self.run.summarize(
             sft={
                 "train": {"loss": trainer.mean_training_loss},
-                "validation": {
-                    "loss_before": before and before["loss"],
-                    "loss_after": after,
-                    "n": len(held_out),
-                },
+                "validation": {"loss_before": before and before["loss"], "loss_after": after, "n": len(held_out)},
                 "steps": trainer.state.global_step,
                 "seconds": seconds,
             }
@@ -348,10 +336,7 @@ class TextRun(Job):
         if args.precompute_ref_log_probs:
             test = trainer.add_reference(test)
             trainer.ref_model = None  # all that it says of these pairs is known
-        started = time.perf_counter()
-        checkpoint = self.checkpoint("dpo")
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        timed = self.train(trainer, "dpo")
         loss = trainer.preference_loss
         self.publish(self.run.policy, trainer.save_model, self.tokenizer, self._facts(args))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
@@ -359,32 +344,43 @@ class TextRun(Job):
                 str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
             )
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
-        validation = trainer.validation_scores(epochs(trainer)["kept_step"])
-        scores = trainer.score(test, "Test")
-        figures = {
-            split: with_intervals(preference_metrics(found, loss) | raw_accuracy(found))
-            for split, found in (("validation", validation), ("test", scores))
+        per_pair = {
+            split: preference_metrics(found, loss) | raw_accuracy(found)
+            for split, found in (
+                ("validation", trainer.validation_scores(epochs(trainer)["kept_step"])),
+                ("test", trainer.score(test, "Test")),
+            )
         }
-        step, epoch = trainer.state.global_step, trainer.state.epoch
-        self.run.log("dpo", "test", step, epoch, figures["test"])
-        self.run.write_rows("scores.jsonl", self._scored(pairs["test"], preference_metrics(scores, loss)))
-        self.run.summarize(
-            dpo={
-                "train": trainer.last_train_metrics(),
-                **figures,
-                "steps": step,
-                **epochs(trainer),
-                "beta": loss.beta,
-                "loss_type": list(loss.loss_types),
-            },
-            throughput={
-                "preparation_seconds": self.preparation_seconds,
-                "reference_seconds": trainer.reference_seconds,
-                "reference_pairs_read_from_cache": trainer.reference_pairs_read,
-                "dpo_seconds": seconds,
-                "dpo_pairs_per_second": _rows_trained(trainer, checkpoint) / seconds,
-            },
-        )
+        self._summarize(
+            "dpo", trainer, pairs["test"], per_pair, timed, {"beta": loss.beta, "loss_type": list(loss.loss_types)},
+            reference_seconds=trainer.reference_seconds,
+            reference_pairs_read_from_cache=trainer.reference_pairs_read,
+        )  # fmt: skip
+
+    def _summarize(
+        self,
+        stage: str,
+        trainer: Any,
+        pairs: Dataset,
+        per_pair: dict[str, Any],
+        timed: tuple[float, int],
+        settings: dict[str, Any],
+        **throughput: Any,
+    ) -> None:
+        """The figures of the stage that ends the run, into its files; the trainer is let go of."""
+        state = trainer.state
+        figures = {split: with_intervals(found) for split, found in per_pair.items()}
+        seconds, first = timed
+        rows_trained = (state.global_step - first) / state.global_step * state.epoch * len(trainer.train_dataset)
+        self.run.log(stage, "test", state.global_step, state.epoch, figures["test"])
+        self.run.write_rows("scores.jsonl", self._scored(pairs, per_pair["test"]))
+        of_stage = {"train": trainer.last_train_metrics(), **figures, "steps": state.global_step, **epochs(trainer)}
+        throughput |= {
+            "preparation_seconds": self.preparation_seconds,
+            f"{stage}_seconds": seconds,
+            f"{stage}_pairs_per_second": rows_trained / seconds,
+        }
+        self.run.summarize(**{stage: of_stage | settings}, throughput=throughput)
         free(trainer)
 
     # --- the reward model ----------------------------------------------------------------------------------------
@@ -411,32 +407,12 @@ class TextRun(Job):
                 peft_config=peft_config,
             )
         use_run_callbacks(trainer, self.run, "reward", "Reward model")
-        started = time.perf_counter()
-        checkpoint = self.checkpoint("reward")
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        timed = self.train(trainer, "reward")
         save = partial(save_reward_model, trainer, untrained)
         self.publish(self.run.reward_model, save, self.tokenizer, self._facts(args))
         per_pair = {split: trainer.pair_figures(rows[split], split) for split in ("validation", "test")}
-        figures = {split: with_intervals(found) for split, found in per_pair.items()}
-        step, epoch = trainer.state.global_step, trainer.state.epoch
-        self.run.log("reward", "test", step, epoch, figures["test"])
-        self.run.write_rows("scores.jsonl", self._scored(pairs["test"], per_pair["test"]))
-        self.run.summarize(
-            reward={
-                "train": trainer.last_train_metrics(),
-                **figures,
-                "steps": step,
-                **epochs(trainer),
-                "center_rewards_coefficient": args.center_rewards_coefficient,
-            },
-            throughput={
-                "preparation_seconds": self.preparation_seconds,
-                "reward_seconds": seconds,
-                "reward_pairs_per_second": _rows_trained(trainer, checkpoint) / seconds,
-            },
-        )
-        free(trainer)
+        settings = {"center_rewards_coefficient": args.center_rewards_coefficient}
+        self._summarize("reward", trainer, pairs["test"], per_pair, timed, settings)
 
     def _scored(self, pairs: Dataset, figures: dict[str, Any]) -> list[dict[str, Any]]:
         """Every test pair's rewards; the pairs that are ranked most wrongly and most rightly with their texts."""
@@ -493,6 +469,14 @@ class TextRun(Job):
     def finish(self) -> None:
         """The end of the run, with the model card."""
         base = str(self.base or self.reference)
+        folder, ends = self.run.trained, stop_tokens(self.tokenizer)
+        if len(ends) > 1 and (folder / "adapter_config.json").is_file():
+            end = self.tokenizer.convert_ids_to_tokens(ends[-1])
+            self.say(
+                f"{folder} is an adapter: transformers' pipeline ends its answers where its base ends them, which may "
+                f"not be at {end}; pass generation_config=GenerationConfig.from_pretrained('{folder}') with each call, "
+                "or train with --merge_adapter"
+            )
         self.end(describe_results, partial(write_card, self.run, self.run.trained, base))
 
 
@@ -541,13 +525,6 @@ def merge_run(path: Path) -> None:
     write_facts(aside, read_facts(str(folder), None, str(folder)))
     replace_folder(aside, folder)
     write_card(run, folder, model.model_name_or_path or reference or SMOLLM2)
-
-
-def _rows_trained(trainer: Any, checkpoint: str | None) -> float:
-    """Rows that training went through since its checkpoint, each epoch's anew."""
-    step = trainer.state.global_step
-    first = step_of(Path(checkpoint)) if checkpoint else 0
-    return (step - first) / step * trainer.state.epoch * len(trainer.train_dataset)
 
 
 def describe_data(counts: dict[str, Any]) -> str:
