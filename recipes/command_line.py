@@ -190,14 +190,11 @@ class RecipeParser(OptionParser):
         )
         if dataclass_types:
             self.add_argument("--help_all", action="store_true", help="show every option")
-        self.section = section
-        self.stage: OptionParser | None = None
-        if before is not None:
-            self.before, kind = before
-            self.stage = OptionParser((kind,), allow_abbrev=False, add_help=False)
-            self.stage.prefix = f"{self.before}."
-            self.of_the_run: frozenset[str] = kind.of_the_run
-            self.shared = {each.name for each in fields(kind)} - kind.of_one_stage
+        self.section, (self.before, kind) = section, before or ("", None)
+        self.stage = OptionParser((kind,) if kind else (), allow_abbrev=False, add_help=False)
+        self.stage.prefix = f"{self.before}."
+        self.of_the_run: frozenset[str] = kind.of_the_run if kind else frozenset()
+        self.shared = {each.name for each in fields(kind)} - kind.of_one_stage if kind else set()
 
     def parse(
         self, default_preset: str | None = None, given: Sequence[str] | None = None
@@ -225,35 +222,33 @@ class RecipeParser(OptionParser):
                 defaults += self._lora_rates(defaults, flags)
             self._show_help(defaults + flags, preset, everything="--help_all" in helps)
             raise SystemExit(0)
-        known = {name: name for name in self.names()} | {f"{self.section}.{name}": name for name in self.names()}
-        if self.stage is not None:
-            known |= {name: name for name in (f"{self.before}.{each}" for each in self.stage.names())}
+        names = [*self.names(), *(f"{self.before}.{name}" for name in self.stage.names())]
+        known = {f"{self.section}.{name}": name for name in names} | {name: name for name in names}
         for words, place in ((defaults, f"{preset}: "), (flags, "")):
             try:
                 own, of_stage = self._parted(words)
                 self.check(own, known, in_a_file=bool(place))
-                if self.stage is not None:
-                    self.stage.check(of_stage, known, in_a_file=bool(place))
+                self.stage.check(of_stage, known, in_a_file=bool(place))
             except UserError as error:
                 raise UserError(f"{place}{error}") from None
         own, of_stage = self._parted(defaults + self._lora_rates(defaults, flags) + flags)
         parsed, count = self.build(own), len(self.dataclass_types)
         self.added: argparse.Namespace = parsed[count]  # --verbose and what a recipe added
-        return parsed[:count] + (self.stage.build(of_stage)[:1] if self.stage is not None else []), preset
+        return [*parsed[:count], *self.stage.build(of_stage)], preset
 
     def _parted(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
         """The words of the recipe's own options, and those of the stage before it: shared ones, then its own."""
         rest, shared, own = list[str](), dict[str, list[str]](), list[str]()
         for name, option in options_of(words):
             stage, dot, field = name.partition(".")
-            if self.stage is None or not dot or stage != self.before:
+            if not dot or stage != self.before:
                 rest += option
-                if self.stage is not None and name.removeprefix("no_") in self.shared:
+                if name.removeprefix("no_") in self.shared:
                     shared[name.removeprefix("no_")] = option
-                continue
-            if field in self.of_the_run:
+            elif field in self.of_the_run:
                 raise UserError(f"--{name} is of the whole run: pass --{field}")
-            own += [option[0].replace(f"{stage}.", "", 1), *option[1:]]
+            else:
+                own += [option[0].replace(f"{stage}.", "", 1), *option[1:]]
         if any(name_of(word) == "optim" for word in own):
             shared.pop("optim_args", None)  # they are of the other optimizer
         return rest, [word for option in shared.values() for word in option] + own
@@ -261,11 +256,8 @@ class RecipeParser(OptionParser):
     def _values(self, words: list[str]) -> dict[str, Any]:
         """Every option's value by its flag's name: of these words, or the default."""
         own, of_stage = self._parted(words)
-        values = vars(self.parse_known_args(own)[0])
-        if self.stage is not None:
-            found = vars(self.stage.parse_known_args(of_stage)[0])
-            values |= {f"{self.before}.{name}": value for name, value in found.items()}
-        return values
+        found = vars(self.stage.parse_known_args(of_stage)[0])
+        return vars(self.parse_known_args(own)[0]) | {f"{self.before}.{name}": value for name, value in found.items()}
 
     def _lora_rates(self, defaults: list[str], flags: list[str]) -> list[str]:
         """Learning rates as words, where no flag gives one and the preset's, or the default, is of the other training:
@@ -294,7 +286,7 @@ class RecipeParser(OptionParser):
                 values |= vars(kind(**of_it))
         rank = {name: place for place, name in enumerate(SHOWN)}
         groups = [(group.title, group.description, group._group_actions) for group in self._action_groups]
-        if self.stage is not None:
+        if self.before:
             of_stage = [copy.copy(action) for action in self.stage._actions if action.dest not in self.shared]
             for action in of_stage:
                 action.dest = f"{self.before}.{action.dest}"
@@ -342,7 +334,7 @@ class RecipeParser(OptionParser):
         if "dataset_name" not in self.given:
             content |= sections.get("data", {})
         content |= sections.get(self.section, {})
-        if self.stage is not None:
+        if self.before:
             content |= {f"{self.before}.{name}": value for name, value in sections.get(self.before, {}).items()}
         words: list[str] = []
         for name, value in content.items():

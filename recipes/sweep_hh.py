@@ -28,7 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import RecipeParser, on_one_process, run
+from command_line import RecipeParser, on_one_process, options_of, run
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.study.sweep import (
@@ -54,17 +54,13 @@ ONE_RUN = (
 
 def shared_flags(words: list[str]) -> list[str]:
     """The command line without the flags that the sweep sets for each point."""
-    kept, dropping = [], False
-    for word in words:
-        if word.startswith("--"):
-            name = word.partition("=")[0].lstrip("-").replace("-", "_")
-            if name in ("overwrite_output_dir", "push_to_hub", "hub_token"):
-                raise UserError(f"--{name} is for one run, not for a sweep: leave it out")
-            if name in ("beta", "learning_rate", "seed"):
-                raise UserError(f"--{name} is each point's own: pass --betas, --learning_rates or --seeds")
-            dropping = name in ONE_RUN
-        if not dropping:
-            kept.append(word)
+    kept: list[str] = []
+    for name, option in options_of(words):
+        if name in ("overwrite_output_dir", "push_to_hub", "hub_token"):
+            raise UserError(f"--{name} is for one run, not for a sweep: leave it out")
+        if name in ("beta", "learning_rate", "seed"):
+            raise UserError(f"--{name} is each point's own: pass --betas, --learning_rates or --seeds")
+        kept += option if name not in ONE_RUN else []
     return kept
 
 
@@ -80,8 +76,7 @@ def main() -> None:
     parsed, preset = parser.parse(default_preset="hh/quickstart.yaml")
     sweep, data, model, dpo, samples, options, sft = parsed
     started = time.perf_counter()
-    named = any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in sys.argv[1:])
-    output_dir = Path(dpo.output_dir if named else "runs/sweep_hh")
+    output_dir = Path(dpo.output_dir if "output_dir" in parser.given else "runs/sweep_hh")
     points = points_of(sweep, dpo.learning_rate, dpo.seed, output_dir, sft.num_train_epochs, dpo.reference)
     point_flags = list(shared)
     if preset is not None and "--config" not in " ".join(shared):

@@ -204,7 +204,7 @@ class TextRun(Job):
             return
         if self.sft is None:
             name, flag = self._sources()[0]
-            model = load_model(name, self.model, self.training.trust_remote_code, flag)
+            model = self._load(name, flag)
             self._prepare(model)
             save = model.save_pretrained if self.run.main_process else silent
             facts = read_facts(local_model(name, flag), None, flag)
@@ -213,7 +213,7 @@ class TextRun(Job):
             self.publish(self.run.reference, save, self.tokenizer, facts)
             self.run.summarize(sft={"skipped": name})
             return
-        model = self._base_model()
+        model = self._load(str(self.base), "--model_name_or_path")
         self._prepare(model)
         checkpoint = self.checkpoint("sft")
         # not by `evaluate` before training: accelerate would take the model for prepared, and never average gradients
@@ -236,7 +236,10 @@ class TextRun(Job):
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
-        before, after = self.run.logged("sft", "validation", 0), self._sft_loss(trainer)
+        before = self.run.logged("sft", "validation", 0)
+        evaluated = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+        kept = epochs(trainer)["kept_step"]  # the weights that are kept
+        after = evaluated[kept] if kept in evaluated else trainer.evaluate()["eval_loss"]
         self.publish(self.run.reference, trainer.save_model, self.tokenizer, self._facts(args))
         self.run.summarize(
             sft={
@@ -265,14 +268,8 @@ class TextRun(Job):
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
         end_answers(model, self.tokenizer)
 
-    def _sft_loss(self, trainer: TextSFTTrainer) -> float:
-        """Validation loss of the weights that are kept."""
-        evaluated = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
-        kept = epochs(trainer)["kept_step"]
-        return evaluated[kept] if kept in evaluated else trainer.evaluate()["eval_loss"]
-
-    def _base_model(self) -> Any:
-        return load_model(str(self.base), self.model, self.training.trust_remote_code, "--model_name_or_path")
+    def _load(self, name: str | Path, flag: str) -> Any:
+        return load_model(str(name), self.model, self.training.trust_remote_code, flag)
 
     # --- the policy ----------------------------------------------------------------------------------------------
 
@@ -287,16 +284,16 @@ class TextRun(Job):
         free(trainer)
 
     def _dpo_trainer(self, pairs: dict[str, Dataset]) -> TextDPOTrainer:
-        reference = str(self.run.reference)
-        model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
-        adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
+        reference = self.run.reference
+        model = self._load(reference, "reference")
+        adapter_on_full = self.model.use_peft and not (reference / "adapter_config.json").is_file()
         args = self.arguments("dpo", self.training)
         sharded = is_sharded()
         if sharded and self.model.use_peft:
             args.precompute_ref_log_probs = False  # the policy without its adapter runs only once it is sharded
         ref_model = None
         if (sharded or not args.precompute_ref_log_probs) and not self.model.use_peft:
-            ref_model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
+            ref_model = self._load(reference, "reference")
         with adapter_refusals():
             return TextDPOTrainer(
                 model=model,
@@ -340,10 +337,8 @@ class TextRun(Job):
         loss = trainer.preference_loss
         self.publish(self.run.policy, trainer.save_model, self.tokenizer, self._facts(args))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
-            first_reference = load_model(
-                str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
-            )
-            trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
+            first = self._load(self.run.reference, "reference")
+            trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first.state_dict())
         per_pair = {
             split: preference_metrics(found, loss) | raw_accuracy(found)
             for split, found in (
@@ -443,10 +438,10 @@ class TextRun(Job):
         shown = pairs["test"].select(range(count))
         models: dict[str, Callable[[], Any]] = {}
         if self.base and self.run.summary["sft"].get("skipped") != self.base:  # else the reference is the base
-            models["base"] = self._base_model
+            models["base"] = partial(self._load, str(self.base), "--model_name_or_path")
         for name, folder in (("reference", self.run.reference), ("policy", self.run.policy)):
             if folder.is_dir():
-                models[name] = partial(load_model, str(folder), self.model, self.training.trust_remote_code, name)
+                models[name] = partial(self._load, folder, name)
         answers = {name: self._answers(name, load(), shown["prompt_ids"][:]) for name, load in models.items()}
         rows = []
         for index, pair in enumerate(shown):
