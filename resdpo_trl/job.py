@@ -94,7 +94,7 @@ class Job:
         for field, value in adapted.items():
             setattr(args, field, value)
             for name, stage in self.before.items():
-                if f"{name}.{field}" not in self.given:
+                if f"{name}.{field}" not in self.given and getattr(stage, field) > value:
                     setattr(stage, field, value)
         return adapted
 
