@@ -212,23 +212,27 @@ def config(generator: random.Random, rows: int, folder: Path) -> Iterator[tuple[
     import yaml
     from command_line import PRESETS, RecipeParser
 
-    from resdpo_trl.image.config import ImageDPOConfig, ImageModelConfig, ReferenceStageConfig
+    from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig, ImageModelConfig
     from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
-    from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+    from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextSFTConfig
     from resdpo_trl.text.data import TextDataConfig
     from resdpo_trl.training.arguments import RunConfig
 
     text_parser = RecipeParser(
-        (TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
+        (TextDataConfig, TextModelConfig, TextDPOConfig, SamplesConfig, RunConfig),
+        section="dpo",
+        before=("sft", TextSFTConfig),
     )
     image_parser = RecipeParser(
-        (ImageDataConfig, AugmentConfig, ImageModelConfig, ReferenceStageConfig, ImageDPOConfig, RunConfig)
+        (ImageDataConfig, AugmentConfig, ImageModelConfig, ImageDPOConfig, RunConfig),
+        section="dpo",
+        before=("reference", ImageCrossEntropyConfig),
     )
     parsers = {"hh": text_parser, "cifar": image_parser}
     presets = sorted(PRESETS.rglob("*.yaml"))
     extra = (
-        "&a [*a]", "!!python/object/apply:os.system ['x']", "!!timestamp x", "!!int ''", "!!bool x", "2001-99-99",
-        "{? [a] : b}", "[" * 3000, "*unknown", "|", "!!binary x", "0x", "1e999", "[1, [2]]", "{a: {b: c}}",
+        "!!python/object/apply:os.system ['x']", "2001-99-99", "{? [a] : b}", "*unknown", "|",
+        "!!binary x", "0x", "1e999", "[1, [2]]", "{a: {b: c}}",
     )  # fmt: skip
     for _ in range(rows // 5):
         preset = generator.choice(presets)

@@ -26,11 +26,12 @@ SMALL = [
 ]  # fmt: skip
 JOBS = {
     "text DPO": [
-        "dpo_hh.py", "--sft_epochs", "0.2", "--max_length", "64", "--num_samples", "0", "--max_train_samples", "400",
-        "--per_device_train_batch_size", "8", "--do_polyak",
+        "dpo_hh.py", "--sft.num_train_epochs", "0.2", "--max_length", "64", "--num_samples", "0",
+        "--max_train_samples", "400",
+        "--per_device_train_batch_size", "8", "--reference_update", "polyak",
     ],
     "image DPO": ["dpo_cifar.py", "--arch", "fast", "--widths", "24", "24", "--per_device_train_batch_size", "16",
-                  "--do_polyak"],
+                  "--reference_update", "polyak"],
 }  # fmt: skip
 
 

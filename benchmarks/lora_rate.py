@@ -21,7 +21,8 @@ from resdpo_trl.text.data import QUICKSTART, TextDataConfig, load_preferences
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dpo_hh.py"
 FIXED = [
-    "--model_name_or_path", "smollm2", "--sft_epochs", "0", "--max_length", "128", "--per_device_train_batch_size", "8",
+    "--model_name_or_path", "smollm2", "--sft.num_train_epochs", "0", "--max_length", "128",
+    "--per_device_train_batch_size", "8",
     "--warmup_steps", "0.1", "--logging_steps", "4", "--validation_fraction", "0.1", "--max_train_samples", "128",
     "--max_eval_samples", "96", "--max_test_samples", "8", "--num_samples", "0", "--save_strategy", "no", "--select",
     "last", "--bf16", "true", "--disable_tqdm", "true",

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import difflib
+import json
 import logging
 import os
 import signal
@@ -22,55 +24,33 @@ from typing import Any, NoReturn
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GO_ON = "what was written stays: a run goes on with the same command and --resume_from_checkpoint"
 PRESETS = Path(__file__).resolve().parent / "configs"
-# fields of a preset that are about its own data set
-OF_ITS_DATA = ("dataset_data_dir", "dataset_revision", "max_train_samples", "max_eval_samples", "max_test_samples")
-RATES = ("learning_rate", "sft_learning_rate")
+SECTIONS = ("data", "sft", "reference", "dpo", "reward")  # of a preset
 LORA_RATE = 10  # times the rate of all weights; on chit-chat it reaches the same loss (docs/results/text.md)
-LARGEST_PRESET = 64 * 2**10  # bytes
-DEEPEST_PRESET = 20  # PyYAML's time grows with the square of the depth, or worse
-# what PyYAML's constructors raise for "!!timestamp x", "!!bool x", "!!int ''" and 2001-99-99
-TAG_ERRORS = (AttributeError, KeyError, IndexError, ValueError)
 
-# what other tools call a field, or versions of transformers and TRL before these: the field here, and what differs
+# what other tools, and earlier versions of transformers and TRL, call a field: its name here, and what differs
 ELSEWHERE = {
-    "adam8bit": ("optim", "adamw_bnb_8bit"),
-    "batch_size": ("per_device_train_batch_size", ""),
-    "cutoff_len": ("max_length", ""),
-    "data_path": ("dataset_name", ""),
-    "dataset": ("dataset_name", ""),
-    "dataset_path": ("dataset_name", ""),
-    "epochs": ("num_train_epochs", ""),
-    "eval_dataset": ("eval_dataset_name", ""),
-    "eval_file": ("eval_dataset_name", ""),
-    "evaluation_strategy": ("eval_strategy", ""),
-    "finetuning_type": ("use_peft", ""),
-    "grad_accum": ("gradient_accumulation_steps", ""),
-    "lora_rank": ("lora_r", ""),
-    "lr": ("learning_rate", ""),
-    "max_completion_length": ("max_response_length", ""),
-    "max_prompt_length": ("max_length", "which counts the prompt with one response"),
-    "max_seq_length": ("max_length", ""),
-    "model": ("model_name_or_path", ""),
-    "model_name": ("model_name_or_path", ""),
-    "no_cuda": ("use_cpu", ""),
-    "pref_beta": ("beta", ""),
-    "pref_loss": ("loss_type", ""),
-    "reference_model": ("reference", ""),
-    "sft_checkpoint": ("reference", ""),
-    "test_file": ("eval_dataset_name", ""),
-    "torch_dtype": ("dtype", ""),
-    "train_file": ("dataset_name", ""),
-    "val_size": ("validation_fraction", ""),
-    "validation_split": ("validation_fraction", ""),
-    "warmup_ratio": ("warmup_steps", "of which a number below 1 is a share of the steps"),
-}
+    "adam8bit": "optim adamw_bnb_8bit", "batch_size": "per_device_train_batch_size", "cutoff_len": "max_length",
+    "data_path": "dataset_name", "dataset": "dataset_name", "dataset_path": "dataset_name",
+    "do_copy": "reference_update copy", "do_polyak": "reference_update polyak",
+    "epochs": "num_train_epochs", "eval_dataset": "eval_dataset_name", "eval_file": "eval_dataset_name",
+    "evaluation_strategy": "eval_strategy", "finetuning_type": "use_peft",
+    "grad_accum": "gradient_accumulation_steps", "lora_rank": "lora_r", "lr": "learning_rate",
+    "max_completion_length": "max_response_length",
+    "max_prompt_length": "max_length which counts the prompt with one response", "max_seq_length": "max_length",
+    "model": "model_name_or_path", "model_name": "model_name_or_path", "no_cuda": "use_cpu", "pref_beta": "beta",
+    "pref_loss": "loss_type", "reference_label_smoothing": "reference.label_smoothing_factor",
+    "reference_model": "reference", "sft_checkpoint": "reference", "test_file": "eval_dataset_name",
+    "torch_dtype": "dtype", "train_file": "dataset_name", "val_size": "validation_fraction",
+    "validation_split": "validation_fraction",
+    "warmup_ratio": "warmup_steps of which a number below 1 is a share of the steps",
+}  # fmt: skip
 
 # what --help shows of the options that a recipe has, the most important first; --help_all shows every one
 SHOWN = (
     "run", "runs", "models", "model", "reference", "dataset_name", "eval_dataset_name", "columns", "prompts", "prompt",
     "model_name_or_path", "arch", "pretrained_weights", "output_dir", "output", "betas", "learning_rates", "seeds",
     "beta", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length", "image_size",
-    "sft_epochs", "sft_learning_rate", "reference_epochs", "reference_learning_rate",
+    "sft.num_train_epochs", "sft.learning_rate", "reference.num_train_epochs", "reference.learning_rate",
     "reward_model", "loss_type", "reference_update", "rejected_sampling", "compare_modes",
     "compare_cross_entropy", "prefer", "use_peft", "merge_adapter", "dialogue_format", "max_train_samples",
     "max_eval_samples", "max_test_samples", "select", "gradient_checkpointing", "num_samples", "max_new_tokens",
@@ -136,10 +116,66 @@ class RecipeHelp(argparse.RawDescriptionHelpFormatter):
         return f"{action.help or ''} [{str(shown).replace('%', '%%')}]"
 
 
-class RecipeParser(TrlParser):
-    """TRL's parser with one-line refusals, the nearest name for an unknown field, and a default preset."""
+class OptionParser(TrlParser):
+    """TRL's parser with one-line refusals and the nearest name for an unknown field."""
 
-    def __init__(self, dataclass_types: Sequence[Any], description: str | None = None):
+    prefix = ""  # of the flags as the user writes them
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.replace("--", f"--{self.prefix}", 1))
+
+    def build(self, words: list[str]) -> list[Any]:
+        """The dataclasses of these words."""
+        try:
+            return list(self.parse_args_into_dataclasses(words, look_for_args_file=False))
+        except UserError as error:
+            self.error(str(error))
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            # a dataclass refused a value, a combination or a file: transformers and TRL say why in their first line
+            self.error(first_line(error))
+
+    def names(self) -> list[str]:
+        """The fields, without the spellings with hyphens."""
+        options = self._option_string_actions
+        return [option.lstrip("-") for option in options if "_" in option or "-" not in option[2:]]
+
+    def check(self, words: list[str], known: Mapping[str, str], in_a_file: bool) -> None:
+        """Raise a UserError for words that are no options; `known` has the names that a hint may give."""
+        for word in self.parse_known_args(words)[1]:
+            if not word.startswith("--"):
+                raise UserError(f"unexpected argument {word!r}")
+            name = f"{self.prefix}{name_of(word)}"
+            stage, _, rest = name.partition("_")
+            here, _, what = ELSEWHERE.get(name, f"{stage}.{ELSEWHERE.get(rest, rest)}").partition(" ")
+            near = difflib.get_close_matches(name, known.values(), 1)
+            hint = f"did you mean {near[0]}?" if near else "--help_all lists them"
+            if here in known and not difflib.get_close_matches(name, known.values(), 1, 0.9):
+                hint = f"here it is --{known[here]} {what}".rstrip()
+            raise UserError(f"unknown {'field ' if in_a_file else 'flag --'}{name}; {hint}")
+
+
+class RecipeParser(OptionParser):
+    """A recipe's parser: presets under the flags, and a stage that runs before the recipe's own training.
+
+    The fields at the top of a preset are for every stage, those in a section for one. The section `data` belongs to
+    the preset's own data set: --dataset_name names another, and the section does not count.
+    """
+
+    def __init__(
+        self,
+        dataclass_types: Sequence[Any],
+        description: str | None = None,
+        section: str = "",
+        before: tuple[str, Any] | None = None,
+    ):
+        """
+        Args:
+            dataclass_types: the configurations whose fields are flags.
+            description: the recipe's docstring.
+            section: of presets, the one for this recipe's own training.
+            before: section and configuration class of the stage before it. Its flags are --SECTION.field. It takes
+                what the other flags say of fields that it has too, but not those of `of_one_stage`.
+        """
         # a shortened flag is a guess: it would mean another field when one is added
         super().__init__(
             dataclass_types,
@@ -154,186 +190,177 @@ class RecipeParser(TrlParser):
         )
         if dataclass_types:
             self.add_argument("--help_all", action="store_true", help="show every option")
+        self.section, (self.before, kind) = section, before or ("", None)
+        self.stage = OptionParser((kind,) if kind else (), allow_abbrev=False, add_help=False)
+        self.stage.prefix = f"{self.before}."
+        self.of_the_run: frozenset[str] = kind.of_the_run if kind else frozenset()
+        self.shared = {each.name for each in fields(kind)} - kind.of_one_stage if kind else set()
+
+    def parse(
+        self, default_preset: str | None = None, given: Sequence[str] | None = None
+    ) -> tuple[list[Any], Path | None]:
+        """The dataclasses, the last of them that of the stage before, and the preset that is under them.
+
+        Args:
+            default_preset: preset (below recipes/configs) to use where neither --config nor --model_name_or_path is.
+            given: the command line; `sys.argv` by default.
+        """
+        flags = list(sys.argv[1:] if given is None else given)
+        helps = [word for word in flags if word in ("-h", "--help", "--help_all")]
+        of_config = OptionParser((), allow_abbrev=False, add_help=False)
+        of_config.add_argument("--config", type=Path)
+        found, flags = of_config.parse_known_args([word for word in flags if word not in helps])
+        self.given = {name for name, _ in options_of(flags)}
+        preset: Path | None = found.config
+        if preset is None and default_preset is not None and "model_name_or_path" not in self.given:
+            preset = PRESETS / default_preset
+        elif preset is not None and not preset.exists() and (PRESETS / preset).exists():
+            preset = PRESETS / preset  # hh/gpt2.yaml means recipes/configs/hh/gpt2.yaml
+        defaults = self._words_of(preset) if preset is not None else []
+        if helps:
+            with contextlib.suppress(UserError):  # help is for those whose flags are not right yet
+                defaults += self._lora_rates(defaults, flags)
+            self._show_help(defaults + flags, preset, everything="--help_all" in helps)
+            raise SystemExit(0)
+        names = [*self.names(), *(f"{self.before}.{name}" for name in self.stage.names())]
+        known = {f"{self.section}.{name}": name for name in names} | {name: name for name in names}
+        for words, place in ((defaults, f"{preset}: "), (flags, "")):
+            try:
+                own, of_stage = self._parted(words)
+                self.check(own, known, in_a_file=bool(place))
+                self.stage.check(of_stage, known, in_a_file=bool(place))
+            except UserError as error:
+                raise UserError(f"{place}{error}") from None
+        own, of_stage = self._parted(defaults + self._lora_rates(defaults, flags) + flags)
+        parsed, count = self.build(own), len(self.dataclass_types)
+        self.added: argparse.Namespace = parsed[count]  # --verbose and what a recipe added
+        return [*parsed[:count], *self.stage.build(of_stage)], preset
+
+    def _parted(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The words of the recipe's own options, and those of the stage before it: shared ones, then its own."""
+        rest, shared, own = list[str](), dict[str, list[str]](), list[str]()
+        for name, option in options_of(words):
+            stage, dot, field = name.partition(".")
+            if not dot or stage != self.before:
+                rest += option
+                if name.removeprefix("no_") in self.shared:
+                    shared[name.removeprefix("no_")] = option
+            elif field in self.of_the_run:
+                raise UserError(f"--{name} is of the whole run: pass --{field}")
+            else:
+                own += [option[0].replace(f"{stage}.", "", 1), *option[1:]]
+        if any(name_of(word) == "optim" for word in own):
+            shared.pop("optim_args", None)  # they are of the other optimizer
+        return rest, [word for option in shared.values() for word in option] + own
+
+    def _values(self, words: list[str]) -> dict[str, Any]:
+        """Every option's value by its flag's name: of these words, or the default."""
+        own, of_stage = self._parted(words)
+        found = vars(self.stage.parse_known_args(of_stage)[0])
+        return vars(self.parse_known_args(own)[0]) | {f"{self.before}.{name}": value for name, value in found.items()}
+
+    def _lora_rates(self, defaults: list[str], flags: list[str]) -> list[str]:
+        """Learning rates as words, where no flag gives one and the preset's, or the default, is of the other training:
+        of all weights for LoRA, or of LoRA for all weights.
+        """
+        preset, asked = self._values(defaults), self._values(defaults + flags)
+        known = {name for name, _ in options_of(defaults)}
+        words: list[str] = []
+        for name in asked:
+            if "use_peft" not in asked or name.rpartition(".")[2] != "learning_rate" or name in self.given:
+                continue
+            of_lora = preset["use_peft"] and name in known
+            if asked["use_peft"] != of_lora:
+                factor = LORA_RATE if asked["use_peft"] else 1 / LORA_RATE
+                words += [f"--{name}", f"{factor * preset[name]:g}"]
+        return words
 
     def _show_help(self, words: list[str], preset: Path | None, everything: bool) -> None:
         """Print the options with the values that a run of these words would use; `preset` gave some of them."""
         values: dict[str, Any] = {}
         with contextlib.suppress(UserError):  # what the recipe cannot do without is not given
-            values |= vars(self.parse_known_args(words)[0])
+            values |= self._values(words)
         for kind in self.dataclass_types:  # some values follow from others, or from the hardware
             of_it = {each.name: values[each.name] for each in fields(kind) if each.init and each.name in values}
             with contextlib.suppress(UserError):
                 values |= vars(kind(**of_it))
-        for action in self._actions:
-            action.default = values.get(action.dest, action.default)
         rank = {name: place for place, name in enumerate(SHOWN)}
+        groups = [(group.title, group.description, group._group_actions) for group in self._action_groups]
+        if self.before:
+            of_stage = [copy.copy(action) for action in self.stage._actions if action.dest not in self.shared]
+            for action in of_stage:
+                action.dest = f"{self.before}.{action.dest}"
+                action.option_strings = [f"--{self.before}.{option.lstrip('-')}" for option in action.option_strings]
+            text = f"Other options of training are of both stages; --{self.before}.field sets one for this stage alone."
+            of_stage = [action for action in of_stage if action.dest.partition(".")[2] not in self.of_the_run]
+            groups.insert(-1, (f"the stage before: {self.before}", text, of_stage))
+        if not everything:
+            of_a_sweep = ("beta", "learning_rate", "seed") if "betas" in values else ()  # each point's own
+            shown = [
+                each for *_, group in groups for each in group if each.dest in rank and each.dest not in of_a_sweep
+            ]
+            origin = f", some from {preset.parent.name}/{preset.name}" if preset else ""
+            groups = [(f"options [default{origin}]", None, shown)]
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
-        if everything:
-            groups = [(group.title, group.description, group._group_actions) for group in self._action_groups]
-        else:
-            of_a_sweep = ("beta", "learning_rate", "seed") if "betas" in values else ()  # each point's own
-            shown = [action for action in self._actions if action.dest in rank and action.dest not in of_a_sweep]
-            origin = f", some from {preset.parent.name}/{preset.name}" if preset else ""
-            groups = [(f"options [default{origin}]", None, shown)]
         for title, text, actions in groups:
+            for action in actions:
+                action.default = values.get(action.dest, action.default)
             # HfArgumentParser adds --no_x for a switch x that is on
-            once = [action for action in actions if not (action.option_strings or [""])[0].startswith("--no_")]
+            once = [action for action in actions if ".no_" not in f".{(action.option_strings or [''])[0].lstrip('-')}"]
             formatter.start_section(title)
             formatter.add_text(text)
             formatter.add_arguments(sorted(once, key=lambda action: rank.get(action.dest, len(rank))))
             formatter.end_section()
         print(formatter.format_help(), end="")
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-    def parse(
-        self,
-        default_preset: str | None = None,
-        given: Sequence[str] | None = None,
-        not_from_presets: Sequence[str] = (),
-        renamed_in_presets: Mapping[str, str] | None = None,
-    ) -> tuple[list[Any], Path | None]:
-        """The dataclasses, and the preset that stood under them.
-
-        Args:
-            default_preset: preset (below recipes/configs) to use where neither --config nor --model_name_or_path is.
-            given: the command line; `sys.argv` by default.
-            not_from_presets: fields of recipes/configs that are another recipe's; in any other file they count.
-            renamed_in_presets: fields of recipes/configs that are this recipe's by another name, as a stage's; what
-                has that name there is the other stage's.
-        """
-        flags = list(sys.argv[1:] if given is None else given)
-        helps = [word for word in flags if word in ("-h", "--help", "--help_all")]
-        flags, preset = _take_config([word for word in flags if word not in helps])
-        named = {flag.partition("=")[0].replace("-", "_") for flag in flags}
-        if preset is None and default_preset is not None and "__model_name_or_path" not in named:
-            preset = PRESETS / default_preset
-        ours = preset is not None and PRESETS in preset.resolve().parents
-        without, renamed = (list(not_from_presets), renamed_in_presets or {}) if ours else ([], {})
-        if ours and "__dataset_name" in named:
-            without += OF_ITS_DATA
-        defaults = self._flags_of(preset, without, renamed) if preset is not None else []
-        if helps:
-            with contextlib.suppress(UserError):  # help is for those whose flags are not right yet
-                defaults += self._lora_rates(defaults, flags)
-            self._show_help(defaults + flags, preset, everything="--help_all" in helps)
-            raise SystemExit(0)
-        self._check(defaults, f"{preset}: ")
-        self._check(flags, "")
-        defaults += self._lora_rates(defaults, flags)
-        try:
-            parsed = self.parse_args_into_dataclasses(defaults + flags, look_for_args_file=False)
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            # a dataclass refused a value, a combination or a file: transformers and TRL say why in their first line
-            raise UserError(first_line(error)) from None
-        self.given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
-        count = len(self.dataclass_types)
-        self.added: argparse.Namespace = parsed[count]  # --verbose and what a recipe added
-        return list(parsed[:count]), preset
-
-    def _lora_rates(self, defaults: list[str], flags: list[str]) -> list[str]:
-        """Learning rates as words, where no flag gives one and the preset's, or the default, is of the other training:
-        of all weights for LoRA, or of LoRA for all weights.
-        """
-        preset, asked = (self.parse_known_args(words)[0] for words in (defaults, defaults + flags))
-        known, given = (
-            {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words} for words in (defaults, flags)
-        )
-        words: list[str] = []
-        for name in RATES:
-            if not hasattr(asked, "use_peft") or not hasattr(asked, name) or name in given:
-                continue
-            of_lora = preset.use_peft and name in known
-            if asked.use_peft != of_lora:
-                factor = LORA_RATE if asked.use_peft else 1 / LORA_RATE
-                words += [f"--{name}", f"{factor * getattr(preset, name):g}"]
-        return words
-
-    def _check(self, flags: list[str], place: str) -> None:
-        try:
-            _, unknown = self.parse_known_args(list(flags))
-        except UserError as error:
-            raise UserError(f"{place}{error}") from None
-        for word in unknown:
-            if not word.startswith("--"):
-                raise UserError(f"{place}unexpected argument {word!r}")
-            name = word.partition("=")[0].lstrip("-").replace("-", "_")
-            known = [
-                option.lstrip("-") for option in self._option_string_actions if "_" in option or "-" not in option[2:]
-            ]
-            near = difflib.get_close_matches(name, known, 1)
-            here, what = ELSEWHERE.get(name, ("", ""))
-            if here in known and not difflib.get_close_matches(name, known, 1, 0.9):
-                hint = f"; here it is --{here} {what}".rstrip()
-            else:
-                hint = f"; did you mean {near[0]}?" if near else "; --help_all lists them"
-            raise UserError(f"{place}unknown field {name}{hint}" if place else f"unknown flag --{name}{hint}")
-
-    def _flags_of(self, preset: Path, without: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    def _words_of(self, preset: Path) -> list[str]:
         """A preset's fields as command-line words, so that they are checked like any flag."""
         import yaml
 
         try:
-            if preset.stat().st_size > LARGEST_PRESET:
-                raise UserError(f"--config {preset}: larger than {LARGEST_PRESET // 2**10} KiB; name a preset")
-            text, depth = preset.read_text(encoding="utf-8"), 0
-            for event in yaml.parse(text, yaml.SafeLoader):
-                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-                if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_PRESET:
-                    raise UserError(
-                        f"--config {preset}: aliases (*name) and deep nesting are not read; write it out plainly"
-                    )
-            content = yaml.safe_load(text)
+            content = yaml.safe_load(preset.read_text(encoding="utf-8"))
         except OSError as error:
             known = ", ".join(sorted(str(path.relative_to(PRESETS)) for path in PRESETS.rglob("*.yaml")))
             raise UserError(f"--config {preset}: {error.strerror}; presets: {known}") from None
-        except (yaml.YAMLError, *TAG_ERRORS) as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter for text that is not UTF-8, and 2001-99-99
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
             raise UserError(f"--config {preset}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
-        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        if not isinstance(content, dict):
             raise UserError(f"--config {preset}: must be a mapping of fields to values")
-        replaced = {renamed[name] for name in content if name in renamed}
+        sections = {name: content.pop(name) for name in SECTIONS if isinstance(content.get(name), dict)}
+        if "dataset_name" not in self.given:
+            content |= sections.get("data", {})
+        content |= sections.get(self.section, {})
+        if self.before:
+            content |= {f"{self.before}.{name}": value for name, value in sections.get(self.before, {}).items()}
         words: list[str] = []
         for name, value in content.items():
-            if name in without or name in replaced:
-                continue
             if name in ("help", "help_all", "verbose"):  # flags, but no fields
                 raise UserError(f"--config {preset}: unknown field {name}")
             if value is None:
                 raise UserError(f"--config {preset}: field {name} has no value; leave the field out")
             if isinstance(value, dict):
-                import json
-
                 value = json.dumps(value, default=str)
             values = value if isinstance(value, list) else [value]
-            words += [
-                f"--{renamed.get(name, name)}",
-                *(str(item).lower() if isinstance(item, bool) else str(item) for item in values),
-            ]
+            words += [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
         return words
 
 
-def _take_config(flags: list[str]) -> tuple[list[str], Path | None]:
-    """The flags without --config, and its file."""
-    preset = None
-    rest: list[str] = []
-    words = iter(flags)
+def name_of(flag: str) -> str:
+    return flag.partition("=")[0].lstrip("-").replace("-", "_")
+
+
+def options_of(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(name, words) of every option: its flag and its values; the name is empty for words before the first flag."""
+    found: list[tuple[str, list[str]]] = []
     for word in words:
-        name, equals, value = word.partition("=")
-        if name != "--config":
-            rest.append(word)
-            continue
-        value = value if equals else next(words, "")
-        if not value or value.startswith("--"):
-            raise UserError("--config needs a YAML file")
-        preset = Path(value)
-        if not preset.exists() and (PRESETS / value).exists():
-            preset = PRESETS / value  # hh/gpt2.yaml means recipes/configs/hh/gpt2.yaml
-    return rest, preset
+        if word.startswith("--") or not found:
+            found.append((name_of(word) if word.startswith("--") else "", []))
+        found[-1][1].append(word)
+    return found
 
 
 def on_one_process() -> None:

@@ -7,7 +7,7 @@ accelerate launch recipes/dpo_cifar.py --compare_cross_entropy
 accelerate launch recipes/dpo_cifar.py --config recipes/configs/cifar/fast.yaml
 
 # ResNet-18, with a reference that is copied each epoch
-accelerate launch recipes/dpo_cifar.py --config recipes/configs/cifar/resnet18.yaml --do_copy
+accelerate launch recipes/dpo_cifar.py --config recipes/configs/cifar/resnet18.yaml --reference_update copy
 
 # from a classifier that train_cifar.py made, with three modes side by side
 accelerate launch recipes/dpo_cifar.py --config recipes/configs/cifar/fast.yaml \\
@@ -16,22 +16,24 @@ accelerate launch recipes/dpo_cifar.py --config recipes/configs/cifar/fast.yaml 
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.image.config import ImageDPOConfig, ImageModelConfig, ReferenceStageConfig
+from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig, ImageModelConfig
 from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
 from resdpo_trl.training.arguments import RunConfig
 
 
 def main() -> None:
     parser = RecipeParser(
-        (ImageDataConfig, ImageModelConfig, AugmentConfig, ReferenceStageConfig, ImageDPOConfig, RunConfig),
+        (ImageDataConfig, ImageModelConfig, AugmentConfig, ImageDPOConfig, RunConfig),
         description=__doc__,
+        section="dpo",
+        before=("reference", ImageCrossEntropyConfig),
     )
-    (data, model, augment, stage, dpo, options), preset = parser.parse(default_preset="cifar/quickstart.yaml")
+    (data, model, augment, dpo, options, cross_entropy), preset = parser.parse(default_preset="cifar/quickstart.yaml")
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.image.pipeline import ImageRun
 
-    job = ImageRun(data, model, augment, options, dpo, stage, preset, parser.given)
+    job = ImageRun(data, model, augment, options, dpo, cross_entropy, preset, parser.given)
     job.say_what_runs()
     images = job.prepare_images()
     job.make_reference(images)

@@ -17,17 +17,19 @@ accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import TextDataConfig
 from resdpo_trl.training.arguments import RunConfig
 
 
 def main() -> None:
     parser = RecipeParser(
-        (TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig),
+        (TextDataConfig, TextModelConfig, TextDPOConfig, SamplesConfig, RunConfig),
         description=__doc__,
+        section="dpo",
+        before=("sft", TextSFTConfig),
     )
-    (data, model, sft, dpo, samples, options), preset = parser.parse(default_preset="hh/quickstart.yaml")
+    (data, model, dpo, samples, options, sft), preset = parser.parse(default_preset="hh/quickstart.yaml")
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun

@@ -17,21 +17,19 @@ accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --refere
 
 from command_line import RecipeParser, run
 
-from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextModelConfig, TextRewardConfig
+from resdpo_trl.text.config import SamplesConfig, TextModelConfig, TextRewardConfig, TextSFTConfig
 from resdpo_trl.text.data import TextDataConfig
 from resdpo_trl.training.arguments import RunConfig
-
-# the presets are dpo_hh.py's: how DPO trains, and where to, is not how a reward model is trained
-OF_DPO = ("beta", "output_dir", "learning_rate", "select", "eval_strategy", "save_strategy")
 
 
 def main() -> None:
     parser = RecipeParser(
-        (TextDataConfig, TextModelConfig, SFTStageConfig, TextRewardConfig, RunConfig), description=__doc__
+        (TextDataConfig, TextModelConfig, TextRewardConfig, RunConfig),
+        description=__doc__,
+        section="reward",
+        before=("sft", TextSFTConfig),
     )
-    (data, model, sft, reward, options), preset = parser.parse(
-        default_preset="hh/quickstart.yaml", not_from_presets=OF_DPO
-    )
+    (data, model, reward, options, sft), preset = parser.parse(default_preset="hh/quickstart.yaml")
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun

@@ -17,21 +17,12 @@ from resdpo_trl.text.config import SamplesConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import TextDataConfig
 from resdpo_trl.training.arguments import RunConfig
 
-# the presets are dpo_hh.py's: what they say of its first stage is this recipe's training
-OF_DPO = ("beta", "output_dir", "learning_rate", "num_train_epochs")
-OF_SFT = {
-    "sft_epochs": "num_train_epochs",
-    "sft_learning_rate": "learning_rate",
-    "sft_batch_size": "per_device_train_batch_size",
-    "sft_completion_only_loss": "completion_only_loss",
-}
-
 
 def main() -> None:
     parser = RecipeParser(
-        (TextDataConfig, TextModelConfig, TextSFTConfig, SamplesConfig, RunConfig), description=__doc__
+        (TextDataConfig, TextModelConfig, TextSFTConfig, SamplesConfig, RunConfig), description=__doc__, section="sft"
     )
-    (data, model, sft, samples, options), preset = parser.parse(not_from_presets=OF_DPO, renamed_in_presets=OF_SFT)
+    (data, model, sft, samples, options), preset = parser.parse()
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.text.pipeline import TextRun

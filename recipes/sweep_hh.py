@@ -1,4 +1,4 @@
-"""β × learning rate × seed × SFT epochs: one SFT and one pass of the reference a value of the last, a table, one page.
+"""β × learning rate × seed × SFT epochs, as a table and one page; each value of the last has one SFT and reference.
 
 # the quickstart's model and pairs, three values of β
 python recipes/sweep_hh.py --betas 0.1 0.3 0.5 --output_dir runs/betas
@@ -28,7 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import RecipeParser, on_one_process, run
+from command_line import RecipeParser, on_one_process, options_of, run
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.study.sweep import (
@@ -41,7 +41,7 @@ from resdpo_trl.study.sweep import (
     remember,
     run_points,
 )
-from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import TextDataConfig
 from resdpo_trl.training.arguments import RunConfig
 
@@ -54,17 +54,13 @@ ONE_RUN = (
 
 def shared_flags(words: list[str]) -> list[str]:
     """The command line without the flags that the sweep sets for each point."""
-    kept, dropping = [], False
-    for word in words:
-        if word.startswith("--"):
-            name = word.partition("=")[0].lstrip("-").replace("-", "_")
-            if name in ("overwrite_output_dir", "push_to_hub", "hub_token"):
-                raise UserError(f"--{name} is for one run, not for a sweep: leave it out")
-            if name in ("beta", "learning_rate", "seed"):
-                raise UserError(f"--{name} is each point's own: pass --betas, --learning_rates or --seeds")
-            dropping = name in ONE_RUN
-        if not dropping:
-            kept.append(word)
+    kept: list[str] = []
+    for name, option in options_of(words):
+        if name in ("overwrite_output_dir", "push_to_hub", "hub_token"):
+            raise UserError(f"--{name} is for one run, not for a sweep: leave it out")
+        if name in ("beta", "learning_rate", "seed"):
+            raise UserError(f"--{name} is each point's own: pass --betas, --learning_rates or --seeds")
+        kept += option if name not in ONE_RUN else []
     return kept
 
 
@@ -72,18 +68,16 @@ def main() -> None:
     on_one_process()
     shared = shared_flags(sys.argv[1:])
     parser = RecipeParser(
-        (
-            SweepConfig, TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig,
-            RunConfig,
-        ),
+        (SweepConfig, TextDataConfig, TextModelConfig, TextDPOConfig, SamplesConfig, RunConfig),
         description=__doc__,
-    )  # fmt: skip
+        section="dpo",
+        before=("sft", TextSFTConfig),
+    )
     parsed, preset = parser.parse(default_preset="hh/quickstart.yaml")
-    sweep, data, model, sft, dpo, samples, options = parsed
+    sweep, data, model, dpo, samples, options, sft = parsed
     started = time.perf_counter()
-    named = any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in sys.argv[1:])
-    output_dir = Path(dpo.output_dir if named else "runs/sweep_hh")
-    points = points_of(sweep, dpo.learning_rate, dpo.seed, output_dir, sft.sft_epochs, sft.reference)
+    output_dir = Path(dpo.output_dir if "output_dir" in parser.given else "runs/sweep_hh")
+    points = points_of(sweep, dpo.learning_rate, dpo.seed, output_dir, sft.num_train_epochs, dpo.reference)
     point_flags = list(shared)
     if preset is not None and "--config" not in " ".join(shared):
         point_flags = ["--config", os.path.relpath(preset), *shared]
@@ -93,7 +87,7 @@ def main() -> None:
         check_reward_model(sweep.reward_model, dpo.trust_remote_code)  # now, not after hours of training
     remember(output_dir, shared, dpo.resume_from_checkpoint is not None)
 
-    for point in [] if sft.reference else {point.reference: point for point in points}.values():
+    for point in [] if dpo.reference else {point.reference: point for point in points}.values():
         folder = point.reference.parent
         if has_ended(folder):
             continue
@@ -101,7 +95,7 @@ def main() -> None:
 
         resume = "last" if folder.exists() else None
         own_dpo = dataclasses.replace(dpo, output_dir=str(folder), resume_from_checkpoint=resume)
-        own_sft = dataclasses.replace(sft, sft_epochs=point.sft_epochs)
+        own_sft = dataclasses.replace(sft, num_train_epochs=point.sft_epochs)
         job = TextRun(data, model, samples, options, own_dpo, own_sft, preset, parser.given)
         job.say_what_runs()
         pairs = job.prepare_pairs()

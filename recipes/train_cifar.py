@@ -17,30 +17,14 @@ from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageModelConfig
 from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
 from resdpo_trl.training.arguments import RunConfig
 
-# the presets are dpo_cifar.py's: what they say of its reference stage is this recipe's training
-OF_DPO = (
-    "beta", "loss_type", "rejected_sampling", "output_dir", "learning_rate", "num_train_epochs", "warmup_steps"
-)  # fmt: skip
-OF_REFERENCE = {
-    "reference_epochs": "num_train_epochs",
-    "reference_learning_rate": "learning_rate",
-    "reference_warmup_steps": "warmup_steps",
-    "reference_label_smoothing": "label_smoothing_factor",
-    "reference_optim": "optim",
-    "reference_optim_args": "optim_args",
-    "reference_weight_decay": "weight_decay",
-    "reference_bias_learning_rate_scale": "bias_learning_rate_scale",
-    "reference_muon_learning_rate": "muon_learning_rate",
-}
-
 
 def main() -> None:
     parser = RecipeParser(
-        (ImageDataConfig, ImageModelConfig, AugmentConfig, ImageCrossEntropyConfig, RunConfig), description=__doc__
+        (ImageDataConfig, ImageModelConfig, AugmentConfig, ImageCrossEntropyConfig, RunConfig),
+        description=__doc__,
+        section="reference",
     )
-    (data, model, augment, training, options), preset = parser.parse(
-        not_from_presets=OF_DPO, renamed_in_presets=OF_REFERENCE
-    )
+    (data, model, augment, training, options), preset = parser.parse()
 
     # heavy imports wait until the command line is known to be right
     from resdpo_trl.image.pipeline import ImageRun

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from resdpo_trl.metrics import figure_rows, number, table
 from resdpo_trl.run.files import ASIDE, replace_folder, step_of, torn
 from resdpo_trl.run.folder import RunFolder, trim_heap, untrained, use_the_cores
 from resdpo_trl.run.hub import Hub
-from resdpo_trl.run.provenance import write_facts
+from resdpo_trl.run.provenance import read_facts, seen_by, training_facts, write_facts
 from resdpo_trl.run.report import load_run, write_report
 from resdpo_trl.run.verdict import stage_of, verdict
 from resdpo_trl.sources import LEAST_STEPS
@@ -35,13 +36,22 @@ class Job:
         self,
         training: Any,
         options: RunConfig,
-        config: dict[str, Any],
+        parts: dict[str, Any],
+        before: dict[str, Any],
         preset: Path | None,
-        given: Collection[str] | None = None,
+        given: Collection[str] | None,
     ):
-        """`given` names the fields that flags give; what they do not give is adapted to small data (None: nothing)."""
+        """
+        Args:
+            training: configuration of the stage that ends the run.
+            options: the run's.
+            parts: the other configurations, dataclasses, by their names in run.json.
+            before: the stage before the last one, by its name; empty where there is none.
+            preset: the YAML file under the flags, for run.json.
+            given: names of the fields that flags give: what they do not give is adapted to small data (None: nothing).
+        """
         check_sharding(training)
-        self.training, self.options, self.given = training, options, given
+        self.training, self.options, self.given, self.before = training, options, given, before
         self.resume = training.resume_from_checkpoint is not None
         self.started = time.perf_counter()
         use_the_cores()
@@ -52,8 +62,10 @@ class Job:
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
         if self.run.main_process and not self.resume:
             untrained.add(self.run)
-        self._check_asked()
-        self._config = {"preset": str(preset) if preset else None, **config}
+        self._asked = self._asked_checkpoint()
+        self._config = {"preset": str(preset) if preset else None, "training": training.to_dict()}
+        self._config |= {name: dataclasses.asdict(part) for name, part in (parts | {"run": options}).items()}
+        self._config |= {name: args.to_dict() | {"output_dir": training.output_dir} for name, args in before.items()}
         self.run.check_inputs(self._config)
         self.run.check_config(self._config)
         if self.run.earlier.get("complete"):
@@ -72,14 +84,30 @@ class Job:
             return adapted
         rows_a_step = args.gradient_accumulation_steps * args.world_size  # with one row on each device
         most = rows // (LEAST_STEPS * rows_a_step)
-        if most < args.per_device_train_batch_size and "per_device_train_batch_size" not in self.given:
-            adapted["per_device_train_batch_size"] = 2 ** (max(1, most).bit_length() - 1)
-            args.per_device_train_batch_size = adapted["per_device_train_batch_size"]
-        steps = math.ceil(rows / (args.per_device_train_batch_size * rows_a_step) * args.num_train_epochs)
+        size = args.per_device_train_batch_size
+        if most < size and "per_device_train_batch_size" not in self.given:
+            size = adapted["per_device_train_batch_size"] = 2 ** (max(1, most).bit_length() - 1)
+        steps = math.ceil(rows / (size * rows_a_step) * args.num_train_epochs)
         steps = args.max_steps if args.max_steps > 0 else steps
         if steps < 5 * args.logging_steps and args.logging_steps > 1 and "logging_steps" not in self.given:
-            args.logging_steps = adapted["logging_steps"] = max(1, steps // 5)
+            adapted["logging_steps"] = max(1, steps // 5)
+        for field, value in adapted.items():
+            setattr(args, field, value)
+            for name, stage in self.before.items():
+                if f"{name}.{field}" not in self.given and getattr(stage, field) > value:
+                    setattr(stage, field, value)
         return adapted
+
+    def arguments(self, stage: str, args: Any) -> Any:
+        """A stage's training arguments in this run's folder; the Hub is the run's, not a trainer's."""
+        folder, reporters = str(self.run.checkpoints(stage)), args.report_to or "none"
+        return dataclasses.replace(args, output_dir=folder, push_to_hub=False, report_to=reporters)
+
+    def facts(self, args: Any, trained: Iterable[str], validated: Iterable[str], **more: Any) -> dict[str, Any]:
+        """What a model's folder tells of its training: its settings, and digests of all rows that it has seen."""
+        reference = [read_facts(str(self.run.reference), None, "reference")] if self.run.reference.is_dir() else []
+        seen, looked_at = seen_by(*reference)
+        return training_facts(args, seen.union(trained), looked_at.union(validated), **more)
 
     def begin(self, data_fingerprint: dict[str, str], counts: dict[str, Any]) -> None:
         """Write the first files, once the data are there: until then a run that is overwritten is whole.
@@ -119,11 +147,12 @@ class Job:
         line = f"{device}{threads}, {processes} process(es), {precision}; files go to {self.run.path}"
         return f"warning: {less}\n{line}" if less else line
 
-    def _check_asked(self) -> None:
-        """Raise a UserError where --resume_from_checkpoint names something that is no whole checkpoint of this run."""
+    def _asked_checkpoint(self) -> Path | None:
+        """The checkpoint that --resume_from_checkpoint names, if it names one; a UserError where it is none of this
+        run or not whole."""
         asked = self.training.resume_from_checkpoint
         if asked in (None, "last"):
-            return
+            return None
         found = Path(asked)
         if found.resolve().parent.parent != (self.run.path / "checkpoints").resolve():
             raise UserError(
@@ -133,21 +162,17 @@ class Job:
         reason = torn(found) if found.is_dir() else "there is no such folder"
         if reason is not None:
             raise UserError(f"--resume_from_checkpoint {asked}: {reason}")
-
-    def _asked(self, stage: str) -> Path | None:
-        """The checkpoint of a stage that --resume_from_checkpoint names, if it names one."""
-        asked = self.training.resume_from_checkpoint
-        return Path(asked) if asked != "last" and Path(asked).resolve().parent.name == stage else None
+        return found
 
     def past(self, stage: str, folder: Path, figures: Any) -> bool:
         """Whether a resumed run has a stage's model and its figures already."""
-        if not (self.resume and folder.is_dir() and figures):
-            return False
-        if (asked := self._asked(stage)) is not None:
+        ended = self.resume and folder.is_dir() and bool(figures)
+        if ended and self._asked is not None and self._asked.resolve().parent.name == stage:
             raise UserError(
-                f"--resume_from_checkpoint {asked}: the stage {stage} has ended; leave the path out to go on after it"
+                f"--resume_from_checkpoint {self._asked}: the stage {stage} has ended; leave the path out to go on "
+                "after it"
             )
-        return True
+        return ended
 
     def checkpoint(self, stage: str) -> str | None:
         """The checkpoint that a resumed stage starts from, or None.
@@ -157,7 +182,8 @@ class Job:
         """
         if not self.resume:
             return None
-        found = self._asked(stage) or self.run.last_checkpoint(stage)
+        named = self._asked is not None and self._asked.resolve().parent.name == stage
+        found = self._asked if named else self.run.last_checkpoint(stage)
         PartialState().wait_for_everyone()  # every process has looked before the main one writes
         step, logged = -1, set()
         if found is not None:
@@ -172,6 +198,14 @@ class Job:
         self.run.forget_metrics(stage, step, logged)
         PartialState().wait_for_everyone()
         return str(found) if found else None
+
+    def train(self, trainer: Any, stage: str) -> tuple[float, int]:
+        """Train a stage, from its checkpoint if there is one: the seconds without evaluation, and its first step."""
+        started = time.perf_counter()
+        checkpoint = self.checkpoint(stage)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        return seconds, step_of(Path(checkpoint)) if checkpoint else 0
 
     def publish(self, folder: Path, save: Callable[[str], Any], processor: Any, facts: dict[str, Any]) -> None:
         """Save a model, its tokenizer or image processor and the facts of its training whole or not at all: aside, then

@@ -199,10 +199,10 @@ def of_images(folder: Path) -> dict:
     trainer = ImageCrossEntropyTrainer(classifier(), ImageCrossEntropyConfig(**arguments), **options)
     found = {"cross-entropy": figures_of(trainer)}
     for sampling in ("all", "random"):
-        args = ImageDPOConfig(**arguments, rejected_sampling=sampling, do_copy=True)
+        args = ImageDPOConfig(**arguments, rejected_sampling=sampling, reference_update="copy")
         found[f"images, {sampling}"] = figures_of(ImageDPOTrainer(classifier(), classifier(), args, **options))
     arguments["dataloader_drop_last"] = True  # a batch norm can do nothing with one image
-    args = ImageDPOConfig(**arguments, do_polyak=True, polyak_tau=0.1)
+    args = ImageDPOConfig(**arguments, reference_update="polyak", polyak_tau=0.1)
     trainer = ImageDPOTrainer(classifier(norms=True), classifier(norms=True), args, **options)
     found["images, batch norms"] = figures_of(trainer)
     return found

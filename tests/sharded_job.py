@@ -54,27 +54,28 @@ CASES = {
     # SFT and DPO, the best epoch not the last, killed between two checkpoints of DPO
     "dpo, float32": Case(
         "dpo_hh.py", "dpo", "gpt2",
-        [*DPO, "--bf16", "false", "--sft_learning_rate", "1e-3", "--num_train_epochs", "2",
+        [*DPO, "--bf16", "false", "--sft.learning_rate", "1e-3", "--num_train_epochs", "2",
          "--metric_for_best_model", "logps/chosen", "--greater_is_better", "false"],
         sft_batch=8, kill_before="os.rename checkpoints/dpo/unfinished/checkpoint-12",
     ),
     "dpo, bfloat16": Case(
         "dpo_hh.py", "dpo", "gpt2",
-        [*DPO, "--bf16", "true", "--sft_epochs", "0", "--gradient_checkpointing", "true", "--num_train_epochs", "2"],
+        [*DPO, "--bf16", "true", "--sft.num_train_epochs", "0", "--gradient_checkpointing", "true",
+         "--num_train_epochs", "2"],
         accumulated=2,
     ),
     "dpo, float32, LoRA": Case(
-        "dpo_hh.py", "dpo", "llama", [*DPO, *ADAPTER, "--bf16", "false", "--sft_epochs", "0"], accumulated=2
+        "dpo_hh.py", "dpo", "llama", [*DPO, *ADAPTER, "--bf16", "false", "--sft.num_train_epochs", "0"], accumulated=2
     ),
     "sft, bfloat16, LoRA": Case(
         "sft_hh.py", "sft", "llama",
         ["--num_samples", "0", *ADAPTER, "--bf16", "true", "--gradient_checkpointing", "true"],
     ),
     "reward, float32": Case(
-        "reward_hh.py", "reward", "llama", ["--learning_rate", "1e-3", "--bf16", "false", "--sft_epochs", "0"]
+        "reward_hh.py", "reward", "llama", ["--learning_rate", "1e-3", "--bf16", "false", "--sft.num_train_epochs", "0"]
     ),
     "reward, bfloat16, LoRA": Case(
-        "reward_hh.py", "reward", "llama", [*ADAPTER, "--bf16", "true", "--sft_epochs", "0"]
+        "reward_hh.py", "reward", "llama", [*ADAPTER, "--bf16", "true", "--sft.num_train_epochs", "0"]
     ),
 }  # fmt: skip
 FULL = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
@@ -187,7 +188,7 @@ class Runs:
         arguments += ["--model_name_or_path", self.folder / case.model, "--per_device_train_batch_size", batch]
         arguments += ["--gradient_accumulation_steps", case.accumulated]
         if case.sft_batch:
-            arguments += ["--sft_batch_size", case.sft_batch // processes]
+            arguments += ["--sft.per_device_train_batch_size", case.sft_batch // processes]
         if case.stage == "dpo":
             arguments += ["--reference_cache_dir", folder / "cache"]
         return arguments

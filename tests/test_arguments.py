@@ -5,9 +5,8 @@ import math
 import pytest
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig, ReferenceStageConfig
-from resdpo_trl.text.config import SFTStageConfig, TextDPOConfig, TextRewardConfig, TextSFTConfig
-from resdpo_trl.training.arguments import check_positive
+from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig
+from resdpo_trl.text.config import TextDPOConfig, TextRewardConfig, TextSFTConfig
 
 ABOVE_ZERO = (0.0, -1.0, math.nan, math.inf)
 
@@ -21,9 +20,7 @@ ABOVE_ZERO = (0.0, -1.0, math.nan, math.inf)
             for config in (TextDPOConfig, ImageCrossEntropyConfig)
             for name in ("learning_rate", "num_train_epochs")
         ),
-        (SFTStageConfig, "sft_learning_rate"),
-        (ReferenceStageConfig, "reference_learning_rate"),
-        (ReferenceStageConfig, "reference_epochs"),
+        (TextSFTConfig, "learning_rate"),
     ],
 )
 def test_rates_and_epochs_are_above_zero(config, name, value):
@@ -75,13 +72,10 @@ def test_losses(config, options, message):
 
 def test_steps_go_before_epochs():
     assert ImageCrossEntropyConfig(use_cpu=True, max_steps=5, num_train_epochs=0).max_steps == 5
-    assert SFTStageConfig(sft_epochs=0).sft_epochs == 0  # the model as it is
-    with pytest.raises(UserError, match="--sft_epochs nan"):
-        SFTStageConfig(sft_epochs=math.nan)
-
-
-def test_a_number_above_zero_passes():
-    check_positive(ReferenceStageConfig(), "reference_learning_rate", "reference_epochs")
+    assert TextSFTConfig(use_cpu=True, num_train_epochs=0).is_skipped  # the model as it is
+    assert not TextSFTConfig(use_cpu=True, num_train_epochs=0, max_steps=5).is_skipped
+    with pytest.raises(UserError, match="--num_train_epochs nan"):
+        TextSFTConfig(num_train_epochs=math.nan)
 
 
 def test_padding_is_refused_where_it_is_asked_for():

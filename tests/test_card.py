@@ -46,7 +46,7 @@ def run(tmp_path, monkeypatch):
         "hub_token": "<HUB_TOKEN>",
         "optim": "adamw",
     }
-    folder.start({"data": data, "training": training, "sft_stage": {"sft_epochs": 1.0}}, 42)
+    folder.start({"data": data, "training": training, "sft": {"num_train_epochs": 1.0}}, 42)
     folder.summarize(
         data={
             "source": "Anthropic/hh-rlhf", "train": 3000, "validation": 300, "test": 512, "max_length": 128,
@@ -90,7 +90,7 @@ def test_what_a_reader_is_told(run):
         "sigmoid, β 0.3, 188 steps", "| pairs ranked right | 0.58 | 0.54 to 0.62 |",
         "started from [gpt2](https://huggingface.co/gpt2)", "ranks 58% of 512 unseen pairs right",
         "[Anthropic/hh-rlhf](https://huggingface.co/datasets/Anthropic/hh-rlhf): 3000",
-        "--beta 0.3", "| learning_rate | 1e-05 |", "| sft_epochs | 1.0 |", "unpleasant things", "red-teaming",
+        "--beta 0.3", "| learning_rate | 1e-05 |", "| sft.num_train_epochs | 1.0 |", "unpleasant things", "red-teaming",
         "pipeline(\"text-generation\", model=\"FOLDER_OR_ID\")", "![Loss](plots/loss.png)", "torch ",
         "## License", "are those of the data",
     ):  # fmt: skip

@@ -27,7 +27,7 @@ SECRETS = {
 }
 FLAG = "hf_fromTheCommandLine04"
 SMALL_TEXT = [
-    "--sft_epochs", "1", "--max_new_tokens", "6", "--num_samples", "2", "--max_length", "64", "--use_cpu",
+    "--sft.num_train_epochs", "1", "--max_new_tokens", "6", "--num_samples", "2", "--max_length", "64", "--use_cpu",
 ]  # fmt: skip
 
 

@@ -17,14 +17,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from transformers import set_seed
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.config import (
-    ImageCrossEntropyConfig,
-    ImageDPOConfig,
-    ImageModelConfig,
-    ReferenceStageConfig,
-    parse_mode,
-    reference_stage,
-)
+from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig, ImageModelConfig, parse_mode
 from resdpo_trl.image.data import QUICKSTART, AugmentConfig, ImageDataConfig, LabelledImages, load_images
 from resdpo_trl.image.model import (
     FAST,
@@ -42,8 +35,7 @@ from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import classifier_metrics, cross_entropy_metrics, extremes, table, with_intervals
 from resdpo_trl.run.card import write_card
-from resdpo_trl.run.files import step_of
-from resdpo_trl.run.provenance import read_facts, seen_by, training_facts
+from resdpo_trl.run.provenance import read_facts
 from resdpo_trl.run.report import SIDE_BY_SIDE, side_by_side
 from resdpo_trl.sources import SPLITS, describe_cuts, describe_left_out
 from resdpo_trl.training.arguments import RunConfig, preference_loss
@@ -63,42 +55,31 @@ class ImageRun(Job):
         augment: AugmentConfig,
         options: RunConfig,
         training: ImageDPOConfig | ImageCrossEntropyConfig,
-        stage: ReferenceStageConfig | None = None,
+        before: ImageCrossEntropyConfig | None = None,
         preset: Path | None = None,
         given: Collection[str] | None = None,
     ):
-        """`training` is a `ImageDPOConfig` with the reference `stage` before it, or cross-entropy alone."""
-        self.data, self.model, self.augment, self.stage = data, model, augment, stage
+        """`training` is DPO's, with cross-entropy `before` it for the reference; or cross-entropy's, alone."""
+        self.data, self.model, self.augment = data, model, augment
+        self.reference = training.reference if isinstance(training, ImageDPOConfig) else None  # a finished one's name
         check_architecture(model.arch)
         if is_sharded():
             raise UserError(
                 "image classifiers fit on every GPU, and FSDP and DeepSpeed are not supported for them: use "
                 "accelerate_configs/multi_gpu.yaml"
             )
-        if training.gradient_checkpointing:  # and activation_checkpointing, which transformers sets alike
-            raise UserError(
-                "--gradient_checkpointing is not supported here: pass a smaller --per_device_train_batch_size, and "
-                "--gradient_accumulation_steps"
-            )
-        config = {
-            "data": dataclasses.asdict(data),
-            "model": dataclasses.asdict(model),
-            "augmentation": dataclasses.asdict(augment),
-            "training": training.to_dict(),
-            "run": dataclasses.asdict(options),
-        }
-        if stage is not None:
-            config["reference_stage"] = dataclasses.asdict(stage)
-        super().__init__(training, options, config, preset, given)
+        parts = {"data": data, "model": model, "augmentation": augment}
+        needed = self.reference is None or getattr(training, "compare_cross_entropy", False)
+        stages = {"reference": before} if before is not None and needed else {}
+        super().__init__(training, options, parts, stages, preset, given)
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
-        named = self.stage.reference if self.stage else None
-        model = f"from {named}" if named else f"of {self.model.arch}"
+        model = f"from {self.reference}" if self.reference else f"of {self.model.arch}"
         source = self.data.dataset_name
         if source == QUICKSTART:
             source = "handwritten digits (no network needed)"
-        stages = "DPO" if named else "cross-entropy and DPO" if self.stage else "cross-entropy"
+        stages = "DPO" if self.reference else "cross-entropy and DPO" if self.before else "cross-entropy"
         self.say(
             f"{stages} {model} on {source}; for ResNet on CIFAR-10: --config cifar/resnet18.yaml\n"
             + self.hardware_line()
@@ -108,7 +89,7 @@ class ImageRun(Job):
 
     def prepare_images(self) -> LabelledImages:
         """Decoded images, their preprocessing, and whether a given reference fits both."""
-        named = self.stage.reference if self.stage else None
+        named = self.reference
         if named is None and self.resume and self.run.reference.is_dir():
             named = str(self.run.reference)
         given = load_classifier(named, "--reference") if named else None
@@ -142,20 +123,18 @@ class ImageRun(Job):
         some = images["train"].pixels[:FITTED_ON].float().div_(255)
         return some.mean(dim=(0, 2, 3)).tolist(), some.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
 
-    def _new_model(self, images: LabelledImages) -> ImageClassifier:
+    def _new_model(self, images: LabelledImages, seed: int) -> ImageClassifier:
         """Untrained, as --arch and its like say; or as a given reference is, whose baseline it then is."""
         names, weights = images.label_names, self.model.pretrained_weights
-        if self.stage is not None and self.stage.reference:
+        if self.reference:
             config = ImageClassifierConfig.from_pretrained(str(self.run.reference))
             if config.arch != self.model.arch:
                 weights = None  # they are --arch's
         else:
+            shape = dataclasses.asdict(self.model)
+            del shape["pretrained_weights"]
             config = ImageClassifierConfig(
-                arch=self.model.arch,
-                stem=self.model.stem,
-                head=self.model.head,
-                dropout=self.model.dropout,
-                widths=self.model.widths,
+                **shape,
                 image_size=images["train"].pixels.shape[2],
                 id2label=dict(enumerate(names)),
                 label2id={name: number for number, name in enumerate(names)},
@@ -166,14 +145,10 @@ class ImageRun(Job):
                 torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std)
             )
             some = images["train"].pixels[:FITTED_ON].float().div_(255).sub_(mean).div_(std)
-        return build_classifier(config, self.training.seed, some, weights)
+        return build_classifier(config, seed, some, weights)
 
     def _facts(self, args: Any, images: LabelledImages) -> dict[str, Any]:
-        reference = [read_facts(str(self.run.reference), None, "reference")] if self.run.reference.is_dir() else []
-        trained, validated = seen_by(*reference)
-        trained.update(images["train"].digests())
-        validated.update(images["validation"].digests())
-        return training_facts(args, trained, validated)
+        return self.facts(args, *(images[split].digests() for split in ("train", "validation")))
 
     # --- cross-entropy -------------------------------------------------------------------------------------------
 
@@ -185,39 +160,38 @@ class ImageRun(Job):
 
     def make_reference(self, images: LabelledImages) -> None:
         """The reference, into reference/: one epoch of cross-entropy, or the model as given."""
-        assert self.stage is not None
         if self.past("reference", self.run.reference, self.run.summary.get("reference")):
             return
-        if self.stage.reference:
-            model = load_classifier(self.stage.reference, "--reference")
+        if self.reference:
+            model = load_classifier(self.reference, "--reference")
             save = model.save_pretrained if self.run.main_process else silent
-            facts = read_facts(self.stage.reference, None, "--reference")
+            facts = read_facts(self.reference, None, "--reference")
             self.publish(self.run.reference, save, self.processor, facts)
-            self.run.summarize(reference={"given": self.stage.reference})
+            self.run.summarize(reference={"given": self.reference})
             return
-        args = reference_stage(self.training, self.stage)
+        args = self.before["reference"]
         self.run.summarize(reference=self._cross_entropy("reference", images, args, self.run.reference))
 
     def _cross_entropy(
         self, stage: str, images: LabelledImages, args: ImageCrossEntropyConfig, folder: Path
     ) -> dict[str, Any]:
         """Train by cross-entropy into `folder`; what summary.json says of it."""
-        set_seed(self.training.seed)
+        set_seed(args.seed)
         trainer = ImageCrossEntropyTrainer(
-            model=self._new_model(images),
-            args=self._own_folder(args, stage),
+            model=self._new_model(images, args.seed),
+            args=self.arguments(stage, args),
             train=images["train"],
             validation=images["validation"],
             processor=self.processor,
             augment=self.augment,
         )
         use_run_callbacks(trainer, self.run, stage, "cross-entropy")
-        if self.stage is None:
+        if not self.before:
             self.push_saves(trainer)
-        seconds, trained = self._train(trainer, stage)
+        timed = self.train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         summary: dict[str, Any] = {
-            "steps": trainer.state.global_step, **epochs(trainer), **_speed(seconds, trained),
+            "steps": trainer.state.global_step, **epochs(trainer), **_speed(trainer, *timed),
         }  # fmt: skip
         for split in ("validation", "test"):
             if split == "validation" or stage != "reference":  # the reference meets the test with the policy
@@ -256,20 +230,13 @@ class ImageRun(Job):
             if mode in compared:
                 continue
             sampling, update = parse_mode(mode)
-            args = dataclasses.replace(
-                self.training,
-                rejected_sampling=sampling,
-                reference_update=update,
-                do_polyak=False,
-                do_copy=False,
-            )
+            args = dataclasses.replace(self.training, rejected_sampling=sampling, reference_update=update)
             name = mode.replace("/", "-")
             compared[mode], _ = self._dpo(f"dpo-{name}", images, args, folder / name)
             self.run.summarize(compared=compared)
         if self.training.compare_cross_entropy and "cross-entropy" not in compared:
-            assert self.stage is not None
-            stage = dataclasses.replace(self.stage, reference_epochs=self.training.num_train_epochs)
-            args = reference_stage(self.training, stage)
+            as_long = self.training.num_train_epochs
+            args = dataclasses.replace(self.before["reference"], num_train_epochs=as_long)
             compared["cross-entropy"] = self._cross_entropy("cross_entropy", images, args, folder / "cross_entropy")
             self.run.summarize(compared=compared)
 
@@ -282,7 +249,7 @@ class ImageRun(Job):
         trainer = ImageDPOTrainer(
             model=load_classifier(name, "reference"),
             ref_model=load_classifier(name, "reference"),
-            args=self._own_folder(args, stage),
+            args=self.arguments(stage, args),
             train=images["train"],
             validation=images["validation"],
             processor=self.processor,
@@ -291,7 +258,7 @@ class ImageRun(Job):
         use_run_callbacks(trainer, self.run, stage, "DPO")
         if stage == "dpo":
             self.push_saves(trainer)
-        seconds, trained = self._train(trainer, stage)
+        timed = self.train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
             first = load_classifier(name, "reference").state_dict()
@@ -304,7 +271,7 @@ class ImageRun(Job):
             "loss_type": list(loss.loss_types),
             "rejected_sampling": args.rejected_sampling,
             "reference_update": args.reference_update,
-            **_speed(seconds, trained),
+            **_speed(trainer, *timed),
         }
         reference: dict[str, Any] = {}
         for split in ("validation", "test"):
@@ -345,29 +312,9 @@ class ImageRun(Job):
             },
         }
 
-    def _own_folder(self, args: Any, stage: str) -> Any:
-        return dataclasses.replace(
-            args,
-            output_dir=str(self.run.checkpoints(stage)),
-            push_to_hub=False,
-            report_to=args.report_to or "none",
-        )
-
-    def _train(self, trainer: ImageCrossEntropyTrainer, stage: str) -> tuple[float, int]:
-        """Train; the seconds it took without evaluation, and the images it saw."""
-        checkpoint = self.checkpoint(stage)
-        first = step_of(Path(checkpoint)) if checkpoint else 0
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started - trainer.evaluation_seconds
-        args = trainer.args
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return seconds, (trainer.state.global_step - first) * rows
-
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        started_from = self.stage.reference if self.stage else None
-        self.end(describe_results, partial(write_card, self.run, self.run.policy, started_from))
+        self.end(describe_results, partial(write_card, self.run, self.run.policy, self.reference))
 
 
 def _png(pixels: Tensor) -> str:
@@ -381,8 +328,10 @@ def _png(pixels: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _speed(seconds: float, images: int) -> dict[str, float]:
-    return {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
+def _speed(trainer: ImageCrossEntropyTrainer, seconds: float, first_step: int) -> dict[str, float]:
+    args = trainer.args
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {"seconds": seconds, "images_per_second": (trainer.state.global_step - first_step) * rows / seconds}
 
 
 def describe_images(counts: dict[str, Any]) -> str:

@@ -23,9 +23,10 @@ from resdpo_trl.run.verdict import lead, stage_of
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, source_name
 
 SETTINGS = (
-    "sft_epochs", "sft_learning_rate", "reference_epochs", "reference_learning_rate", "learning_rate",
-    "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "optim", "weight_decay", "max_length", "bf16", "label_smoothing", "polyak_tau", "metric_for_best_model", "seed",
+    "sft.num_train_epochs", "sft.learning_rate", "reference.num_train_epochs", "reference.learning_rate",
+    "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "optim", "weight_decay", "max_length", "bf16", "label_smoothing", "polyak_tau",
+    "metric_for_best_model", "seed",
 )  # fmt: skip
 HOW = {
     "dpo": "Trained by Direct Preference Optimization",
@@ -93,8 +94,10 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
             for name in names
         ],
     )
-    stages = [run.config.get(name, {}) for name in ("sft_stage", "reference_stage") if stage == "dpo"]
-    settings = dict(ChainMap(data.get("adapted", {}), run.config["training"], *stages))
+    before = {
+        f"{name}.{field}": value for name in ("sft", "reference") for field, value in run.config.get(name, {}).items()
+    }
+    settings = dict(ChainMap(data.get("adapted", {}), run.config["training"], before))
     plots = {name: text for name, text in PLOTS.items() if (run.path / "plots" / f"{name}.png").is_file()}
     plots = dict(list(plots.items())[:3])
     for name in plots:

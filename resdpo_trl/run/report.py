@@ -156,7 +156,7 @@ def run_title(run: Run) -> str | None:
     made = {"dpo": "DPO", "reward": "A reward model", "cross_entropy": "Cross-entropy", "sft": "SFT"}
     what = next((text for stage, text in made.items() if stage in run.summary), None)
     model, arch = (config.get("model", {}).get(name) for name in ("model_name_or_path", "arch"))
-    model = model or (f"a {arch} network" if arch else config.get("sft_stage", {}).get("reference"))
+    model = model or (f"a {arch} network" if arch else config.get("training", {}).get("reference"))
     model = model or (SMOLLM2 if "model" in config else None)
     if not what or not model or "data" not in run.summary:
         return None

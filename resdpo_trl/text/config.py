@@ -1,122 +1,67 @@
-"""The options of the text recipes, as dataclasses over TRL's. The data's stand in `resdpo_trl.text.data`."""
+"""The options of the text recipes, as dataclasses over TRL's. The data's are in `resdpo_trl.text.data`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.tokens import SHORTEST
+from resdpo_trl.training import arguments
 from resdpo_trl.training.arguments import (
+    FromReference,
     OneMachine,
     ReferenceUpdate,
     check_positive,
     has_bfloat16,
     has_cuda,
+    option,
     preference_loss,
     refuse,
 )
 
-# transformers' fields that no trainer here honors: value that means "not asked for", and what to do instead
-REFUSED_EVERYWHERE: dict[str, tuple[Any, str]] = {
-    "bf16_full_eval": (False, "evaluation has the precision of training; see --bf16"),
-    "fp16_full_eval": (False, "evaluation has the precision of training; see --fp16"),
-    "prediction_loss_only": (False, "evaluation keeps figures of rows, not logits"),
-    "eval_accumulation_steps": (None, "evaluation keeps figures of rows, not logits"),
-    "batch_eval_metrics": (False, "evaluation is the mean over all rows"),
-    "include_for_metrics": ([], "evaluation is the mean over all rows"),
-    "eval_use_gather_object": (False, "evaluation gathers numbers alone"),
-    "eval_do_concat_batches": (True, "evaluation is the mean over all rows"),
-    "label_names": (None, "the columns are the trainer's own"),
-    "length_column_name": ("length", "the column is the trainer's own"),
-    "use_cache": (False, "training has no use for a cache"),
-    "enable_jit_checkpoint": (False, "SIGTERM and Ctrl-C end a run after a checkpoint already"),
-    "local_rank": (-1, "launch with accelerate or torchrun, which say it by the environment"),
-    "do_train": (False, "the recipe says what is done"),
-    "do_predict": (False, "the recipe says what is done; pass --num_samples for answers"),
+LENGTHS = "batches are of like length already"
+OWN_FORWARD = "it weighs tokens or pairs inside TRL's own forward"
+FOLDER = "set it in the tokenizer's folder"
+# fields of TRL's configurations that no trainer here honors, and what to do instead
+REFUSED = arguments.REFUSED | {
+    "ld_alpha": OWN_FORWARD,
+    "use_weighting": OWN_FORWARD,
+    "padding_free": LENGTHS,
+    "packing": LENGTHS,
+    "packing_strategy": LENGTHS,
+    "eval_packing": LENGTHS,
+    "pad_to_multiple_of": "batches are padded to their longest row",
+    "truncation_mode": "the cap keeps every pair; see --max_response_length",
+    "model_init_kwargs": "use --dtype, --attn_implementation and --model_revision",
+    "pad_token": FOLDER,
+    "eos_token": FOLDER,
+    "chat_template_path": FOLDER,
+    "dataset_num_proc": "tokenizing uses every core already",
+    "dataset_kwargs": "the pairs are tokenized here",
+    "dataset_text_field": "the texts are prompt and chosen",
+    "shuffle_dataset": "every epoch draws its batches anew; see --train_sampling_strategy",
+    "assistant_only_loss": "see --completion_only_loss",
+    "sync_ref_model": "pass --reference_update polyak",
+    "ref_model_mixup_alpha": "pass --reference_update polyak --polyak_tau",
+    "ref_model_sync_steps": "--reference_update polyak moves at every step, copy at each epoch's end",
 }
-# `DPOConfig` fields that this trainer does not honor
-REFUSED: dict[str, tuple[Any, str]] = REFUSED_EVERYWHERE | {
-    "label_smoothing_factor": (0.0, "it smooths the tokens of SFT; DPO's is --label_smoothing"),
-    "average_tokens_across_devices": (True, "the loss is a mean over pairs"),
-    "liger_kernel_config": (None, "the loss has its own LM head"),
-    "ld_alpha": (None, "it weighs tokens inside TRL's own forward"),
-    "use_weighting": (False, "it weighs pairs inside TRL's own forward"),
-    "padding_free": (False, "batches are of like length already"),
-    "truncation_mode": ("keep_start", "the cap keeps every pair; see --max_response_length"),
-    "use_liger_kernel": (False, "the loss has its own LM head"),
-    "model_init_kwargs": (None, "use --dtype, --attn_implementation and --model_revision"),
-    "pad_token": (None, "set it in the tokenizer's folder"),
-    "pad_to_multiple_of": (None, "batches are padded to their longest row"),
-    "dataset_num_proc": (None, "tokenizing uses every core already"),
-    "sync_ref_model": (False, "pass --reference_update polyak"),
-    "ref_model_mixup_alpha": (0.6, "pass --reference_update polyak --polyak_tau"),
-    "ref_model_sync_steps": (512, "--reference_update polyak moves at every step, copy at each epoch's end"),
+# those that SFT honors, and DPO and reward models do not
+REFUSED_BUT_FOR_SFT = {
+    "label_smoothing_factor": "it smooths the tokens of SFT; DPO's is --label_smoothing",
+    "average_tokens_across_devices": "the loss is a mean over pairs",
+    "liger_kernel_config": "the loss has its own LM head",
+    "use_liger_kernel": "the loss has its own LM head",
 }
-REFUSED_SFT: dict[str, tuple[Any, str]] = (
-    REFUSED_EVERYWHERE
-    | {
-        "packing": (False, "batches are of like length already"),
-        "packing_strategy": ("bfd", "batches are of like length already"),
-        "eval_packing": (None, "batches are of like length already"),
-        "shuffle_dataset": (False, "every epoch draws its batches anew; see --train_sampling_strategy"),
-        "dataset_text_field": ("text", "the texts are prompt and chosen"),
-        "assistant_only_loss": (False, "see --completion_only_loss"),
-        "dataset_kwargs": (None, "the pairs are tokenized here"),
-        "chat_template_path": (None, "set it in the tokenizer's folder"),
-        "eos_token": (None, "set it in the tokenizer's folder"),
-    }
-    | {
-        name: REFUSED[name]
-        for name in (
-            "padding_free",
-            "truncation_mode",
-            "model_init_kwargs",
-            "pad_token",
-            "pad_to_multiple_of",
-            "dataset_num_proc",
-        )
-    }
-)
-REFUSED_REWARD: dict[str, tuple[Any, str]] = (
-    REFUSED_EVERYWHERE
-    | {
-        "label_smoothing_factor": (0.0, "it smooths the tokens of SFT; a reward model has none"),
-    }
-    | {
-        name: REFUSED_SFT[name] if name in REFUSED_SFT else REFUSED[name]
-        for name in (
-            "model_init_kwargs",
-            "pad_token",
-            "pad_to_multiple_of",
-            "dataset_num_proc",
-            "chat_template_path",
-            "eos_token",
-            "use_liger_kernel",
-            "average_tokens_across_devices",
-            "liger_kernel_config",
-        )
-    }
-)
-# `ModelConfig` fields that say how an adapter is made, and how 4-bit weights are stored
+# fields of `ModelConfig` that say how an adapter is made, and how 4-bit weights are stored
 OF_PEFT = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "use_rslora", "use_dora",
 )  # fmt: skip
 OF_4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
-
-# what the SFT stage does not take from the stage after it, though both have the field; nor what is of the Hub
-OF_ONE_STAGE = {
-    "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "loss_type",
-    "label_smoothing_factor", "neftune_noise_alpha", "metric_for_best_model", "greater_is_better", "select",
-    "load_best_model_at_end", "resume_from_checkpoint", "report_to",
-    # transformers writes the old names, which stand for these, into the new ones
-    "gradient_checkpointing", "activation_checkpointing", "activation_checkpointing_kwargs",
-}  # fmt: skip
 
 
 @dataclass
@@ -125,10 +70,8 @@ class SamplesConfig:
 
     _argument_group_name = "samples"
 
-    num_samples: int = field(
-        default=8, metadata={"help": "Held-out prompts that base, reference and policy answer; 0 for none."}
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
+    num_samples: int = option(8, "Held-out prompts that base, reference and policy answer; 0 for none.")
+    max_new_tokens: int = option(64, "Tokens of an answer, at most.")
 
     def __post_init__(self) -> None:
         if self.num_samples < 0 or self.max_new_tokens < 1:
@@ -139,105 +82,64 @@ class SamplesConfig:
 class TextModelConfig(ModelConfig):
     _argument_group_name = "model"
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Any causal language model: a Hub id, a folder, a .gguf file, or smollm2 (the default), which "
-            "needs no network."
-        },
+    model_name_or_path: str | None = option(
+        None,
+        "Any causal language model: a Hub id, a folder, a .gguf file, or smollm2 (the default; it needs no network).",
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = field(
-        default=None,
-        metadata={
-            "help": "Precision of the weights; by default float32, and bfloat16 for frozen ones under an adapter that "
-            "trains with --bf16."
-        },
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = option(
+        None,
+        "Precision of the weights; by default float32, and bfloat16 for frozen ones under an adapter that trains with "
+        "--bf16.",
     )
-
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    use_peft: bool = option(False, "Train a LoRA adapter instead of all weights.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unset = {each.name: each.default for each in fields(ModelConfig)}
-        refuse(self, {"lora_task_type": ("CAUSAL_LM", "the recipe sets it")})
+        refuse(self, {"lora_task_type": "the recipe sets it"})
         if not self.use_peft:
-            refuse(self, {name: (unset[name], "it is of an adapter: add --use_peft, or drop it") for name in OF_PEFT})
+            refuse(self, dict.fromkeys(OF_PEFT, "it is of an adapter: add --use_peft, or drop it"))
         if not self.load_in_4bit:
-            refuse(self, {name: (unset[name], "it is of 4-bit weights: add --load_in_4bit") for name in OF_4BIT})
-
-
-@dataclass
-class SFTStageConfig:
-    """The first stage: the reference, by supervised fine-tuning on the preferred responses."""
-
-    _argument_group_name = "SFT stage"
-
-    reference: str | None = field(
-        default=None, metadata={"help": "A folder or Hub id of a finished reference: skips SFT."}
-    )
-    sft_epochs: float = field(default=1.0, metadata={"help": "Epochs of SFT; 0 takes the model as it is."})
-    sft_learning_rate: float = field(
-        default=2e-5, metadata={"help": "Peak learning rate of SFT; ten times that with --use_peft."}
-    )
-    sft_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows of an SFT step on each device; --per_device_train_batch_size by default."}
-    )
-    sft_completion_only_loss: bool = field(
-        default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.sft_epochs < math.inf:
-            raise UserError(f"--sft_epochs {self.sft_epochs}: must be at least 0")
-        check_positive(self, "sft_learning_rate")
+            refuse(self, dict.fromkeys(OF_4BIT, "it is of 4-bit weights: add --load_in_4bit"))
 
 
 @dataclass
 class ShortDialogues(OneMachine):
     """`OneMachine` with a cap on tokens and batches of like length."""
 
-    max_length: int | None = field(
-        default=256, metadata={"help": "Tokens of a prompt with one response, at most; no pair is lost to it."}
+    refused = REFUSED | REFUSED_BUT_FOR_SFT
+
+    max_length: int | None = option(256, "Tokens of a prompt with one response, at most; no pair is lost to it.")
+    train_sampling_strategy: str = option(
+        "group_by_length", "Batches of like length (group_by_length), or none such (random, sequential).",
+        choices=["random", "sequential", "group_by_length"],
+    )  # fmt: skip
+    metric_for_best_model: str | None = option("eval_loss", "Figure by which the best epoch is chosen.")
+    pad_to_multiple_of: int | None = option(None, "Not supported: batches are padded to their longest row.")
+    dataloader_num_workers: int | None = option(
+        None, "Processes that make batches; 2 with a GPU by default, none without."
     )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Batches of like length (group_by_length), or none such (random, sequential).",
-            "choices": ["random", "sequential", "group_by_length"],
-        },
-    )
-    metric_for_best_model: str | None = field(
-        default="eval_loss", metadata={"help": "Figure by which the best epoch is chosen."}
-    )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Not supported: batches are padded to their longest row."}
-    )
-    dataloader_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that make batches; 2 with a GPU by default, none without."}
-    )
-    merge_adapter: bool = field(
-        default=False,
-        metadata={"help": "Add a trained LoRA adapter to its base model, and keep that full model instead of it."},
+    merge_adapter: bool = option(
+        False, "Add a trained LoRA adapter to its base model, and keep that full model instead of it."
     )
 
     def __post_init__(self) -> None:
         if self.max_length is None or self.max_length < SHORTEST:
             raise UserError(f"--max_length {self.max_length}: must be at least {SHORTEST} tokens")
         args: Any = self
-        if args.do_eval and self.eval_strategy == "no":
-            raise UserError("--do_eval is not supported here: pass --eval_strategy epoch or steps")
-        if args.activation_offloading and not has_cuda(args.use_cpu):
-            raise UserError("--activation_offloading moves activations off a GPU, and there is none: drop it")
-        if args.liger_kernel_config is not None and not args.use_liger_kernel:
-            raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
+        on_gpu = has_cuda(args.use_cpu)
         if self.metric_for_best_model is not None and args.greater_is_better is None:  # transformers knows losses alone
             args.greater_is_better = not self.metric_for_best_model.endswith(("loss", "rejected"))
-        on_gpu = has_cuda(args.use_cpu)
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if on_gpu else 0
         if args.accelerator_config is None and on_gpu:  # copies run while the GPU computes; memory is pinned by default
             args.accelerator_config = {"non_blocking": args.dataloader_pin_memory}
         super().__post_init__()
+        if args.do_eval and self.eval_strategy == "no":
+            raise UserError("--do_eval is not supported here: pass --eval_strategy epoch or steps")
+        if args.activation_offloading and not on_gpu:
+            raise UserError("--activation_offloading moves activations off a GPU, and there is none: drop it")
+        if args.liger_kernel_config is not None and not args.use_liger_kernel:
+            raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
 
 
 @dataclass
@@ -250,39 +152,26 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
         "logps/rejected",
     )  # fmt: skip
 
-    output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
-    learning_rate: float = field(
-        default=1e-5, metadata={"help": "Peak learning rate of DPO; ten times that with --use_peft."}
+    output_dir: str | None = option("runs/dpo_hh", "The run's folder.")
+    learning_rate: float = option(1e-5, "Peak learning rate of DPO; ten times that with --use_peft.")
+    beta: float = option(0.1, "How strongly the loss ties the policy to the reference; IPO's τ.")
+    prefix_sharing: bool = option(True, "Run a pair's prompt once for both responses; the numbers are the same.")
+    precompute_ref_log_probs: bool = option(
+        True,
+        "Compute the reference's log-probabilities once, before training, and keep no reference model in memory. Not "
+        "done where --reference_update moves it.",
     )
-    beta: float = field(
-        default=0.1, metadata={"help": "How strongly the loss ties the policy to the reference; IPO's τ."}
-    )
-    prefix_sharing: bool = field(
-        default=True, metadata={"help": "Run a pair's prompt once for both responses; the numbers are the same."}
-    )
-    precompute_ref_log_probs: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute the reference's log-probabilities once, before training, and keep no reference model in "
-            "memory. Not done where --reference_update moves it."
-        },
-    )
-    reference_cache_dir: str = field(
-        default="auto",
-        metadata={
-            "help": "Folder that keeps the reference's log-probabilities for later runs; 'auto' is below HF_HOME, "
-            "'none' keeps none."
-        },
+    reference_cache_dir: str = option(
+        "auto",
+        "Folder that keeps the reference's log-probabilities for later runs; auto is below HF_HOME, none keeps none.",
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        refuse(self, REFUSED)
         preference_loss(self)  # refuse what makes no sense before anything is loaded
         asked_for_best = self.select == "best" or self.load_best_model_at_end
         super().__post_init__()
-        self.select_asked = self.select  # which the SFT stage follows whether or not the reference moves after it
         if self.reference_update != "frozen":
             # what is computed once would be out of date, and so would losses of different epochs
             self.precompute_ref_log_probs = self.load_best_model_at_end = False
@@ -299,49 +188,33 @@ class TextSFTConfig(ShortDialogues, SFTConfig):  # type: ignore[misc]  # as abov
     """`trl.SFTConfig` with this project's defaults."""
 
     _argument_group_name = "SFT and training"
+    refused = REFUSED
     figures = ("loss",)
 
-    output_dir: str | None = field(default="runs/sft_hh", metadata={"help": "The run's folder."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; ten times that with --use_peft."})
-    completion_only_loss: bool | None = field(
-        default=True, metadata={"help": "Learn the response's tokens alone (true) or the prompt's too (false)."}
-    )
+    output_dir: str | None = option("runs/sft_hh", "The run's folder.")
+    num_train_epochs: float = option(1.0, "Epochs; 0 before DPO or a reward model takes the model as it is.")
+    learning_rate: float = option(2e-5, "Peak learning rate of SFT; ten times that with --use_peft.")
+    completion_only_loss: bool | None = option(True, "Learn the response's tokens alone (true) or the prompt's too.")
 
-    def __post_init__(self) -> None:
-        refuse(self, REFUSED_SFT)
-        super().__post_init__()
+    @property
+    def is_skipped(self) -> bool:
+        return self.num_train_epochs == 0 and self.max_steps <= 0
 
 
 @dataclass
-class TextRewardConfig(ShortDialogues, RewardConfig):  # type: ignore[misc]  # as above
+class TextRewardConfig(FromReference, ShortDialogues, RewardConfig):  # type: ignore[misc]  # as above
     """`trl.RewardConfig` with this project's defaults."""
 
     _argument_group_name = "reward model and training"
     figures = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
-    output_dir: str | None = field(default="runs/reward_hh", metadata={"help": "The run's folder."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate; ten times that with --use_peft."})
+    output_dir: str | None = option("runs/reward_hh", "The run's folder.")
+    learning_rate: float = option(1e-5, "Peak learning rate; ten times that with --use_peft.")
 
     def __post_init__(self) -> None:
-        refuse(self, REFUSED_REWARD)
         if self.center_rewards_coefficient is not None and self.center_rewards_coefficient < 0:
             raise UserError(f"--center_rewards_coefficient {self.center_rewards_coefficient}: must be at least 0")
         super().__post_init__()
-
-
-def sft_stage(own: TextDPOConfig | TextRewardConfig, sft: SFTStageConfig) -> TextSFTConfig:
-    """The configuration of the SFT stage before another: its own epochs, rate and batch, the rest from that stage."""
-    both = {each.name for each in fields(own)} & {each.name for each in fields(TextSFTConfig)}
-    return TextSFTConfig(
-        num_train_epochs=sft.sft_epochs,
-        learning_rate=sft.sft_learning_rate,
-        completion_only_loss=sft.sft_completion_only_loss,
-        per_device_train_batch_size=sft.sft_batch_size or own.per_device_train_batch_size,
-        gradient_checkpointing=own.gradient_checkpointing or None,
-        report_to=own.report_to or "none",
-        select=own.select_asked if isinstance(own, TextDPOConfig) else own.select,
-        **{name: getattr(own, name) for name in sorted(both) if name not in OF_ONE_STAGE and "hub" not in name},
-    )
 
 
 def named_models(words: Sequence[str]) -> dict[str, str]:
@@ -365,24 +238,17 @@ class ChatConfig:
 
     _argument_group_name = "chat"
 
-    models: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "NAME=PATH of every model: a folder (LoRA adapters too) or a Hub id. Without it the models of RUN."
-        },
+    models: list[str] | None = option(
+        None, "NAME=PATH of every model: a folder (LoRA adapters too) or a Hub id. Without it the models of RUN."
     )
-    prompt: str | None = field(
-        default=None, metadata={"help": "Answer this message and exit; - reads the message from stdin."}
-    )
-    system: str | None = field(
-        default=None, metadata={"help": "A system message, for models with a chat template that takes one."}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens of an answer, at most."})
-    do_sample: bool = field(default=False, metadata={"help": "Draw the answers; greedy otherwise."})
-    temperature: float = field(default=1.0, metadata={"help": "Of --do_sample."})
-    top_p: float = field(default=1.0, metadata={"help": "Of --do_sample."})
-    seed: int = field(default=42, metadata={"help": "Draws the first answers; seed + 1 the second ones, and so on."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
+    prompt: str | None = option(None, "Answer this message and exit; - reads the message from stdin.")
+    system: str | None = option(None, "A system message, for models with a chat template that takes one.")
+    max_new_tokens: int = option(128, "Tokens of an answer, at most.")
+    do_sample: bool = option(False, "Draw the answers; greedy otherwise.")
+    temperature: float = option(1.0, "Of --do_sample.")
+    top_p: float = option(1.0, "Of --do_sample.")
+    seed: int = option(42, "Draws the first answers; seed + 1 the second ones, and so on.")
+    trust_remote_code: bool = option(False, "Run code that a model's repository brings.")
 
     def __post_init__(self) -> None:
         if self.models is not None:
@@ -410,19 +276,15 @@ class ChatModelConfig(TextModelConfig):
     again at every token.
     """
 
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = field(
-        default=None,
-        metadata={"help": "Precision of the weights; bfloat16 where the hardware has it, float32 elsewhere."},
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = option(
+        None, "Precision of the weights; bfloat16 where the hardware has it, float32 elsewhere."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(
-            self,
-            {
-                "model_name_or_path": (None, "name the models with --models NAME=PATH"),
-                "use_peft": (False, "a folder with a LoRA adapter is loaded as it is"),
-            },
-        )
+        refuse(self, {
+            "model_name_or_path": "name the models with --models NAME=PATH",
+            "use_peft": "a folder with a LoRA adapter is loaded as it is",
+        })  # fmt: skip
         if self.dtype is None:
             self.dtype = "bfloat16" if has_bfloat16() else "float32"

@@ -14,27 +14,19 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from trl import get_peft_config
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.job import Job, describe_run, epochs, free, silent
 from resdpo_trl.metrics import extremes, preference_metrics, raw_accuracy, with_intervals
 from resdpo_trl.run.card import write_card
-from resdpo_trl.run.files import ASIDE, replace_folder, step_of
+from resdpo_trl.run.files import ASIDE, replace_folder
 from resdpo_trl.run.folder import RunFolder
 from resdpo_trl.run.hub import check_public_base
-from resdpo_trl.run.provenance import read_facts, seen_by, training_facts, write_facts
+from resdpo_trl.run.provenance import read_facts, write_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SPLITS, describe_cuts, describe_left_out, first_line, source_name
-from resdpo_trl.text.config import (
-    SamplesConfig,
-    SFTStageConfig,
-    TextDPOConfig,
-    TextModelConfig,
-    TextRewardConfig,
-    TextSFTConfig,
-    sft_stage,
-)
+from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextRewardConfig, TextSFTConfig
 from resdpo_trl.text.data import QUICKSTART, TextDataConfig, fingerprint, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import (
@@ -68,62 +60,56 @@ class TextRun(Job):
         samples: SamplesConfig,
         options: RunConfig,
         training: TextDPOConfig | TextRewardConfig | TextSFTConfig,
-        sft: SFTStageConfig | None = None,
+        sft: TextSFTConfig | None = None,
         preset: Path | None = None,
         given: Collection[str] | None = None,
     ):
-        """`training` is a `TextDPOConfig` or `TextRewardConfig` with the `sft` stage before it, or `TextSFTConfig`."""
+        """`training` is of the stage that ends the run; `sft` of the one before DPO or a reward model, if there is one:
+        without it the reference is the model as it is."""
         self.data, self.model, self.samples = data, model, samples
-        self.sft = sft or SFTStageConfig()
+        self.reference: str | None = None  # a finished one, by name
+        if isinstance(training, TextSFTConfig):
+            sft = training
+            if training.is_skipped:
+                raise UserError("--num_train_epochs 0: nothing is trained; pass a number above 0")
+        else:
+            self.reference = training.reference
+        self.sft = None if sft is None or sft.is_skipped or self.reference else sft
         # the model that SFT starts from; a finished reference may come without its name
-        self.base = model.model_name_or_path or (None if self.sft.reference else SMOLLM2)
+        self.base = model.model_name_or_path or (None if self.reference else SMOLLM2)
         self.training: Any = training
         self._check_model_flags(given or ())
         if model.dtype is None and model.use_peft and training.bf16 and not isinstance(training, TextRewardConfig):
             model.dtype = "bfloat16"  # autocast would convert the frozen float32 weights again in every step
-        config = {
-            "data": dataclasses.asdict(data),
-            "model": dataclasses.asdict(model),
-            "training": training.to_dict(),
-            "samples": dataclasses.asdict(samples),
-            "run": dataclasses.asdict(options),
-        }
-        if sft is not None:
-            config["sft_stage"] = dataclasses.asdict(sft)
-        super().__init__(training, options, config, preset, given)
-
-    @property
-    def _skips_sft(self) -> bool:
-        return self.sft.reference is not None or self.sft.sft_epochs == 0
+        before = {"sft": self.sft} if self.sft is not None and self.sft is not training else {}
+        super().__init__(training, options, {"data": data, "model": model, "samples": samples}, before, preset, given)
 
     def _check_model_flags(self, given: Collection[str]) -> None:
-        if (self.model.load_in_4bit or self.model.load_in_8bit) and not self.model.use_peft:
+        model, training, reward = self.model, self.training, isinstance(self.training, TextRewardConfig)
+        if model.load_in_4bit or model.load_in_8bit:
+            refused = {
+                "freeze the model's weights: add --use_peft to train adapters": not model.use_peft,
+                "are not supported with FSDP and DeepSpeed: drop them, or use accelerate_configs/multi_gpu.yaml": (
+                    is_sharded()
+                ),
+                "are not supported for a reward model: drop them": reward,
+            }
+            for why in (why for why, found in refused.items() if found):
+                raise UserError(f"--load_in_4bit and --load_in_8bit {why}")
+        figure = training.metric_for_best_model
+        if figure is not None and figure.removeprefix("eval_") not in training.figures:
             raise UserError(
-                "--load_in_4bit and --load_in_8bit freeze the model's weights: add --use_peft to train adapters"
+                f"--metric_for_best_model {figure}: no such figure; evaluation has {', '.join(training.figures)}"
             )
-        if is_sharded() and (self.model.load_in_4bit or self.model.load_in_8bit):
-            raise UserError(
-                "--load_in_4bit and --load_in_8bit are not supported with FSDP and DeepSpeed: drop them, or use "
-                "accelerate_configs/multi_gpu.yaml"
-            )
-        figure = self.training.metric_for_best_model
-        if figure is not None and figure.removeprefix("eval_") not in self.training.figures:
-            raise UserError(
-                f"--metric_for_best_model {figure}: no such figure; evaluation has {', '.join(self.training.figures)}"
-            )
-        if isinstance(self.training, TextRewardConfig) and (self.model.load_in_4bit or self.model.load_in_8bit):
-            raise UserError("--load_in_4bit and --load_in_8bit are not supported for a reward model: drop them")
-        if getattr(self.training, "reference_update", "frozen") != "frozen" and self.model.use_peft:
+        if getattr(training, "reference_update", "frozen") != "frozen" and model.use_peft:
             raise UserError(
                 "--reference_update moves a full reference model, which --use_peft does not keep: pass --use_peft "
                 "false, or drop it"
             )
-        trains_adapter = self._trains_adapter
-        if self.training.merge_adapter and not trains_adapter and "merge_adapter" in given:
+        if training.merge_adapter and not self._trains_adapter and "merge_adapter" in given:
             raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or drop the flag")
-        merges = self.training.merge_adapter or isinstance(self.training, TextRewardConfig)  # which always is
-        if self.training.push_to_hub and trains_adapter and not merges:
-            check_public_base(full_model(*self._sources()[0]))
+        if training.push_to_hub and self._trains_adapter and not training.merge_adapter and not reward:
+            check_public_base(full_model(*self._sources()[0]))  # a reward model's adapter is always merged
 
     @property
     def _trains_adapter(self) -> bool:
@@ -140,7 +126,7 @@ class TextRun(Job):
 
     def say_what_runs(self) -> None:
         """Two lines: the job, and what it runs on."""
-        model = self.base or f"the reference {self.sft.reference}"
+        model = self.base or f"the reference {self.reference}"
         if model == SMOLLM2:
             model = SMOLLM2_ID.partition("/")[2]
         source = source_name(self.data.dataset_name) + (
@@ -149,14 +135,12 @@ class TextRun(Job):
         if source == QUICKSTART:
             source = "people's chit-chat (no network needed)"
         last = {TextDPOConfig: "DPO", TextRewardConfig: "a reward model", TextSFTConfig: "SFT"}[type(self.training)]
-        sft_first = not self._skips_sft and not isinstance(self.training, TextSFTConfig)
         self.say(
-            f"{'SFT and ' if sft_first else ''}{last} of {model} on {source}; for GPT-2 on Anthropic HH: "
+            f"{'SFT and ' if self.before else ''}{last} of {model} on {source}; for GPT-2 on Anthropic HH: "
             "--config hh/gpt2.yaml\n" + self.hardware_line()
         )
         if self.model.use_peft:
-            alone = self._skips_sft or isinstance(self.training, TextSFTConfig)
-            sft = "" if alone else f", SFT {self.sft.sft_learning_rate:g}"
+            sft = "".join(f", SFT {args.learning_rate:g}" for args in self.before.values())
             self.say(f"LoRA of rank {self.model.lora_r}: learning rate {self.training.learning_rate:g}{sft}")
 
     # --- pairs ---------------------------------------------------------------------------------------------------
@@ -193,18 +177,14 @@ class TextRun(Job):
         return pairs
 
     def _facts(self, args: Any) -> dict[str, Any]:
-        reference = [read_facts(str(self.run.reference), None, "reference")] if self.run.reference.is_dir() else []
-        trained, validated = seen_by(*reference)
-        trained.update(self.texts["train"]["pair"][:])
-        validated.update(self.texts["validation"]["pair"][:])
-        cap = {"max_length": args.max_length, "max_response_length": self.data.max_response_length}
-        return training_facts(args, trained, validated, **cap)
+        rows = (self.texts[split]["pair"][:] for split in ("train", "validation"))
+        return self.facts(args, *rows, max_length=args.max_length, max_response_length=self.data.max_response_length)
 
     def _sources(self) -> list[tuple[str, str]]:
         """(name, flag) of every place a tokenizer comes from; the first one's is used."""
         found = []
-        if self.sft.reference:  # it says in which format it was trained
-            found.append((self.sft.reference, "--reference"))
+        if self.reference:  # it says in which format it was trained
+            found.append((self.reference, "--reference"))
         if self.base:
             found.append((self.base, "--model_name_or_path"))
         return found
@@ -219,12 +199,12 @@ class TextRun(Job):
 
     def make_reference(self, pairs: dict[str, Dataset]) -> None:
         """SFT, into reference/; or the model as given."""
-        set_seed(self.training.seed)
+        set_seed((self.sft or self.training).seed)
         if self.past("sft", self.run.reference, self.run.summary.get("sft")):
             return
-        if self._skips_sft:
+        if self.sft is None:
             name, flag = self._sources()[0]
-            model = load_model(name, self.model, self.training.trust_remote_code, flag)
+            model = self._load(name, flag)
             self._prepare(model)
             save = model.save_pretrained if self.run.main_process else silent
             facts = read_facts(local_model(name, flag), None, flag)
@@ -233,13 +213,11 @@ class TextRun(Job):
             self.publish(self.run.reference, save, self.tokenizer, facts)
             self.run.summarize(sft={"skipped": name})
             return
-        model = self._base_model()
+        model = self._load(str(self.base), "--model_name_or_path")
         self._prepare(model)
         checkpoint = self.checkpoint("sft")
         # not by `evaluate` before training: accelerate would take the model for prepared, and never average gradients
-        own = self.training
-        args = self._arguments("sft", own if isinstance(own, TextSFTConfig) else sft_stage(own, self.sft))
-        args = dataclasses.replace(args, eval_on_start=checkpoint is None)
+        args = dataclasses.replace(self.arguments("sft", self.sft), eval_on_start=checkpoint is None)
         as_rows = partial(sft_rows, completion_only_loss=args.completion_only_loss is not False)
         held_out = as_rows(pairs["validation"])
         with adapter_refusals():
@@ -258,16 +236,15 @@ class TextRun(Job):
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
-        before, after = self.run.logged("sft", "validation", 0), self._sft_loss(trainer)
+        before = self.run.logged("sft", "validation", 0)
+        evaluated = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+        kept = epochs(trainer)["kept_step"]  # the weights that are kept
+        after = evaluated[kept] if kept in evaluated else trainer.evaluate()["eval_loss"]
         self.publish(self.run.reference, trainer.save_model, self.tokenizer, self._facts(args))
         self.run.summarize(
             sft={
                 "train": {"loss": trainer.mean_training_loss},
-                "validation": {
-                    "loss_before": before and before["loss"],
-                    "loss_after": after,
-                    "n": len(held_out),
-                },
+                "validation": {"loss_before": before and before["loss"], "loss_after": after, "n": len(held_out)},
                 "steps": trainer.state.global_step,
                 "seconds": seconds,
             }
@@ -291,23 +268,8 @@ class TextRun(Job):
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
         end_answers(model, self.tokenizer)
 
-    def _sft_loss(self, trainer: TextSFTTrainer) -> float:
-        """Validation loss of the weights that are kept."""
-        evaluated = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
-        kept = epochs(trainer)["kept_step"]
-        return evaluated[kept] if kept in evaluated else trainer.evaluate()["eval_loss"]
-
-    def _arguments(self, stage: str, args: Any) -> Any:
-        """A stage's training arguments in this run's folder; the Hub is the run's, not a trainer's."""
-        return dataclasses.replace(
-            args,
-            output_dir=str(self.run.checkpoints(stage)),
-            push_to_hub=False,
-            report_to=args.report_to or "none",
-        )
-
-    def _base_model(self) -> Any:
-        return load_model(str(self.base), self.model, self.training.trust_remote_code, "--model_name_or_path")
+    def _load(self, name: str | Path, flag: str) -> Any:
+        return load_model(str(name), self.model, self.training.trust_remote_code, flag)
 
     # --- the policy ----------------------------------------------------------------------------------------------
 
@@ -322,16 +284,16 @@ class TextRun(Job):
         free(trainer)
 
     def _dpo_trainer(self, pairs: dict[str, Dataset]) -> TextDPOTrainer:
-        reference = str(self.run.reference)
-        model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
-        adapter_on_full = self.model.use_peft and not (self.run.reference / "adapter_config.json").is_file()
-        args = self._arguments("dpo", self.training)
+        reference = self.run.reference
+        model = self._load(reference, "reference")
+        adapter_on_full = self.model.use_peft and not (reference / "adapter_config.json").is_file()
+        args = self.arguments("dpo", self.training)
         sharded = is_sharded()
         if sharded and self.model.use_peft:
             args.precompute_ref_log_probs = False  # the policy without its adapter runs only once it is sharded
         ref_model = None
         if (sharded or not args.precompute_ref_log_probs) and not self.model.use_peft:
-            ref_model = load_model(reference, self.model, self.training.trust_remote_code, "reference")
+            ref_model = self._load(reference, "reference")
         with adapter_refusals():
             return TextDPOTrainer(
                 model=model,
@@ -371,43 +333,49 @@ class TextRun(Job):
         if args.precompute_ref_log_probs:
             test = trainer.add_reference(test)
             trainer.ref_model = None  # all that it says of these pairs is known
-        started = time.perf_counter()
-        checkpoint = self.checkpoint("dpo")
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        timed = self.train(trainer, "dpo")
         loss = trainer.preference_loss
         self.publish(self.run.policy, trainer.save_model, self.tokenizer, self._facts(args))
         if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
-            first_reference = load_model(
-                str(self.run.reference), self.model, self.training.trust_remote_code, "reference"
+            first = self._load(self.run.reference, "reference")
+            trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first.state_dict())
+        per_pair = {
+            split: preference_metrics(found, loss) | raw_accuracy(found)
+            for split, found in (
+                ("validation", trainer.validation_scores(epochs(trainer)["kept_step"])),
+                ("test", trainer.score(test, "Test")),
             )
-            trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first_reference.state_dict())
-        validation = trainer.validation_scores(epochs(trainer)["kept_step"])
-        scores = trainer.score(test, "Test")
-        figures = {
-            split: with_intervals(preference_metrics(found, loss) | raw_accuracy(found))
-            for split, found in (("validation", validation), ("test", scores))
         }
-        step, epoch = trainer.state.global_step, trainer.state.epoch
-        self.run.log("dpo", "test", step, epoch, figures["test"])
-        self.run.write_rows("scores.jsonl", self._scored(pairs["test"], preference_metrics(scores, loss)))
-        self.run.summarize(
-            dpo={
-                "train": trainer.last_train_metrics(),
-                **figures,
-                "steps": step,
-                **epochs(trainer),
-                "beta": loss.beta,
-                "loss_type": list(loss.loss_types),
-            },
-            throughput={
-                "preparation_seconds": self.preparation_seconds,
-                "reference_seconds": trainer.reference_seconds,
-                "reference_pairs_read_from_cache": trainer.reference_pairs_read,
-                "dpo_seconds": seconds,
-                "dpo_pairs_per_second": _rows_trained(trainer, checkpoint) / seconds,
-            },
-        )
+        self._summarize(
+            "dpo", trainer, pairs["test"], per_pair, timed, {"beta": loss.beta, "loss_type": list(loss.loss_types)},
+            reference_seconds=trainer.reference_seconds,
+            reference_pairs_read_from_cache=trainer.reference_pairs_read,
+        )  # fmt: skip
+
+    def _summarize(
+        self,
+        stage: str,
+        trainer: Any,
+        pairs: Dataset,
+        per_pair: dict[str, Any],
+        timed: tuple[float, int],
+        settings: dict[str, Any],
+        **throughput: Any,
+    ) -> None:
+        """The figures of the stage that ends the run, into its files; the trainer is let go of."""
+        state = trainer.state
+        figures = {split: with_intervals(found) for split, found in per_pair.items()}
+        seconds, first = timed
+        rows_trained = (state.global_step - first) / state.global_step * state.epoch * len(trainer.train_dataset)
+        self.run.log(stage, "test", state.global_step, state.epoch, figures["test"])
+        self.run.write_rows("scores.jsonl", self._scored(pairs, per_pair["test"]))
+        of_stage = {"train": trainer.last_train_metrics(), **figures, "steps": state.global_step, **epochs(trainer)}
+        throughput |= {
+            "preparation_seconds": self.preparation_seconds,
+            f"{stage}_seconds": seconds,
+            f"{stage}_pairs_per_second": rows_trained / seconds,
+        }
+        self.run.summarize(**{stage: of_stage | settings}, throughput=throughput)
         free(trainer)
 
     # --- the reward model ----------------------------------------------------------------------------------------
@@ -416,7 +384,7 @@ class TextRun(Job):
         """Bradley–Terry from the reference's weights, into reward_model/; then the test, once."""
         if self.past("reward", self.run.reward_model, self.run.summary.get("reward")):
             return
-        args = self._arguments("reward", self.training)
+        args = self.arguments("reward", self.training)
         peft_config = get_peft_config(self.model)
         if peft_config is not None:
             peft_config.task_type = "SEQ_CLS"  # so that PEFT trains the new head whole
@@ -434,32 +402,12 @@ class TextRun(Job):
                 peft_config=peft_config,
             )
         use_run_callbacks(trainer, self.run, "reward", "Reward model")
-        started = time.perf_counter()
-        checkpoint = self.checkpoint("reward")
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started - trainer.evaluation_seconds
+        timed = self.train(trainer, "reward")
         save = partial(save_reward_model, trainer, untrained)
         self.publish(self.run.reward_model, save, self.tokenizer, self._facts(args))
         per_pair = {split: trainer.pair_figures(rows[split], split) for split in ("validation", "test")}
-        figures = {split: with_intervals(found) for split, found in per_pair.items()}
-        step, epoch = trainer.state.global_step, trainer.state.epoch
-        self.run.log("reward", "test", step, epoch, figures["test"])
-        self.run.write_rows("scores.jsonl", self._scored(pairs["test"], per_pair["test"]))
-        self.run.summarize(
-            reward={
-                "train": trainer.last_train_metrics(),
-                **figures,
-                "steps": step,
-                **epochs(trainer),
-                "center_rewards_coefficient": args.center_rewards_coefficient,
-            },
-            throughput={
-                "preparation_seconds": self.preparation_seconds,
-                "reward_seconds": seconds,
-                "reward_pairs_per_second": _rows_trained(trainer, checkpoint) / seconds,
-            },
-        )
-        free(trainer)
+        settings = {"center_rewards_coefficient": args.center_rewards_coefficient}
+        self._summarize("reward", trainer, pairs["test"], per_pair, timed, settings)
 
     def _scored(self, pairs: Dataset, figures: dict[str, Any]) -> list[dict[str, Any]]:
         """Every test pair's rewards; the pairs that are ranked most wrongly and most rightly with their texts."""
@@ -490,10 +438,10 @@ class TextRun(Job):
         shown = pairs["test"].select(range(count))
         models: dict[str, Callable[[], Any]] = {}
         if self.base and self.run.summary["sft"].get("skipped") != self.base:  # else the reference is the base
-            models["base"] = self._base_model
+            models["base"] = partial(self._load, str(self.base), "--model_name_or_path")
         for name, folder in (("reference", self.run.reference), ("policy", self.run.policy)):
             if folder.is_dir():
-                models[name] = partial(load_model, str(folder), self.model, self.training.trust_remote_code, name)
+                models[name] = partial(self._load, folder, name)
         answers = {name: self._answers(name, load(), shown["prompt_ids"][:]) for name, load in models.items()}
         rows = []
         for index, pair in enumerate(shown):
@@ -515,31 +463,16 @@ class TextRun(Job):
 
     def finish(self) -> None:
         """The end of the run, with the model card."""
-        base = str(self.base or self.sft.reference)
-        if self.run.main_process:
-            self._say_where_answers_end()
-        self.end(describe_results, partial(write_card, self.run, self.run.trained, base))
-
-    def _say_where_answers_end(self) -> None:
-        """One line where a pipeline would end the answers of an adapter where its base ends them: transformers reads
-        no generation_config.json of an adapter's folder.
-        """
-        folder = self.run.trained
-        place: dict[str, Any] = {"revision": self.model.model_revision}
-        if not (folder / "adapter_config.json").is_file():
-            return
-        base, end = full_model(str(folder), "the adapter"), stop_tokens(self.tokenizer)[-1]
-        try:
-            ends: Any = GenerationConfig.from_pretrained(base, **place).eos_token_id
-        except OSError:  # it has no such file, and transformers reads its config.json
-            trust = self.training.trust_remote_code
-            ends = AutoConfig.from_pretrained(base, **place, trust_remote_code=trust).get_text_config().eos_token_id
-        if end not in (ends if isinstance(ends, list) else [ends]):
+        base = str(self.base or self.reference)
+        folder, ends = self.run.trained, stop_tokens(self.tokenizer)
+        if len(ends) > 1 and (folder / "adapter_config.json").is_file():
+            end = self.tokenizer.convert_ids_to_tokens(ends[-1])
             self.say(
-                f"{folder} is an adapter: transformers' pipeline ends its answers at its base's end of text and not at "
-                f"{self.tokenizer.convert_ids_to_tokens(end)}; pass generation_config=GenerationConfig.from_pretrained("
-                f"'{folder}') with each call, or train with --merge_adapter"
+                f"{folder} is an adapter: transformers' pipeline ends its answers where its base ends them, which may "
+                f"not be at {end}; pass generation_config=GenerationConfig.from_pretrained('{folder}') with each call, "
+                "or train with --merge_adapter"
             )
+        self.end(describe_results, partial(write_card, self.run, self.run.trained, base))
 
 
 @contextmanager
@@ -578,7 +511,7 @@ def merge_run(path: Path) -> None:
     folder, config = run.trained, run.config
     if not (folder / "adapter_config.json").is_file():
         return
-    model, stage = TextModelConfig(**config["model"]), config.get("sft_stage", {})
+    model, reference = TextModelConfig(**config["model"]), config["training"].get("reference")
     trust_remote_code = config["training"]["trust_remote_code"]
     tokenizer = load_tokenizer(str(folder), model, trust_remote_code, str(folder))
     aside = folder.with_name(folder.name + ASIDE)
@@ -586,14 +519,7 @@ def merge_run(path: Path) -> None:
     tokenizer.save_pretrained(str(aside))
     write_facts(aside, read_facts(str(folder), None, str(folder)))
     replace_folder(aside, folder)
-    write_card(run, folder, model.model_name_or_path or stage.get("reference") or SMOLLM2)
-
-
-def _rows_trained(trainer: Any, checkpoint: str | None) -> float:
-    """Rows that training went through since its checkpoint, each epoch's anew."""
-    step = trainer.state.global_step
-    first = step_of(Path(checkpoint)) if checkpoint else 0
-    return (step - first) / step * trainer.state.epoch * len(trainer.train_dataset)
+    write_card(run, folder, model.model_name_or_path or reference or SMOLLM2)
 
 
 def describe_data(counts: dict[str, Any]) -> str:

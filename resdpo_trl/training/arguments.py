@@ -5,20 +5,48 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
 
 Precision = Literal["bfloat16", "float16", "float32"]
-# transformers' fields that shard a model past the checks of `check_sharding`: value when not asked for, and the fix
-OF_THE_LAUNCHER: dict[str, tuple[Any, str]] = {
-    "fsdp": (None, "pass --config_file accelerate_configs/fsdp2.yaml to accelerate launch"),
-    "fsdp_config": (None, "edit accelerate_configs/fsdp2.yaml, and pass it to accelerate launch as --config_file"),
-    "deepspeed": (None, "pass --config_file accelerate_configs/deepspeed_zero3.yaml to accelerate launch"),
-    "parallelism_config": (None, "use data parallelism, FSDP2 or ZeRO (docs/distributed.md)"),
+OWN_COLUMNS = "the columns are the trainer's own"
+MEAN = "evaluation is the mean over all rows"
+FIGURES = "evaluation keeps figures of rows, not logits"
+# fields of transformers' `TrainingArguments` that no trainer here honors, and what to do instead
+REFUSED = {
+    "fsdp": "pass --config_file accelerate_configs/fsdp2.yaml to accelerate launch",
+    "fsdp_config": "edit accelerate_configs/fsdp2.yaml, and pass it to accelerate launch as --config_file",
+    "deepspeed": "pass --config_file accelerate_configs/deepspeed_zero3.yaml to accelerate launch",
+    "parallelism_config": "use data parallelism, FSDP2 or ZeRO (docs/distributed.md)",
+    "bf16_full_eval": "evaluation has the precision of training; see --bf16",
+    "fp16_full_eval": "evaluation has the precision of training; see --fp16",
+    "prediction_loss_only": FIGURES,
+    "eval_accumulation_steps": FIGURES,
+    "batch_eval_metrics": MEAN,
+    "include_for_metrics": MEAN,
+    "eval_do_concat_batches": MEAN,
+    "eval_use_gather_object": "evaluation gathers numbers alone",
+    "label_names": OWN_COLUMNS,
+    "length_column_name": OWN_COLUMNS,
+    "remove_unused_columns": OWN_COLUMNS,
+    "use_cache": "training has no use for a cache",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C end a run after a checkpoint already",
+    "local_rank": "launch with accelerate or torchrun, which say it by the environment",
+    "do_train": "the recipe says what is done",
+    "do_predict": "the recipe says what is done; pass --num_samples for answers",
 }
+
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A dataclass field that is a flag: its default, and its line of --help."""
+    metadata = {"help": text, **more}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -27,8 +55,8 @@ class RunConfig:
 
     _argument_group_name = "run"
 
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the run that --output_dir holds. Nothing else in it is touched."}
+    overwrite_output_dir: bool = option(
+        False, "Replace the run that --output_dir holds. Nothing else in it is touched."
     )
 
 
@@ -36,79 +64,67 @@ class RunConfig:
 class OneMachine:
     """Defaults of transformers' `TrainingArguments` that suit one machine; mixed in before it."""
 
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": "last",
-            "help": "Continue the run in --output_dir, from its last checkpoint or from the one named.",
-        },
+    refused: ClassVar[Mapping[str, str]] = REFUSED
+    # what a stage does not take from the flags of the stage after it, though both have the field
+    of_one_stage: ClassVar[frozenset[str]] = frozenset({
+        "num_train_epochs", "max_steps", "learning_rate", "loss_type", "label_smoothing_factor", "neftune_noise_alpha",
+        "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
+        "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
+    })  # fmt: skip
+    # what is the run's alone: no stage before the last one can have its own
+    of_the_run: ClassVar[frozenset[str]] = frozenset({
+        "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token",
+        "hub_private_repo", "hub_always_push", "hub_revision", "use_cpu", "bf16", "fp16", "trust_remote_code",
+        "max_length", "merge_adapter",
+    })  # fmt: skip
+
+    resume_from_checkpoint: str | None = option(
+        None, "Continue the run in --output_dir, from its last checkpoint or from the one named.",
+        nargs="?", const="last",
+    )  # fmt: skip
+    per_device_train_batch_size: int = option(16, "Rows of a step on each device.")
+    per_device_eval_batch_size: int = option(32, "Rows of an evaluation batch.")
+    num_train_epochs: float = option(1.0, "Epochs.")
+    bf16: bool | None = option(
+        None,
+        "Mixed precision with bfloat16: the default where the hardware has it. V100 and T4 GPUs default to --fp16, "
+        "which scales the loss.",
     )
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a step on each device."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows of an evaluation batch."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Mixed precision with bfloat16: the default where the hardware has it. V100 and T4 GPUs default to "
-            "--fp16, which scales the loss."
-        },
+    # None, not False: transformers 5.23 warns of the old name wherever it is set
+    gradient_checkpointing: bool | None = option(
+        None, "Recompute activations in the backward pass: less memory, more time.", nargs="?", const=True
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,  # not False: transformers 5.23 warns of the old name wherever it is set
-        metadata={
-            "nargs": "?",
-            "const": True,
-            "help": "Recompute activations in the backward pass: less memory, more time.",
-        },
+    hub_private_repo: bool | None = option(
+        None, "Create the Hub's repository as a private one; by default as the account is set.", nargs="?", const=True
     )
-    hub_private_repo: bool | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": True,
-            "help": "Create the Hub's repository as a private one; by default as the account is set.",
-        },
+    remove_unused_columns: bool | None = option(False, "Must stay false: the trainers choose their columns.")
+    logging_steps: float = option(10, "Steps between two training lines of metrics.jsonl.")
+    logging_nan_inf_filter: bool = option(
+        False, "Hide losses that are not finite from the log; it waits for every step."
     )
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay false: the trainers choose their columns."}
+    eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = option("epoch", "When to save a checkpoint: no, steps or epoch.")
+    select: str | None = option(
+        None, "The epoch whose weights are kept: the one that validates best (best, the default), or the last.",
+        choices=["best", "last"],
+    )  # fmt: skip
+    load_best_model_at_end: bool | None = option(
+        None, "transformers' name for --select best; false for --select last.", nargs="?", const=True
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two training lines of metrics.jsonl."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite from the log; it waits for every step."}
+    ddp_find_unused_parameters: bool | None = option(
+        False, "Look for parameters without gradient at every step of several processes: slower."
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
-    select: str | None = field(
-        default=None,
-        metadata={
-            "help": "The epoch whose weights are kept: the one that validates best (best, the default), or the last.",
-            "choices": ["best", "last"],
-        },
-    )
-    load_best_model_at_end: bool | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": True,
-            "help": "transformers' name for --select best; false for --select last.",
-        },
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Look for parameters without gradient at every step of several processes: slower."},
-    )
-    report_to: None | str | list[str] = field(  # noqa: RUF036  (the parser reads the first two)
-        default="none", metadata={"help": "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."}
+    report_to: None | str | list[str] = option(  # noqa: RUF036  (the parser reads the first two)
+        "none", "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."
     )
 
     def __post_init__(self) -> None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        args: Any = self  # the fields of TrainingArguments stand in the class that this is mixed into
-        refuse(self, OF_THE_LAUNCHER)
+        args: Any = self  # the fields of TrainingArguments are in the class that this is mixed into
+        refuse(self, self.refused)
         check_positive(self, "learning_rate")
-        if args.max_steps <= 0:  # which go before epochs
+        if args.max_steps <= 0 and not self.is_skipped:  # steps go before epochs
             check_positive(self, "num_train_epochs")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(args, name) < 1:
@@ -118,15 +134,12 @@ class OneMachine:
         if not args.output_dir:
             raise UserError("--output_dir: name a folder")
         check_reporters(self.report_to)
-        if self.remove_unused_columns:
-            raise UserError("--remove_unused_columns must stay false: the trainers choose their columns")
-        if self.load_best_model_at_end is None:
-            self.load_best_model_at_end = self.select != "last"
-        kept = "best" if self.load_best_model_at_end else "last"
-        if self.select not in (None, kept):
+        if self.select is None:
+            self.select = "last" if self.load_best_model_at_end is False else "best"
+        if self.load_best_model_at_end not in (None, self.select == "best"):
             raise UserError(f"--load_best_model_at_end contradicts --select {self.select}: drop it")
-        self.select = kept
-        if kept == "best" and (self.eval_strategy != self.save_strategy or self.eval_strategy == "no"):
+        self.load_best_model_at_end = self.select == "best"
+        if self.select == "best" and (self.eval_strategy != self.save_strategy or self.eval_strategy == "no"):
             raise UserError(
                 f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must both be epoch, or "
                 "both steps, for the best epoch to be kept: or pass --select last"
@@ -145,32 +158,31 @@ class OneMachine:
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in torch's old DataParallel
 
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the stage is left out, and what it starts from taken as it is."""
+        return False
+
 
 @dataclass
-class ReferenceUpdate:
+class FromReference:
+    """The option of a stage that starts from a reference."""
+
+    reference: str | None = option(None, "A folder or Hub id of a finished reference: skips the stage that makes it.")
+
+
+@dataclass
+class ReferenceUpdate(FromReference):
     """How the reference of DPO changes while the policy is trained; mixed into both halves' DPO options."""
 
-    reference_update: Literal["frozen", "polyak", "copy"] = field(
-        default="frozen",
-        metadata={
-            "help": "The reference over time: frozen; polyak (after every step, reference ← (1−τ)·reference + "
-            "τ·policy); copy (of the policy, at each epoch's end)."
-        },
+    reference_update: Literal["frozen", "polyak", "copy"] = option(
+        "frozen",
+        "The reference over time: frozen; polyak (after every step, reference ← (1−τ)·reference + τ·policy); copy (of "
+        "the policy, at each epoch's end).",
     )
-    polyak_tau: float = field(default=0.001, metadata={"help": "τ of polyak, in (0, 1]."})
-    do_polyak: bool = field(default=False, metadata={"help": "Short for --reference_update polyak."})
-    do_copy: bool = field(default=False, metadata={"help": "Short for --reference_update copy."})
+    polyak_tau: float = option(0.001, "τ of polyak, in (0, 1].")
 
     def __post_init__(self) -> None:
-        if self.do_polyak and self.do_copy:
-            raise UserError("--do_polyak and --do_copy exclude each other: choose one")
-        short: Literal["frozen", "polyak", "copy"] = (
-            "polyak" if self.do_polyak else "copy" if self.do_copy else "frozen"
-        )
-        if short != "frozen" and self.reference_update not in ("frozen", short):
-            raise UserError(f"--do_{short} contradicts --reference_update {self.reference_update}: drop either")
-        if short != "frozen":
-            self.reference_update = short
         if not 0 < self.polyak_tau <= 1:
             raise UserError(f"--polyak_tau {self.polyak_tau}: must lie in (0, 1]")
         super().__post_init__()  # type: ignore[misc]
@@ -204,12 +216,15 @@ def check_positive(config: Any, *names: str) -> None:
             raise UserError(f"--{name} {value}: must be above 0, and finite")
 
 
-def refuse(config: Any, refused: dict[str, tuple[Any, str]]) -> None:
-    """Raise a UserError for a field that is set and not honored: name -> (value when not asked for, the fix)."""
-    for name, (unset, fix) in refused.items():
-        value = getattr(config, name)
-        if value != unset:
-            raise UserError(f"--{name} is not supported here: {fix}")
+def refuse(config: Any, refused: Mapping[str, str]) -> None:
+    """Raise a UserError for a field that asks for something else than its default: name -> the fix."""
+    for each in fields(config):
+        if each.name not in refused:
+            continue
+        unset = each.default_factory() if each.default_factory is not MISSING else each.default
+        value = getattr(config, each.name)
+        if value != unset and (value is not False or unset is True):  # false turns off what is off already
+            raise UserError(f"--{each.name} is not supported here: {refused[each.name]}")
 
 
 def preference_loss(args: Any) -> PreferenceLoss:

@@ -29,7 +29,7 @@ TEXT = [
     "--per_device_train_batch_size", "8", "--logging_steps", "3", "--disable_tqdm", "true", "--report_to", "none",
 ]  # fmt: skip
 ANSWERS = ["--max_new_tokens", "4", "--num_samples", "2"]
-EPOCHS = ["--sft_epochs", "2", "--sft_learning_rate", "1e-3", "--num_train_epochs", "2"]
+EPOCHS = ["--sft.num_train_epochs", "2", "--sft.learning_rate", "1e-3", "--num_train_epochs", "2"]
 SFT = [*EPOCHS, "--learning_rate", "1e-3"]
 IMAGES = [
     "--widths", "24", "24", "--arch", "fast", "--use_cpu", "--per_device_train_batch_size", "16", "--logging_steps",
@@ -42,10 +42,13 @@ APART = ["--save_strategy", "steps", "--save_steps", "1", "--load_best_model_at_
 KINDS = {
     "text SFT": ("sft_hh.py", [*TEXT, *ANSWERS, "--learning_rate", "1e-3", "--num_train_epochs", "2", *APART]),
     "text DPO, frozen": ("dpo_hh.py", [*TEXT, *ANSWERS, *SFT, "--save_total_limit", "1"]),
-    "text DPO, polyak": ("dpo_hh.py", [*TEXT, *ANSWERS, *SFT, *APART, "--do_polyak", "--polyak_tau", "0.2"]),
+    "text DPO, polyak": (
+        "dpo_hh.py",
+        [*TEXT, *ANSWERS, *SFT, *APART, "--reference_update", "polyak", "--polyak_tau", "0.2"],
+    ),
     "text DPO, copy": (
         "dpo_hh.py",
-        [*TEXT, *ANSWERS, *SFT, *APART, "--do_copy", "--train_sampling_strategy", "random"],
+        [*TEXT, *ANSWERS, *SFT, *APART, "--reference_update", "copy", "--train_sampling_strategy", "random"],
     ),
     "text reward": ("reward_hh.py", [*TEXT, *SFT, *APART]),
     "image cross-entropy": (
@@ -53,8 +56,8 @@ KINDS = {
         [*IMAGES, *STEPS, "--save_total_limit", "2", "--muon_learning_rate", "0.05", "--optim", "sgd"],
     ),
     "image DPO, frozen": ("dpo_cifar.py", [*IMAGES, *STEPS, "--rejected_sampling", "uniform"]),
-    "image DPO, polyak": ("dpo_cifar.py", [*IMAGES, "--do_polyak", "--polyak_tau", "0.2"]),
-    "image DPO, copy": ("dpo_cifar.py", [*IMAGES, *APART, "--do_copy", "--rejected_sampling", "hard"]),
+    "image DPO, polyak": ("dpo_cifar.py", [*IMAGES, "--reference_update", "polyak", "--polyak_tau", "0.2"]),
+    "image DPO, copy": ("dpo_cifar.py", [*IMAGES, *APART, "--reference_update", "copy", "--rejected_sampling", "hard"]),
     # its SFT and its points are processes of their own, which import for seconds: the slowest kind by far
     "sweep": ("sweep_hh.py", [*TEXT, *ANSWERS, *EPOCHS, "--learning_rates", "1e-3", "--betas", "0.1", "0.3"]),
 }

@@ -123,7 +123,7 @@ def test_cross_entropy_alone_then_dpo_from_it(recipe, tmp_path, image_folder):  
     assert "Trained by cross-entropy" in card
     status, said, wrong = recipe(
         "dpo_cifar.py", *data, "--reference", tmp_path / "ce" / "policy", "--output_dir", tmp_path / "d",
-        "--do_copy", "--compare_cross_entropy", "--widths", "24", "32", "40",
+        "--reference_update", "copy", "--compare_cross_entropy", "--widths", "24", "32", "40",
     )  # fmt: skip
     assert status == 0, wrong
     assert said.startswith(f"DPO from {tmp_path / 'ce' / 'policy'} on ")
@@ -146,7 +146,7 @@ def test_same_seed_same_files(recipe, tmp_path, image_folder):  # noqa: F811
 def test_resume_continues_where_the_run_stopped(recipe, tmp_path, image_folder):  # noqa: F811
     import shutil
 
-    arguments = ["--dataset_name", image_folder, "--num_train_epochs", "2", "--do_polyak", *SMALL]
+    arguments = ["--dataset_name", image_folder, "--num_train_epochs", "2", "--reference_update", "polyak", *SMALL]
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert recipe("dpo_cifar.py", *arguments, "--output_dir", whole)[0] == 0
     shutil.copytree(whole, torn)
@@ -171,7 +171,8 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, image_folder):
     [
         (["--arch", "resnet19"], "--arch resnet19: unknown; did you mean resnet18"),
         (["--polyak_tau", "0"], "--polyak_tau 0.0: must lie in (0, 1]"),
-        (["--do_polyak", "--do_copy"], "--do_polyak and --do_copy exclude each other"),
+        (["--do_copy"], "unknown flag --do_copy; here it is --reference_update copy"),
+        (["--reference.num_train_epochs", "0"], "--reference.num_train_epochs 0.0: must be above 0"),
         (["--beta", "0"], "--beta 0.0: must be above 0"),
         (["--dataset_name", "nothing.parquet"], "nothing.parquet: no such file or folder"),
         (["--dataset_name", "uoft-cs/cifar10"], "pass a folder"),
@@ -241,13 +242,15 @@ def test_a_run_is_not_overwritten(recipe, finished, image_folder):  # noqa: F811
 def test_every_preset_parses(tmp_path, preset, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     command_line = importlib.import_module("command_line")
-    from resdpo_trl.image.config import ImageDPOConfig, ImageModelConfig, ReferenceStageConfig
+    from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig, ImageModelConfig
     from resdpo_trl.image.data import AugmentConfig, ImageDataConfig
     from resdpo_trl.image.model import check_architecture
     from resdpo_trl.training.arguments import RunConfig
 
     parser = command_line.RecipeParser(
-        (ImageDataConfig, ImageModelConfig, AugmentConfig, ReferenceStageConfig, ImageDPOConfig, RunConfig)
+        (ImageDataConfig, ImageModelConfig, AugmentConfig, ImageDPOConfig, RunConfig),
+        section="dpo",
+        before=("reference", ImageCrossEntropyConfig),
     )
     (_, model, *_), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
     assert used == preset

@@ -14,8 +14,8 @@ from tests.conftest import save_model, train_tokenizer, write_pairs
 from tests.recipes.conftest import ROOT, not_ended, rows_of
 
 SMALL = [
-    "--sft_epochs", "1", "--max_new_tokens", "6", "--num_samples", "3", "--max_length", "64", "--use_cpu",
-    "--logging_steps", "2", "--sft_learning_rate", "1e-3", "--learning_rate", "1e-3",
+    "--sft.num_train_epochs", "1", "--max_new_tokens", "6", "--num_samples", "3", "--max_length", "64", "--use_cpu",
+    "--logging_steps", "2", "--sft.learning_rate", "1e-3", "--learning_rate", "1e-3",
 ]  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def test_sft_keeps_what_was_asked_for_and_answers_within_the_models_positions(re
     summary = json.loads((tmp_path / "s" / "summary.json").read_text())
     assert summary["sft"]["validation"]["loss_after"] == max(losses)
     assert len(rows_of(tmp_path / "s" / "samples.jsonl")) == 3
-    assert "sft_stage" not in json.loads((tmp_path / "s" / "run.json").read_text())["config"]
+    assert "sft" not in json.loads((tmp_path / "s" / "run.json").read_text())["config"]
 
 
 @pytest.mark.parametrize("quantized", [["--load_in_4bit", "--merge_adapter"], ["--load_in_8bit"]], ids=["4bit", "8bit"])
@@ -270,7 +270,7 @@ def test_quantized_lora_runs_from_sft_to_policy(recipe, tmp_path, pairs_file, ll
     arguments = [
         "--dataset_name", pairs_file, "--max_length", "64", "--num_samples", "2", "--max_new_tokens", "4",
         "--max_train_samples", "32", "--model_name_or_path", llama_folder, "--use_peft", "--lora_r", "4",
-        "--output_dir", tmp_path / "d", "--learning_rate", "1e-2", "--sft_learning_rate", "1e-2",
+        "--output_dir", tmp_path / "d", "--learning_rate", "1e-2", "--sft.learning_rate", "1e-2",
     ]  # fmt: skip
     status, _, said = recipe("dpo_hh.py", *arguments, *quantized)
     assert status == 0, said
@@ -296,7 +296,7 @@ def test_eight_bit_adam_trains(recipe, tmp_path, pairs_file, llama_folder):
 # --- chat templates --------------------------------------------------------------------------------------------------
 
 CHAT = ["--num_samples", "2", "--max_new_tokens", "6", "--max_train_samples", "32", "--max_length", "128", "--use_cpu"]
-CHAT += ["--sft_epochs", "0", "--learning_rate", "1e-3"]
+CHAT += ["--sft.num_train_epochs", "0", "--learning_rate", "1e-3"]
 
 
 def shown_pair(said):
@@ -406,7 +406,7 @@ def refused(result, *words):
         (["--dataset_name", "./nowhere.jsonl"], ["./nowhere.jsonl", "no such file"]),
         (["--dataset_name", "Anthropic/hh-rlhf"], ["Anthropic/hh-rlhf", "Hub", ".jsonl"]),
         (["--model_name_or_path", "./nowhere"], ["--model_name_or_path ./nowhere", "no such folder"]),
-        (["--sft_epochs", "-1"], ["--sft_epochs -1", "at least 0"]),
+        (["--sft.num_train_epochs", "-1"], ["--sft.num_train_epochs -1", "above 0"]),
         (["--max_new_tokens", "249"], ["--max_new_tokens 249", "256 positions"]),
         (["--dialogue_format", "chat"], ["--dialogue_format chat", "no chat template"]),
         (["--dialogue_format", "html"], ["--dialogue_format", "html"]),
@@ -474,14 +474,16 @@ def test_every_preset_parses(recipe, tmp_path, preset, monkeypatch):
     """Its fields are known and its values accepted; the data or model that it names may not be here."""
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     command_line = importlib.import_module("command_line")
-    from resdpo_trl.text.config import SamplesConfig, SFTStageConfig, TextDPOConfig, TextModelConfig
+    from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextSFTConfig
     from resdpo_trl.text.data import TextDataConfig
     from resdpo_trl.training.arguments import RunConfig
 
     parser = command_line.RecipeParser(
-        (TextDataConfig, TextModelConfig, SFTStageConfig, TextDPOConfig, SamplesConfig, RunConfig)
+        (TextDataConfig, TextModelConfig, TextDPOConfig, SamplesConfig, RunConfig),
+        section="dpo",
+        before=("sft", TextSFTConfig),
     )
-    (_, _, _, dpo, _, _), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
+    (_, _, dpo, *_), used = parser.parse(given=["--config", str(preset), "--output_dir", str(tmp_path)])
     assert used == preset
     assert dpo.beta in (0.03, 0.1, 0.3)
     assert preset.read_text().startswith("#")

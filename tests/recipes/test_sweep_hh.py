@@ -21,7 +21,7 @@ from resdpo_trl.study.sweep import (
 from tests.conftest import write_pairs
 
 SMALL = [
-    "--sft_epochs", "1", "--num_samples", "0", "--max_length", "64", "--use_cpu", "--max_train_samples", "48",
+    "--sft.num_train_epochs", "1", "--num_samples", "0", "--max_length", "64", "--use_cpu", "--max_train_samples", "48",
     "--max_new_tokens", "5", "--num_train_epochs", "1",
 ]  # fmt: skip
 
@@ -116,7 +116,7 @@ def test_every_combination_once(tmp_path):
 
 
 def test_sft_epochs_are_an_axis_that_can_be_added_later(tmp_path):
-    """The points of the plain --sft_epochs keep their names and their SFT run; each other value has its own."""
+    """The points of --sft.num_train_epochs keep their names and their SFT run; each other value has its own."""
     (before,) = points_of(SweepConfig(betas=[0.3]), 1e-5, 7, tmp_path, 2.0)
     points = points_of(SweepConfig(betas=[0.3], sft_epochs_list=[1, 2, 4]), 1e-5, 7, tmp_path, 2.0)
     assert points[1] == before

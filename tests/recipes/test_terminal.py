@@ -19,7 +19,7 @@ from tests.conftest import tiny_model, write_pairs
 from tests.recipes.conftest import ROOT
 
 SMALL = [
-    "--max_length", "64", "--sft_epochs", "1", "--num_samples", "1", "--max_new_tokens", "4", "--use_cpu",
+    "--max_length", "64", "--sft.num_train_epochs", "1", "--num_samples", "1", "--max_new_tokens", "4", "--use_cpu",
     "--per_device_train_batch_size", "8", "--num_train_epochs", "2",
 ]  # fmt: skip
 BARS = (

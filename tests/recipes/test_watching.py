@@ -91,7 +91,7 @@ def test_a_tracker_that_nobody_knows(recipe, tmp_path):
 def test_a_run_that_fails_before_its_first_step_leaves_nothing(recipe, tmp_path, model_folder):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in write_pairs(40)))
     arguments = ["dpo_hh.py", "--dataset_name", tmp_path / "pairs.jsonl", "--model_name_or_path", model_folder]
-    arguments += ["--max_length", "64", "--num_samples", "0", "--sft_epochs", "0", "--use_cpu"]
+    arguments += ["--max_length", "64", "--num_samples", "0", "--sft.num_train_epochs", "0", "--use_cpu"]
     arguments += ["--output_dir", tmp_path / "run"]
     status, _, err = recipe(*arguments, "--use_peft", "--lora_target_modules", "none_such")
     assert status != 0 and "none_such" in err

@@ -14,7 +14,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.job import free
 from resdpo_trl.losses import PreferenceLoss
 from resdpo_trl.metrics import preference_metrics
-from resdpo_trl.text.config import SFTStageConfig, TextDPOConfig, TextSFTConfig, sft_stage
+from resdpo_trl.text.config import TextDPOConfig, TextSFTConfig
 from resdpo_trl.text.data import SPLITS, TextDataConfig, load_preferences
 from resdpo_trl.text.model import with_faster_parts
 from resdpo_trl.text.tokens import sft_rows, tokenize
@@ -360,7 +360,6 @@ def test_every_row_comes_once_an_epoch(rows):
         ({"beta": 0.0}, "--beta"),
         ({"max_length": 15}, "--max_length"),
         ({"learning_rate": 0.0}, "--learning_rate"),
-        ({"do_polyak": True, "do_copy": True}, "--do_polyak and --do_copy"),
         ({"polyak_tau": 0.0}, "--polyak_tau"),
         ({"polyak_tau": 1.5}, "--polyak_tau"),
         ({"select": "best", "eval_strategy": "epoch"}, "--save_strategy"),
@@ -420,39 +419,6 @@ def test_a_dropped_last_batch_is_of_training_alone(tmp_path, tokenizer):
     job = TextSFTTrainer(tiny_model("gpt2"), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
     assert len(job.get_train_dataloader()) == 2 and len(job.get_eval_dataloader()) == 3
     assert args.dataloader_drop_last
-
-
-def test_the_sft_stage_takes_what_both_stages_have(tmp_path):
-    options = {
-        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}, "eval_delay": 2,
-        "logging_first_step": True, "dataloader_prefetch_factor": 3, "dataloader_num_workers": 1, "project": "p",
-        "ddp_bucket_cap_mb": 5, "optim_target_modules": ["a"], "optim": "sgd", "optim_args": "momentum=0.9",
-    }  # fmt: skip
-    own = {"max_steps": 7, "label_smoothing": 0.1, "loss_type": ["sigmoid"]}
-    own |= {"push_to_hub": True, "hub_model_id": "a/b", "metric_for_best_model": "eval_rewards/margins"}
-    stage = sft_stage(config(tmp_path, **options | own), SFTStageConfig(sft_epochs=3.0, sft_learning_rate=5e-4))
-    plain = TextSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    assert {name: getattr(stage, name) for name in options} == options
-    assert (stage.num_train_epochs, stage.learning_rate, stage.max_length, stage.seed) == (3.0, 5e-4, 128, 42)
-    for name in (
-        "max_steps",
-        "loss_type",
-        "push_to_hub",
-        "hub_model_id",
-        "metric_for_best_model",
-    ):
-        assert getattr(stage, name) == getattr(plain, name), name
-
-
-@pytest.mark.parametrize("asked", [None, "last"])
-def test_the_sft_stage_is_the_same_whether_or_not_the_reference_moves(tmp_path, asked):
-    shared = {"select": asked, "eval_strategy": "epoch", "save_strategy": "epoch"}
-    stages = [
-        sft_stage(config(tmp_path, **shared, reference_update=update), SFTStageConfig()).to_dict()
-        for update in ("frozen", "polyak")
-    ]
-    assert stages[0] == stages[1]
-    assert stages[0]["select"] == (asked or "best")
 
 
 def test_the_references_batch_is_the_references_alone(tmp_path, tokenizer):
