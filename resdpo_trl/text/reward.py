@@ -25,7 +25,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, Trainer
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from trl import RewardTrainer
 
 from resdpo_trl.errors import UserError
@@ -44,7 +44,7 @@ from resdpo_trl.text.model import (
     with_faster_parts,
 )
 from resdpo_trl.text.tokens import cache_key, tokenize
-from resdpo_trl.text.trainer import PairTrainer, check_arguments
+from resdpo_trl.text.trainer import TextTrainer, check_arguments
 from resdpo_trl.training.processes import mean_over_processes, own_rows
 
 
@@ -103,7 +103,7 @@ def untrained_reward_model(
     return with_faster_parts(made.to(language.dtype), model.attn_implementation)
 
 
-class TextRewardTrainer(PairTrainer, RewardTrainer):
+class TextRewardTrainer(TextTrainer, RewardTrainer):
     """`trl.RewardTrainer` on the rows of `reward_rows`.
 
     The loss and the figures of training are TRL's own. What differs: batches are of like length, on several processes
@@ -127,7 +127,6 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
                 f"the PEFT method {peft_config.peft_type.value} puts virtual tokens before a row, and transformers "
                 "finds no row's last token then, where the reward is read: use LoRA (--use_peft)"
             )
-        self._steps: list[Tensor] = []  # since the last log
         super().__init__(model=model, args=args, peft_config=peft_config, **options)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -151,68 +150,44 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             squares = mean_over_processes(inputs, (chosen + rejected) ** 2)
             loss = loss + self.args.center_rewards_coefficient * squares
-        self._note(rewards.detach(), inputs)
+        with torch.no_grad():  # (B, 4): rewards of both sides, tokens, and 1 where the row counts
+            tokens = inputs["attention_mask"].sum(1).view(2, -1).sum(0)
+            counts = torch.arange(len(tokens), device=tokens.device) < inputs.get("own_rows", len(tokens))
+            self.noted["rewards"].append(torch.stack([*rewards.float().chunk(2), tokens, counts], 1))
         return loss
 
-    @torch.no_grad()
-    def _note(self, rewards: Tensor, inputs: dict[str, Any]) -> None:
-        """Keep a step's rows for `log`: (B, 4) rewards of both sides, tokens, and 1 where the row counts."""
-        chosen, rejected = rewards.float().chunk(2)
-        tokens = inputs["attention_mask"].sum(1).view(2, -1).sum(0)
-        own = torch.arange(len(tokens), device=tokens.device) < inputs.get("own_rows", len(tokens))
-        self._steps.append(torch.stack([chosen, rejected, tokens, own], 1))
-
-    def log_state(self) -> dict[str, Any]:
-        return super().log_state() | {"rewards": [each.tolist() for each in self._steps]}
-
-    def load_log_state(self, state: dict[str, Any]) -> None:
-        super().load_log_state(state)
-        self._steps = [torch.tensor(each, device=self.accelerator.device) for each in state["rewards"]]
-
-    def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:
-        """Rewards of every pair as `bradley_terry` pairs, in the data set's order, on the CPU."""
-        return self._over_pairs(dataset, self._batch_rewards, description)
-
-    def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
-        scores = self.score(dataset, description)
-        figures = reward_figures(scores.chosen, scores.rejected)
-        if self.args.center_rewards_coefficient is not None:  # what is minimized, as TRL evaluates it
-            squares = (scores.chosen.double() + scores.rejected.double()).numpy() ** 2
-            figures["loss"] = figures["loss"] + self.args.center_rewards_coefficient * squares
-        return figures
-
-    def _batch_rewards(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> LogProbs:
-        with torch.no_grad(), self.accelerator.autocast():
-            logits = model(**inputs, use_cache=False).logits
-        chosen, rejected = logits.float().squeeze(-1).chunk(2)  # the collator puts all chosen rows first
-        return bradley_terry(chosen, rejected)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if any(name.startswith("eval_") for name in logs):
-            return Trainer.log(self, logs, start_time)
-        if self._steps:
-            logs.update(self._step_figures())
-        return Trainer.log(self, logs, start_time)
-
-    def _step_figures(self) -> dict[str, float]:
+    def step_figures(self) -> dict[str, float]:
         """Each figure over all processes' own pairs of a step, and the mean over the steps since the last log."""
-        figures: dict[str, list[float]] = {}
-        for step in self._steps:
+        steps = []
+        for step in self.noted.pop("rewards", []):
             every = self.accelerator.gather(step).double().cpu()
             chosen, rejected, tokens, _ = every[every[:, 3] == 1].unbind(1)
             self._total_train_tokens += int(tokens.sum())
-            for name, value in (
-                ("min_reward", torch.minimum(chosen, rejected).min()),
-                ("mean_reward", (chosen + rejected).mean() / 2),
-                ("max_reward", torch.maximum(chosen, rejected).max()),
-                ("rewards/accuracies", (chosen > rejected).double().mean()),
-                ("rewards/margins", (chosen - rejected).mean()),
-            ):
-                figures.setdefault(name, []).append(value.item())
-        self._steps.clear()
-        return {name: sum(values) / len(values) for name, values in figures.items()} | {
-            "num_tokens": self._total_train_tokens
-        }
+            found = {
+                "min_reward": torch.minimum(chosen, rejected).min(),
+                "mean_reward": (chosen + rejected).mean() / 2,
+                "max_reward": torch.maximum(chosen, rejected).max(),
+                "rewards/accuracies": (chosen > rejected).double().mean(),
+                "rewards/margins": (chosen - rejected).mean(),
+            }
+            steps.append({name: value.item() for name, value in found.items()})
+        if not steps:
+            return {}
+        figures = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        return figures | {"num_tokens": self._total_train_tokens}
+
+    def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
+        chosen, rejected = self._over_rows(dataset, self._batch_rewards, description, dataset["length"][:])
+        figures = reward_figures(chosen, rejected)
+        if self.args.center_rewards_coefficient is not None:  # what is minimized, as TRL evaluates it
+            squares = (chosen.double() + rejected.double()).numpy() ** 2
+            figures["loss"] = figures["loss"] + self.args.center_rewards_coefficient * squares
+        return figures
+
+    def _batch_rewards(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with self.accelerator.autocast():
+            logits = model(**inputs, use_cache=False).logits
+        return logits.float().squeeze(-1).chunk(2)  # the collator puts all chosen rows first
 
 
 def save_reward_model(trainer: TextRewardTrainer, untrained: Callable[[], PreTrainedModel], folder: str) -> None:
