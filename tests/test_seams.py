@@ -24,11 +24,6 @@ CALLABLES = [
     ("transformers.Trainer._save_checkpoint", "self, model, trial", "training.trainer"),
     ("transformers.Trainer._determine_best_metric", "self, metrics, trial", "training.trainer"),
     (
-        "transformers.Trainer._init_training_state",
-        "self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial",
-        "training.trainer",
-    ),
-    (
         "transformers.Trainer._run_epoch",
         "self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",

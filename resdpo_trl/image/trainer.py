@@ -179,23 +179,21 @@ class ImageCrossEntropyTrainer(RunTrainer):
 
     def logps(self, images: Images, description: str = "Scoring") -> Tensor:
         """(N, K) log-probabilities of every image's classes, on the CPU, in the order of the images."""
-        model = self.model_wrapped
-        return self._over_images(images, lambda pixels: (_logps(model, pixels),), [model], description)[0]
+        return self._logps_under([self.model_wrapped], images, description)[0]
+
+    def _logps_under(self, models: list[Any], images: Images, description: str) -> list[Tensor]:
+        def of_batch(pixels: Tensor) -> list[Tensor]:
+            with self.accelerator.autocast():
+                normalized = self.normalize(pixels.to(self.accelerator.device))
+                return [_logps(model, normalized) for model in models]
+
+        rows, batch_size = range(len(images)), self.args.per_device_eval_batch_size
+        return score_rows(of_batch, rows, images.pixels.__getitem__, batch_size, models, description)
 
     def figures(self, rows: Images, description: str) -> dict[str, float]:
         logps = self.logps(rows, description)
         accuracy = (logps.argmax(1) == rows.labels).double().mean()
         return {"loss": float(F.nll_loss(logps.double(), rows.labels)), "accuracy": float(accuracy)}
-
-    def _over_images(self, images: Images, function: Any, models: list[Any], description: str) -> list[Tensor]:
-        """`function` of batches of normalized images; its outputs on the CPU, in the order of the images."""
-
-        def of_batch(pixels: Tensor) -> list[Tensor]:
-            with self.accelerator.autocast():
-                return [*function(self.normalize(pixels.to(self.accelerator.device)))]
-
-        rows, batch_size = range(len(images)), self.args.per_device_eval_batch_size
-        return score_rows(of_batch, rows, images.pixels.__getitem__, batch_size, models, description)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Weights of convolutions and linear layers decay; biases and norms do not."""
@@ -289,14 +287,8 @@ class ImageDPOTrainer(ImageCrossEntropyTrainer):
 
     def score(self, images: Images, description: str = "Scoring") -> tuple[Tensor, Tensor]:
         """(N, K) log-probabilities under policy and reference, on the CPU, in the order of the images."""
-        policy = self.model_wrapped
-        both = self._over_images(
-            images,
-            lambda pixels: (_logps(policy, pixels), _logps(self.ref_model, pixels)),
-            [policy, self.ref_model],
-            description,
-        )
-        return both[0], both[1]
+        policy, reference = self._logps_under([self.model_wrapped, self.ref_model], images, description)
+        return policy, reference
 
     def figures(self, rows: Images, description: str) -> dict[str, float]:
         figures = classifier_metrics(*self.score(rows, description), rows.labels, self.preference_loss)

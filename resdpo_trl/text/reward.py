@@ -1,9 +1,8 @@
 """Reward models: one number for a prompt with a response, trained on pairs by TRL and read from text.
 
-By the model of Bradley and Terry (1952) the chosen response wins with probability σ(r(x, y_w) − r(x, y_l)), so that a
-pair's loss is −log σ(r_w − r_l) (Eq. 2 of DPO, https://arxiv.org/abs/2305.18290): DPO's own sigmoid loss at β = 1 with
-r in the place of the log-ratios. `bradley_terry` says it so, and the figures of a reward model are then those of a
-policy under the same names.
+By the model of Bradley and Terry (1952) a pair's loss is −log σ(r_w − r_l) (Eq. 2 of DPO,
+https://arxiv.org/abs/2305.18290): DPO's own sigmoid loss at β = 1 with r in place of the log-ratios. The figures of a
+reward model are then those of a policy under the same names.
 
 The reward is read where transformers' sequence classifiers read: at the last token that is not padding. Where a
 tokenizer pads with its end of text, as GPT-2's does here, that is the token before the end.
@@ -21,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from trl import RewardTrainer
 
@@ -62,27 +62,19 @@ def reward_figures(chosen: Tensor, rejected: Tensor) -> dict[str, np.ndarray]:
 
 def reward_rows(tokenized: Dataset) -> Dataset:
     """Rows of TRL's `RewardTrainer` from the pairs of `resdpo_trl.text.tokens.tokenize`: prompt and response as one."""
-    from datasets import Features, List, Value
-
     ids = List(Value("int32"))
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    return tokenized.select_columns(columns).map(
-        _reward_batch,
-        batched=True,
-        remove_columns=columns,
+    return tokenized.map(
+        _reward_row,
+        remove_columns=tokenized.column_names,
         features=Features({"chosen_ids": ids, "rejected_ids": ids, "length": Value("int32")}),
-        new_fingerprint=cache_key(_reward_batch, tokenized),
+        new_fingerprint=cache_key(_reward_row, tokenized),
         desc="Rows for the reward model",
     )
 
 
-def _reward_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {"chosen_ids": [], "rejected_ids": [], "length": []}
-    for prompt, chosen, rejected in zip(batch["prompt_ids"], batch["chosen_ids"], batch["rejected_ids"], strict=True):
-        out["chosen_ids"].append(prompt + chosen)
-        out["rejected_ids"].append(prompt + rejected)
-        out["length"].append(len(prompt) + max(len(chosen), len(rejected)))
-    return out
+def _reward_row(pair: dict[str, Any]) -> dict[str, Any]:
+    chosen, rejected = (pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids"))
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
 
 
 def untrained_reward_model(
@@ -121,7 +113,7 @@ class TextRewardTrainer(TextTrainer, RewardTrainer):
                 tokens.
         """
         names = ("compute_metrics", "preprocess_logits_for_metrics", "quantization_config")
-        check_arguments(self, args, TextRewardConfig, options, names)
+        check_arguments(self, args, TextRewardConfig, **{name: options.get(name) for name in names})
         if peft_config is not None and peft_config.is_prompt_learning:
             raise UserError(
                 f"the PEFT method {peft_config.peft_type.value} puts virtual tokens before a row, and transformers "
@@ -277,21 +269,17 @@ class RewardModel:
             max_length, max_response_length, ends_turns: as `resdpo_trl.text.tokens.tokenize` has them.
         """
         check_fits(self.model, self.tokenizer, max_length)
-        kept = ["prompt", "turn_starts", "header_end"]
-        if ends_turns:  # as a template writes an answer
-            ending = end_of_turn(self.tokenizer)
-            texts = [text.strip() + ending * whole for text, whole in zip(answers, ended, strict=True)]
-        else:
-            texts = list(answers)
-        rows = prompts.select_columns(kept).add_column("chosen", texts).add_column("rejected", texts)
-        sequences = []
-        for row, whole in zip(
-            tokenize(rows, self.tokenizer, max_length, max_response_length, ends_turns), ended, strict=True
-        ):
-            ids = row["prompt_ids"] + row["chosen_ids"]
+        ending = end_of_turn(self.tokenizer) if ends_turns else ""  # as a template writes an answer
+        texts = [
+            (text.strip() if ends_turns else text) + ending * whole for text, whole in zip(answers, ended, strict=True)
+        ]
+        rows = prompts.select_columns(["prompt", "turn_starts", "header_end"])
+        rows = rows.add_column("chosen", texts).add_column("rejected", texts)
+        rows = reward_rows(tokenize(rows, self.tokenizer, max_length, max_response_length, ends_turns))
+        sequences = rows["chosen_ids"][:]
+        for ids, whole in zip(sequences, ended, strict=True):
             if not whole and not ends_turns and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]
-            sequences.append(ids)
+                ids.pop()
         return self.score(sequences, batch_size)
 
     def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
@@ -301,9 +289,9 @@ class RewardModel:
 
     def _padded(self, rows: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(B, T) token ids, padded on the right, and (B, T) 1 where a token is not padding."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[self._padding] * (width - len(row))] for row in rows])
-        return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        ids = pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=self._padding)
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
     def _rewards(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
         ids, mask = (each.to(self.model.device) for each in batch)

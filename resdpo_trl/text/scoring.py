@@ -21,6 +21,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.sources import first_line
 from resdpo_trl.text.attention import ATTENTION, FLEX, block_mask
 from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.fused import in_float32
 from resdpo_trl.text.model import positions_of
 
 # response tokens whose logits are held at once: 4,096 × GPT-2's vocabulary in float32 is 0.8 GB
@@ -61,16 +62,12 @@ def predicted_logps(
     given = {name: batch[name] for name in names if name in batch}
     found = model(**given, router_weights=router_weights, use_cache=False)
     logps, *router = (found,) if router_weights is None else found
-    return check_float32(logps), *router
-
-
-def check_float32(logps: Tensor) -> Tensor:
     if logps.dtype not in (torch.float32, torch.float64):
         raise UserError(
             f"what wraps the model casts its log-probabilities to {logps.dtype}, whose sums over a response are wrong: "
             "let it leave the model's outputs in float32 (output_dtype of FSDP2's MixedPrecisionPolicy)"
         )
-    return logps
+    return logps, *router
 
 
 def add_response_head(model: PreTrainedModel, longest_row: int | None = None, max_length: int | None = None) -> None:
@@ -126,8 +123,7 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
         routers: list[Any] = []
 
         def keep_predicted(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-            if router_weights is not None:
-                routers.append(output.router_logits)
+            routers.append(getattr(output, "router_logits", None))
             output.router_logits = None  # of which the model's own forward would make a loss too
             rows, columns = predicted_at
             output.last_hidden_state = output.last_hidden_state[rows, columns][None]  # (1, N, D)
@@ -144,7 +140,7 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
                 logps = _LogProbs.apply(original(*args, **kwargs).logits[0], predicted)
         if router_weights is None:
             return logps
-        return logps, _router_loss(self.config.get_text_config(), routers[0], router_weights)
+        return logps, _router_loss(self, routers[0], router_weights)
 
     model.forward = types.MethodType(forward, model)
     if head == "linear" and type(linear := model.get_output_embeddings()) is torch.nn.Linear:
@@ -164,10 +160,7 @@ def _with_mask(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs["input_ids"].device)
     mask = kwargs["attention_mask"]
     if mask.ndim == 4 and model.config._attn_implementation == "eager":
-        lowest = torch.finfo(model.dtype).min
-        kwargs["attention_mask"] = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-            ~mask, lowest
-        )
+        kwargs["attention_mask"] = (~mask).to(model.dtype) * torch.finfo(model.dtype).min
     return kwargs
 
 
@@ -223,9 +216,9 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        normalizer = torch.cat([_exact(rows).logsumexp(1) for rows in logits.split(_rows_at_once(logits))])
+        normalizer = torch.cat([in_float32(rows).logsumexp(1) for rows in logits.split(_rows_at_once(logits))])
         ctx.save_for_backward(logits, tokens, normalizer)
-        return _exact(logits.gather(1, tokens[:, None])[:, 0]) - normalizer
+        return in_float32(logits.gather(1, tokens[:, None])[:, 0]) - normalizer
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -235,13 +228,9 @@ class _LogProbs(torch.autograd.Function):
         for start in range(0, len(tokens), rows):
             part = slice(start, start + rows)
             weights = gradient[part, None]
-            softmax = (_exact(logits[part]) - normalizer[part, None]).exp_()
+            softmax = (in_float32(logits[part]) - normalizer[part, None]).exp_()
             logits[part] = softmax.mul_(-weights).scatter_add_(1, tokens[part, None], weights)
         return logits, None
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _rows_at_once(logits: Tensor) -> int:
@@ -249,37 +238,21 @@ def _rows_at_once(logits: Tensor) -> int:
     return 128 if logits.device.type == "cpu" else 2048
 
 
-def _router_loss(config: Any, router_logits: tuple[Tensor, ...], weights: Tensor) -> Tensor:
-    tokens, experts = router_logits[0].shape
-    virtual = tokens // len(weights) - weights.shape[1]  # which prompt tuning puts before a row
-    weights = F.pad(weights, (virtual, 0), value=1)
-    # one function for every family, as TRL does
+def _router_loss(model: PreTrainedModel, router_logits: Any, weights: Tensor) -> Tensor:
+    """The load-balancing loss of `pair_logps`, from the (R·T, E) logits of every layer and (R, T) weights."""
     balance: Callable[..., Any] = load_balancing_loss_func  # annotated as if it took one layer
-    loss: Tensor = balance(router_logits, experts, config.num_experts_per_tok, weights)
-    return loss
-
-
-def check_router_loss(model: PreTrainedModel, coefficient: float | None) -> None:
-    """Raise a UserError where a router loss is asked for, or by the model's configuration is, that can't be computed.
-
-    Args:
-        model: a causal language model, given `add_response_head`.
-        coefficient: --router_aux_loss_coef; None is the configuration's own.
-    """
-    config, name = model.config.get_text_config(), type(model).__name__
-    if not hasattr(config, "output_router_logits"):
-        if coefficient:
-            raise UserError(f"--router_aux_loss_coef {coefficient}: {name} has no router logits; drop the flag")
-        return
-    if coefficient == 0 or (coefficient is None and not getattr(config, "router_aux_loss_coef", 0.0)):
-        return
-    trial = _trial_model(model, model._response_head)  # type: ignore[arg-type]
     try:
-        _trial_logps(trial, _trial_pair(trial, 12), False, router_loss=True)
-    except Exception as error:  # routers of another form: whatever the forward pass raises
+        tokens, experts = router_logits[0].shape
+        virtual = tokens // len(weights) - weights.shape[1]  # which prompt tuning puts before a row
+        weights = F.pad(weights, (virtual, 0), value=1)
+        # one function for every family, as TRL does
+        loss: Tensor = balance(router_logits, experts, model.config.get_text_config().num_experts_per_tok, weights)
+    except Exception as error:  # routers of another form: whatever that raises
         raise UserError(
-            f"{name}'s router loss can't be computed ({first_line(error)}): pass --router_aux_loss_coef 0"
+            f"{type(model).__name__}'s router loss can't be computed ({first_line(error)}): pass "
+            "--router_aux_loss_coef 0"
         ) from error
+    return loss
 
 
 # --- what the numbers are checked with ---------------------------------------------------------------------------
@@ -465,13 +438,10 @@ def _trial_pair(model: PreTrainedModel, longest_row: int, max_length: int | None
 
 
 @torch.no_grad()
-def _trial_logps(
-    model: PreTrainedModel, pair: dict[str, list[int]], prefix_sharing: bool, router_loss: bool = False
-) -> Tensor:
+def _trial_logps(model: PreTrainedModel, pair: dict[str, list[int]], prefix_sharing: bool) -> Tensor:
     """(N,) log-probabilities of the tokens of both responses through the response head."""
     batch = PairCollator(0, prefix_sharing, model.config._attn_implementation == FLEX)([pair])
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    return predicted_logps(model, batch, batch["copies"] if router_loss else None)[0]
+    return predicted_logps(model, {name: value.to(model.device) for name, value in batch.items()})[0]
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from resdpo_trl.text.reference_cache import (
     weights_digest,
     write_reference,
 )
-from resdpo_trl.text.scoring import add_response_head, check_adapters, check_router_loss, pair_logps, predicted_logps
+from resdpo_trl.text.scoring import add_response_head, check_adapters, pair_logps, predicted_logps
 from resdpo_trl.training.arguments import preference_loss
 from resdpo_trl.training.callbacks import TIMINGS
 from resdpo_trl.training.processes import is_sharded, mean_over_processes, own_rows
@@ -239,15 +239,18 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
         Raises:
             UserError: an argument that has no place here, or rows without their columns.
         """
-        names = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "quantization_config")
-        check_arguments(self, args, TextSFTConfig, options, (*names, "formatting_func"))
+        names = (
+            "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "quantization_config",
+            "formatting_func",
+        )  # fmt: skip
+        check_arguments(self, args, TextSFTConfig, **{name: options.get(name) for name in names})
         if isinstance(model, str):
             model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
         # a loss of another kind is TRL's own
         self._plain = args.loss_type == "nll" and not args.label_smoothing_factor and not args.use_liger_kernel
         add_response_head(base_model(model))
         check_adapters(model, options.get("peft_config"), prefix_sharing=False)
-        check_router_loss(base_model(model), args.router_aux_loss_coef)
+        _check_router(base_model(model), args.router_aux_loss_coef)
         super().__init__(model=model, args=args, **options)
         self.data_collator = LabelCollator(self.data_collator)
 
@@ -338,11 +341,10 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
             UserError: an argument that has no place here, or pairs that can't be used.
         """
         args = args or TextDPOConfig()
-        refused = {
-            "data_collator": data_collator, "compute_metrics": compute_metrics,
-            "quantization_config": quantization_config,
-        }  # fmt: skip
-        check_arguments(self, args, TextDPOConfig, refused, tuple(refused))
+        check_arguments(
+            self, args, TextDPOConfig, data_collator=data_collator, compute_metrics=compute_metrics,
+            quantization_config=quantization_config,
+        )  # fmt: skip
         if train_dataset is None:
             raise UserError("train_dataset is required")
         if processing_class is None:
@@ -367,7 +369,7 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         check_adapters(model, peft_config, args.prefix_sharing)
         if ref_model is None:
             _check_base_stays(model, peft_config)
-        check_router_loss(base_model(model), args.router_aux_loss_coef)
+        _check_router(base_model(model), args.router_aux_loss_coef)
         self._evaluated: tuple[int, LogProbs] | None = None  # the step of the last evaluation, and its scores
         self.reference_seconds = 0.0  # spent on the reference's log-probabilities before training
         self.reference_pairs_read = 0  # pairs whose log-probabilities an earlier run had left on disk
@@ -402,13 +404,13 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         dataset = self._checked(dataset)
         if "ref_chosen_logps" not in dataset.column_names:
             self._check_reference_is_here()
-        return self._over_pairs(dataset, self._batch_logps, description)
 
-    def _over_pairs(self, dataset: Dataset, function: Any, description: str, batch_size: int | None = None) -> LogProbs:
         def of_batch(model: torch.nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-            return [*vars(function(model, inputs)).values()]
+            with self.accelerator.autocast():
+                chosen, rejected = pair_logps(model, inputs)
+            return [*vars(self._with_reference(model, inputs, chosen, rejected)).values()]
 
-        return LogProbs(*self._over_rows(dataset, of_batch, description, dataset["length"][:], batch_size))
+        return LogProbs(*self._over_rows(dataset, of_batch, description, dataset["length"][:]))
 
     def _checked(self, dataset: Dataset) -> Dataset:
         """The data set, tokenized. The model is checked again where it has a longer row than those that the model was
@@ -433,11 +435,6 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
             return self._evaluated[1]
         return self.score(self.eval_dataset, "Validation")
 
-    def _batch_logps(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> LogProbs:
-        with torch.no_grad(), self.accelerator.autocast():
-            chosen, rejected = pair_logps(model, inputs)
-        return self._with_reference(model, inputs, chosen, rejected)
-
     def _with_reference(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], chosen: Tensor, rejected: Tensor
     ) -> LogProbs:
@@ -457,8 +454,8 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         # every process reads them, or none
         everywhere = self.accelerator.reduce(torch.tensor(float(found is not None), device=self.accelerator.device))
         if found is None or everywhere.item() < self.accelerator.num_processes:
-            pairs = self._over_pairs(dataset, self._reference_only, description, self.args.precompute_ref_batch_size)
-            found = (pairs.ref_chosen, pairs.ref_rejected)
+            lengths, batch_size = dataset["length"][:], self.args.precompute_ref_batch_size
+            found = self._over_rows(dataset, self.compute_ref_log_probs, description, lengths, batch_size)
             if self._cache and self.is_world_process_zero():
                 write_reference(self._cache, key, *found)
         else:
@@ -502,10 +499,6 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
                     return pair_logps(model, inputs)
             return pair_logps(model if self.ref_model is None else self.ref_model, inputs)
 
-    def _reference_only(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> LogProbs:
-        chosen, rejected = self.compute_ref_log_probs(model, inputs)
-        return LogProbs(chosen, rejected, chosen, rejected, inputs["chosen_tokens"], inputs["rejected_tokens"])
-
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         return dataset if "ref_chosen_logps" in dataset.column_names else self.add_reference(dataset)
 
@@ -527,13 +520,13 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         return loss
 
 
-def check_arguments(trainer: Any, args: Any, config: type, options: dict[str, Any], refused: tuple[str, ...]) -> None:
+def check_arguments(trainer: Any, args: Any, config: type, **refused: Any) -> None:
     """Raise a UserError for a configuration of another class, and for arguments that a trainer does not honor."""
     name = type(trainer).__name__
     if not isinstance(args, config):
         raise UserError(f"args is of class {type(args).__name__}: {name} takes {config.__name__}")
-    for each in refused:
-        if options.get(each) is not None:
+    for each, value in refused.items():
+        if value is not None:
             raise UserError(f"{each} is not supported by {name}: leave it out")
 
 
@@ -557,6 +550,12 @@ def _check_base_stays(model: Any, new: Any) -> None:
                 f"init_lora_weights {start} changes the weights of the base model, which is the reference: leave it "
                 "out, or pass a ref_model"
             )
+
+
+def _check_router(model: PreTrainedModel, coefficient: float | None) -> None:
+    if coefficient and not hasattr(model.config.get_text_config(), "output_router_logits"):
+        name = type(model).__name__
+        raise UserError(f"--router_aux_loss_coef {coefficient}: {name} has no router logits; drop the flag")
 
 
 def _check_rows(rows: Any, columns: tuple[str, ...]) -> None:

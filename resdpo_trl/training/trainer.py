@@ -71,7 +71,6 @@ class RunTrainer(Trainer):
         self._cpu_group: Any = None  # agreeing on a signal over it, processes do not wait for their GPUs
         self._aside: str | None = None  # where a checkpoint is being written
         self._resumed_from: str | None = None
-        self._best_recorded: str | None = None
         self._ended_epoch_at = -1  # the step whose epoch's end was dealt with
         self._stopping = 0  # the signal that ends training once this step is saved
         self._due = True  # whether the checkpoint would have been saved without a signal
@@ -88,8 +87,6 @@ class RunTrainer(Trainer):
             resume_from_checkpoint = str(found)
         if isinstance(resume_from_checkpoint, str):
             self._resumed_from = resume_from_checkpoint
-            state = json.loads((Path(self._resumed_from) / "trainer_state.json").read_text(encoding="utf-8"))
-            self._best_recorded = state.get("best_model_checkpoint")
         if self.args.world_size > 1 and self._cpu_group is None:
             self._cpu_group = torch.distributed.new_group(backend="gloo")
         with AfterTheStep() as self._signals:
@@ -307,19 +304,16 @@ class RunTrainer(Trainer):
 
     # --- going on ----------------------------------------------------------------------------------------------------
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        found = super()._init_training_state(*args, **kwargs)
-        if self._resumed_from and self._best_recorded:
-            best = Path(self.args.output_dir) / Path(self._best_recorded).name
-            (self.state.best_model_checkpoint,) = self._of_the_main_process([str(best) if best.is_dir() else None])
-        return found
-
     def _go_on(self) -> None:
-        """After the checkpoint is loaded and before the first step: the log's state, and an epoch's end that is due."""
+        """After the checkpoint is loaded and before the first step."""
         if self._resumed_from is None:
             return
         self.args.eval_on_start = False  # it was done when the stage started
         checkpoint = Path(self._resumed_from)
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if state["best_model_checkpoint"]:
+            best = Path(self.args.output_dir) / Path(state["best_model_checkpoint"]).name
+            (self.state.best_model_checkpoint,) = self._of_the_main_process([str(best) if best.is_dir() else None])
         log_state = checkpoint / f"log_state_{self.args.process_index}.json"
         if log_state.is_file():  # not where another tool wrote the checkpoint, or fewer processes
             self.load_log_state(json.loads(log_state.read_text(encoding="utf-8")))
