@@ -6,7 +6,7 @@ over its tokens in nats (a classifier's response is one class). With the log-rat
     ρ_w = log π(y_w|x) − log π_ref(y_w|x)        ρ_l = log π(y_l|x) − log π_ref(y_l|x)
 
 the implicit rewards are r̂_w = β ρ_w and r̂_l = β ρ_l (Eq. 5 of DPO without its constant), and the margin is
-r̂_w − r̂_l. Every loss below is a function of these, one entry a pair.
+r̂_w − r̂_l. Every loss below is a function of these, one entry per pair.
 
     DPO    Rafailov et al. 2023, "Direct Preference Optimization", https://arxiv.org/abs/2305.18290
     f-DPO  Wang et al. 2023, "Beyond Reverse KL", https://arxiv.org/abs/2309.16240
@@ -41,7 +41,7 @@ def dpo_loss(
         losses: (T,), −log σ(β[(log π(y_w) − log π(y_l)) − (log π_ref(y_w) − log π_ref(y_l))]), Eq. 7.
         rewards: (B,), β(log π − log π_ref), without gradient.
 
-    A classifier's (B, K) log-probabilities flatten to this form: image i and class k stand at i·K + k.
+    A classifier's (B, K) log-probabilities flatten to this form: image i and class k are at i·K + k.
     """
     pairs = LogProbs(pi_logps[yw_idxs], pi_logps[yl_idxs], ref_logps[yw_idxs], ref_logps[yl_idxs])
     losses = PreferenceLoss(beta=beta)(pairs)

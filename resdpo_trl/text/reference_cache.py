@@ -65,7 +65,7 @@ def forward_config(model: Any) -> list[dict[str, Any]]:
 
 
 def reference_key(weights: str, pairs: Dataset, forward: dict[str, Any]) -> str:
-    """The name under which the log-probabilities of `pairs` are kept; `forward` says all that its rounding hangs on."""
+    """The name under which the log-probabilities of `pairs` are kept. Their rounding depends on `forward` alone."""
     parts = {"code": code_version(), "weights": weights, "pairs": fingerprint(pairs), "forward": forward}
     text = json.dumps(parts, sort_keys=True, default=lambda each: sorted(each) if isinstance(each, set) else str(each))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -79,7 +79,7 @@ def read_reference(folder: Path, key: str) -> tuple[Tensor, Tensor] | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError) as error:
-        logger.warning(f"{path} is damaged ({error}): the reference's log-probabilities are computed anew")
+        logger.warning(f"{path} is damaged ({error}): the reference's log-probabilities are computed again")
         return None
     return found["chosen"], found["rejected"]
 
@@ -92,5 +92,6 @@ def write_reference(folder: Path, key: str, chosen: Tensor, rejected: Tensor) ->
         save_file({"chosen": chosen.float().contiguous(), "rejected": rejected.float().contiguous()}, aside)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
         logger.warning(f"{path} can't be written ({error}): the next run computes the reference again")

@@ -260,11 +260,11 @@ class RewardModel:
         ends_turns: bool = False,
         batch_size: int = 32,
     ) -> Tensor:
-        """(N,) rewards of one answer a prompt.
+        """(N,) rewards of one answer per prompt.
 
         Args:
             prompts: columns prompt, turn_starts and header_end, as `load_preferences` gives them.
-            answers: a text a prompt, without special tokens.
+            answers: a text per prompt, without special tokens.
             ended: whether each ended by itself; one that was cut short gets no end.
             max_length, max_response_length, ends_turns: as `resdpo_trl.text.tokens.tokenize` has them.
         """

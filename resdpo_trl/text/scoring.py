@@ -257,7 +257,7 @@ def _router_loss(model: PreTrainedModel, router_logits: Any, weights: Tensor) ->
 
 # --- what the numbers are checked with ---------------------------------------------------------------------------
 
-CHECK_TOLERANCE = 1e-4  # nats a token; modules that compute in float32 whatever the model's type leave 1e-5
+CHECK_TOLERANCE = 1e-4  # nats per token; modules that compute in float32 whatever the model's type leave 1e-5
 
 # PEFT methods that change weights, or what a layer makes of each token by itself
 PER_TOKEN = {
@@ -352,7 +352,7 @@ def _check_prefix_sharing(
     difference = (shared - plain).abs().max().item()
     if not difference < CHECK_TOLERANCE * (1 if trial.dtype == torch.float64 else 10):  # nor NaN
         raise UserError(
-            f"{name} gives other log-probabilities where a pair's prompt is shared (by {difference:.2g} nats a token "
+            f"{name} gives other log-probabilities where a pair's prompt is shared (by {difference:.2g} nats per token "
             f"in a row of {longest_row}; local attention, ALiBi, a convolution or recurrence does that): {fix}"
         )
 
