@@ -288,7 +288,7 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
             batch_size = self.args.per_device_eval_batch_size
             rows = rows.select(get_length_grouped_indices(rows["length"][:], batch_size, generator=generator))
         losses, tokens = self._over_rows(rows, self._row_losses, description, lengths=None)
-        return {"loss": losses.double().numpy().sum() / tokens.numpy().sum()}
+        return {"loss": float(losses.double().numpy().sum() / tokens.numpy().sum())}
 
     def _row_losses(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(B,) negative log-likelihoods, each a sum over a row's tokens with a label, and (B,) numbers of them."""
