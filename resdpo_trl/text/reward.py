@@ -169,7 +169,7 @@ class TextRewardTrainer(TextTrainer, RewardTrainer):
         return figures | {"num_tokens": self._total_train_tokens}
 
     def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
-        chosen, rejected = self._over_rows(dataset, self._batch_rewards, description, dataset["length"][:])
+        chosen, rejected = self._over_rows(dataset, self._batch_rewards, description)
         figures = reward_figures(chosen, rejected)
         if self.args.center_rewards_coefficient is not None:  # what is minimized, as TRL evaluates it
             squares = (chosen.double() + rejected.double()).numpy() ** 2

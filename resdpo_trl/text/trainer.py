@@ -196,12 +196,13 @@ class TextTrainer(RunTrainer):
         dataset: Dataset,
         function: Any,
         description: str,
-        lengths: Sequence[int] | None,
         batch_size: int | None = None,
+        sort: bool = True,
     ) -> list[Tensor]:
         """`function(model, batch)` of all rows, on the CPU in the data set's order; see `score_rows`.
 
-        `batch_size` is the number of rows per device; --per_device_eval_batch_size by default.
+        `batch_size` is the number of rows per device; --per_device_eval_batch_size by default. With `sort` the rows of
+        a batch are of like length.
         """
         _check_rows(dataset, self.columns)
         model = self.model_wrapped
@@ -216,7 +217,7 @@ class TextTrainer(RunTrainer):
             batch_size or self.args.per_device_eval_batch_size,
             [model],
             description,
-            lengths,
+            dataset["length"][:] if sort else None,
             workers=self.args.dataloader_num_workers,
             delay=0,  # a batch may take seconds
             quiet=self.args.disable_tqdm,
@@ -284,10 +285,11 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
         """The mean loss over all tokens with a label, in the batches of transformers' evaluation."""
         self.model.eval()  # TRL's `log` asks it whether the figures are those of evaluation
         if self.args.train_sampling_strategy == "group_by_length":
+            _check_rows(rows, self.columns)
             generator = torch.Generator().manual_seed(self._data_seed)
             batch_size = self.args.per_device_eval_batch_size
             rows = rows.select(get_length_grouped_indices(rows["length"][:], batch_size, generator=generator))
-        losses, tokens = self._over_rows(rows, self._row_losses, description, lengths=None)
+        losses, tokens = self._over_rows(rows, self._row_losses, description, sort=False)
         return {"loss": float(losses.double().numpy().sum() / tokens.numpy().sum())}
 
     def _row_losses(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -410,7 +412,7 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
                 chosen, rejected = pair_logps(model, inputs)
             return [*vars(self._with_reference(model, inputs, chosen, rejected)).values()]
 
-        return LogProbs(*self._over_rows(dataset, of_batch, description, dataset["length"][:]))
+        return LogProbs(*self._over_rows(dataset, of_batch, description))
 
     def _checked(self, dataset: Dataset) -> Dataset:
         """The data set, tokenized. The model is checked again where it has a longer row than those that the model was
@@ -454,8 +456,8 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         # every process reads them, or none
         everywhere = self.accelerator.reduce(torch.tensor(float(found is not None), device=self.accelerator.device))
         if found is None or everywhere.item() < self.accelerator.num_processes:
-            lengths, batch_size = dataset["length"][:], self.args.precompute_ref_batch_size
-            found = self._over_rows(dataset, self.compute_ref_log_probs, description, lengths, batch_size)
+            batch_size = self.args.precompute_ref_batch_size
+            found = self._over_rows(dataset, self.compute_ref_log_probs, description, batch_size)
             if self._cache and self.is_world_process_zero():
                 write_reference(self._cache, key, *found)
         else:

@@ -419,7 +419,7 @@ def test_a_dropped_last_batch_is_of_training_alone(tmp_path, tokenizer):
     )  # fmt: skip
     job = TextSFTTrainer(tiny_model("gpt2"), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
     assert len(job.get_train_dataloader()) == 2
-    assert len(job._over_rows(rows, job._row_losses, "", None)[0]) == 10
+    assert len(job._over_rows(rows, job._row_losses, "")[0]) == 10
 
 
 def test_the_sft_stage_takes_what_both_stages_have(tmp_path):
