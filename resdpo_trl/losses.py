@@ -6,7 +6,7 @@ over its tokens in nats (a classifier's response is one class). With the log-rat
     ρ_w = log π(y_w|x) − log π_ref(y_w|x)        ρ_l = log π(y_l|x) − log π_ref(y_l|x)
 
 the implicit rewards are r̂_w = β ρ_w and r̂_l = β ρ_l (Eq. 5 of DPO without its constant), and the margin is
-r̂_w − r̂_l. Every loss below is a function of these, one entry a pair.
+r̂_w − r̂_l. Every loss below is a function of these, one entry per pair.
 
     DPO    Rafailov et al. 2023, "Direct Preference Optimization", https://arxiv.org/abs/2305.18290
     f-DPO  Wang et al. 2023, "Beyond Reverse KL", https://arxiv.org/abs/2309.16240
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def dpo_loss(
         losses: (T,), −log σ(β[(log π(y_w) − log π(y_l)) − (log π_ref(y_w) − log π_ref(y_l))]), Eq. 7.
         rewards: (B,), β(log π − log π_ref), without gradient.
 
-    A classifier's (B, K) log-probabilities flatten to this form: image i and class k stand at i·K + k.
+    A classifier's (B, K) log-probabilities flatten to this form: image i and class k are at i·K + k.
     """
     pairs = LogProbs(pi_logps[yw_idxs], pi_logps[yl_idxs], ref_logps[yw_idxs], ref_logps[yl_idxs])
     losses = PreferenceLoss(beta=beta)(pairs)
@@ -128,10 +128,13 @@ class PreferenceLoss:
             raise ValueError(
                 f"loss_weights needs one weight a loss type: got {len(self.loss_weights)} for {len(self.loss_types)}"
             )
+        for name in ("beta", "discopop_tau"):
+            if not 0 < getattr(self, name) < math.inf:  # nan is neither
+                raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
         if not all(map(math.isfinite, self.loss_weights or ())):
             raise ValueError(f"loss_weights must be finite; got {', '.join(map(str, self.loss_weights or ()))}")
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"beta must be a finite number above 0; got {self.beta}")
+        if not math.isfinite(self.f_alpha_divergence_coef):
+            raise ValueError(f"f_alpha_divergence_coef must be finite; got {self.f_alpha_divergence_coef}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5); got {self.label_smoothing}")
         if self.label_smoothing > 0 and not SMOOTHED_LOSSES.intersection(self.loss_types):
@@ -139,10 +142,6 @@ class PreferenceLoss:
                 f"label_smoothing {self.label_smoothing} is for the loss types {', '.join(sorted(SMOOTHED_LOSSES))}, "
                 f"not for {', '.join(self.loss_types)}: leave it out"
             )
-        if not (math.isfinite(self.discopop_tau) and self.discopop_tau > 0):
-            raise ValueError(f"discopop_tau must be a finite number above 0; got {self.discopop_tau}")
-        if not math.isfinite(self.f_alpha_divergence_coef):
-            raise ValueError(f"f_alpha_divergence_coef must be finite; got {self.f_alpha_divergence_coef}")
         if "exo_pair" in self.loss_types and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs label_smoothing above 0 (its paper recommends 1e-3)")
         if self.f_divergence_type not in F_DIVERGENCES:
@@ -173,23 +172,12 @@ class PreferenceLoss:
 
         For the sigmoid loss both are σ(r̂_l − r̂_w), the weight in the paper's gradient (the equation after Eq. 7).
         """
+        detached = {name: value.detach() for name, value in vars(pairs).items() if isinstance(value, Tensor)}
         with torch.enable_grad():
-            chosen = pairs.chosen.detach().requires_grad_()
-            rejected = pairs.rejected.detach().requires_grad_()
-            losses = self(
-                LogProbs(
-                    chosen,
-                    rejected,
-                    pairs.ref_chosen.detach(),
-                    pairs.ref_rejected.detach(),
-                    pairs.chosen_tokens,
-                    pairs.rejected_tokens,
-                )
-            )
-            d_chosen, d_rejected = torch.autograd.grad(
-                losses.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True
-            )
-        return -d_chosen / self.beta, d_rejected / self.beta
+            both = detached["chosen"].requires_grad_(), detached["rejected"].requires_grad_()
+            losses = self(replace(pairs, **detached))
+            of_chosen, of_rejected = torch.autograd.grad(losses.sum(), both, allow_unused=True, materialize_grads=True)
+        return -of_chosen / self.beta, of_rejected / self.beta
 
     def scores(self, pairs: LogProbs) -> tuple[Tensor, Tensor]:
         """f'(π/π_ref) of both responses (f-DPO, Theorem 1); the log-ratios themselves for the reverse KL."""
@@ -205,20 +193,8 @@ class PreferenceLoss:
     def normalized_delta(self, pairs: LogProbs) -> Tensor:
         """Difference of the scores per token of their response."""
         chosen, rejected = self.scores(pairs)
-        return chosen / _at_least_one(pairs.chosen_tokens) - rejected / _at_least_one(pairs.rejected_tokens)
-
-
-# f-DPO: f'(u) as a function of log u
-def _reverse_kl(log_u: Tensor, alpha: float) -> Tensor:
-    return log_u
-
-
-def _forward_kl(log_u: Tensor, alpha: float) -> Tensor:
-    return -torch.expm1(-log_u)  # 1 − 1/u
-
-
-def _js_divergence(log_u: Tensor, alpha: float) -> Tensor:
-    return math.log(2) + F.logsigmoid(log_u)  # log(2u / (1 + u))
+        tokens = (torch.as_tensor(each).clamp(min=1) for each in (pairs.chosen_tokens, pairs.rejected_tokens))
+        return chosen / next(tokens) - rejected / next(tokens)
 
 
 def _alpha_divergence(log_u: Tensor, alpha: float) -> Tensor:
@@ -228,16 +204,13 @@ def _alpha_divergence(log_u: Tensor, alpha: float) -> Tensor:
     return torch.expm1(exponent) / (alpha - 1)
 
 
+# f-DPO: f'(u) as a function of log u and α
 F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "reverse_kl": _reverse_kl,
-    "forward_kl": _forward_kl,
-    "js_divergence": _js_divergence,
+    "reverse_kl": lambda log_u, alpha: log_u,
+    "forward_kl": lambda log_u, alpha: -torch.expm1(-log_u),  # 1 − 1/u
+    "js_divergence": lambda log_u, alpha: math.log(2) + F.logsigmoid(log_u),  # log(2u / (1 + u))
     "alpha_divergence": _alpha_divergence,
 }
-
-
-def _at_least_one(tokens: Tensor | int) -> Tensor | int:
-    return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
 
 
 def _smoothed(logits: Tensor, epsilon: float) -> Tensor:
@@ -356,24 +329,10 @@ def sft(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
 LOSSES: dict[str, Callable[[LogProbs, PreferenceLoss], Tensor]] = {
     function.__name__: function
     for function in (
-        sigmoid,
-        robust,
-        hinge,
-        ipo,
-        exo_pair,
-        nca_pair,
-        bco_pair,
-        sppo_hard,
-        aot,
-        aot_unpaired,
-        apo_zero,
-        apo_down,
-        discopop,
-        sigmoid_norm,
-        s_dpo,
-        sft,
+        sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
+        discopop, sigmoid_norm, s_dpo, sft,
     )
-}
+}  # fmt: skip
 SMOOTHED_LOSSES = frozenset({"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"})  # those with label smoothing
 # the losses that see the rewards only through their difference (`sft` does not see them at all)
 DIFFERENCE_LOSSES = frozenset(

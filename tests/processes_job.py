@@ -120,8 +120,8 @@ class OwnFigures(ImageCrossEntropyTrainer):
     """The main process sees the validation figures with the other sign, so that its best epoch is the first one, where
     that of the others is the last: as rounding may turn two like figures round."""
 
-    def _figures(self, images: Images) -> dict[str, float]:
-        figures = super()._figures(images)
+    def figures(self, rows: Images, description: str) -> dict[str, float]:
+        figures = super().figures(rows, description)
         return {name: -value for name, value in figures.items()} if self.is_world_process_zero() else figures
 
 

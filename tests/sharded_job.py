@@ -18,7 +18,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 from safetensors.torch import load_file
 
@@ -231,12 +230,8 @@ def published(run: Path) -> dict[str, torch.Tensor]:
 
 def per_response(cache: Path) -> list[float]:
     """The log-probability of every response under the reference, from the cache; of the largest split first."""
-    tables = []
-    for path in cache.glob("*.arrow"):
-        with pa.OSFile(str(path)) as file:
-            tables.append(pa.ipc.open_file(file).read_all())
-    tables.sort(key=len, reverse=True)
-    return [value for table in tables for column in table.columns for value in column.to_pylist()]
+    tables = sorted(map(load_file, cache.glob("*.safetensors")), key=lambda table: -len(table["chosen"]))
+    return [value for table in tables for name in ("chosen", "rejected") for value in table[name].tolist()]
 
 
 def main() -> None:

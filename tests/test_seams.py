@@ -20,46 +20,35 @@ ROOT = Path(resdpo_trl.__file__).parent
 # name in the library, its parameters, the modules of ours that need it
 CALLABLES = [
     # saving and resuming
-    ("transformers.Trainer._get_output_dir", "self, trial", "training.resume"),
-    ("transformers.Trainer._save_checkpoint", "self, model, trial", "training.resume"),
-    ("transformers.Trainer._determine_best_metric", "self, metrics, trial", "training.resume"),
-    (
-        "transformers.Trainer._init_training_state",
-        "self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial",
-        "training.resume",
-    ),
+    ("transformers.Trainer._get_output_dir", "self, trial", "training.trainer"),
+    ("transformers.Trainer._save_checkpoint", "self, model, trial", "training.trainer"),
+    ("transformers.Trainer._determine_best_metric", "self, metrics, trial", "training.trainer"),
     (
         "transformers.Trainer._run_epoch",
         "self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
-        "training.resume",
+        "training.trainer",
     ),
     (
         "transformers.Trainer._maybe_log_save_evaluate",
         "self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate",
-        "training.resume",
+        "training.trainer",
     ),
-    ("transformers.Trainer._load_rng_state", "self, checkpoint", "training.resume"),
-    ("transformers.Trainer._load_from_checkpoint", "self, resume_from_checkpoint, model", "training.reference"),
+    ("transformers.Trainer._load_rng_state", "self, checkpoint", "training.trainer"),
+    ("transformers.Trainer._load_from_checkpoint", "self, resume_from_checkpoint, model", "training.trainer"),
     ("transformers.Trainer._issue_warnings_after_load", "self, load_result", "text.trainer"),
     (
         "transformers.trainer_utils.rotate_checkpoints",
         "output_dir, save_total_limit, best_model_checkpoint, use_mtime, checkpoint_prefix",
-        "training.resume",
+        "training.trainer",
     ),
     # batches
-    ("transformers.Trainer.get_batch_samples", "self, epoch_iterator, num_batches, device", "training.processes"),
-    ("transformers.Trainer._get_num_items_in_batch", "self, batch_samples, device", "training.processes"),
+    ("transformers.Trainer.get_batch_samples", "self, epoch_iterator, num_batches, device", "training.trainer"),
+    ("transformers.Trainer._get_num_items_in_batch", "self, batch_samples, device", "training.trainer"),
     ("transformers.Trainer._get_train_sampler", "self, train_dataset", "text.trainer image.trainer"),
     ("transformers.Trainer._track_num_input_tokens", "self, inputs", "text.trainer"),
-    ("transformers.Trainer._prepare_input", "self, data", "training.processes"),
-    ("transformers.Trainer._set_signature_columns_if_needed", "self", "text.trainer"),
+    ("transformers.Trainer._prepare_input", "self, data", "training.trainer"),
     ("transformers.Trainer._prepare_inputs", "self, inputs", "text.trainer"),
-    (
-        "transformers.trainer_pt_utils.LengthGroupedSampler",
-        "batch_size, dataset, lengths, model_input_name, generator",
-        "text.trainer",
-    ),
     (
         "transformers.trainer_pt_utils.get_length_grouped_indices",
         "lengths, batch_size, mega_batch_mult, generator",
@@ -106,10 +95,9 @@ CALLABLES = [
 ]
 # class in the library, a member of it, the modules of ours that need it
 MEMBERS = [
-    ("transformers.Trainer", "_tr_loss", "training.resume"),
-    ("transformers.Trainer", "_total_loss_scalar", "training.resume"),
-    ("transformers.Trainer", "_globalstep_last_logged", "training.resume"),
-    ("transformers.Trainer", "_signature_columns", "text.trainer"),
+    ("transformers.Trainer", "_tr_loss", "training.trainer"),
+    ("transformers.Trainer", "_total_loss_scalar", "training.trainer"),
+    ("transformers.Trainer", "_globalstep_last_logged", "training.trainer"),
     ("transformers.Trainer", "optimizer_cls_and_kwargs", "image.trainer"),
     ("transformers.TrainingArguments", "_n_gpu", "training.arguments"),
     ("transformers.PreTrainedConfig", "_attn_implementation", "text.scoring text.model text.trainer"),
@@ -118,13 +106,13 @@ MEMBERS = [
     ("transformers.PreTrainedModel", "all_tied_weights_keys", "text.trainer"),
     ("transformers.masking_utils.AttentionMaskInterface", "register", "text.attention"),
     *(
-        (f"trl.{kind}", name, "text.trainer training.resume" if name.startswith("_") else "text.trainer")
+        (f"trl.{kind}", name, "text.trainer training.trainer" if name.startswith("_") else "text.trainer")
         for kind in ("DPOTrainer", "SFTTrainer")
         for name in ("_metrics", "_total_train_tokens", "aux_loss_enabled", "router_aux_loss_coef")
     ),
     ("trl.RewardTrainer", "_metrics", "text.reward"),
     ("trl.RewardTrainer", "_total_train_tokens", "text.reward"),
-    ("accelerate.state.GradientState", "end_of_dataloader", "training.processes"),
+    ("accelerate.state.GradientState", "end_of_dataloader", "training.trainer"),
     ("datasets.Dataset", "_fingerprint", "sources text.data"),
     ("bitsandbytes.nn.Linear4bit", "support_avx512bf16_for_cpu", "text.model"),
 ]
@@ -194,7 +182,7 @@ def test_every_private_name_of_a_library_is_listed():
                     used.setdefault(node.attr, path.name)
     assert {name: place for name, place in used.items() if name not in ours | listed} == {}
     for module in (
-        "training.resume", "training.reference", "training.processes", "text.trainer", "text.reward", "image.trainer",
+        "training.trainer", "text.trainer", "text.reward", "image.trainer",
     ):  # fmt: skip
         for kind in vars(importlib.import_module(f"resdpo_trl.{module}")).values():
             if not (inspect.isclass(kind) and issubclass(kind, Trainer) and kind.__module__.startswith("resdpo_trl")):

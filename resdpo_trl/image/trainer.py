@@ -9,7 +9,6 @@ this one (log-probabilities, rejected classes) and `resdpo_trl.losses`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,25 +20,24 @@ from torchvision.transforms.v2 import functional
 from transformers import ViTImageProcessor
 from trl.trainer.utils import disable_dropout_in_model
 
-from resdpo_trl.errors import UserError, renamed
+from resdpo_trl.errors import UserError
 from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig
 from resdpo_trl.image.data import Augmentation, AugmentConfig, Images, hash_seed
 from resdpo_trl.image.model import ImageClassifier, share_statistics
 from resdpo_trl.image.muon import with_muon
 from resdpo_trl.losses import LogProbs, PreferenceLoss, classifier_pairs, wrong_classes
-from resdpo_trl.metrics import RunningMeans, classifier_metrics, training_figures
+from resdpo_trl.metrics import classifier_metrics, training_figures
 from resdpo_trl.scorer import score_rows
 from resdpo_trl.training.arguments import preference_loss
-from resdpo_trl.training.processes import EveryRowOnce, mean_over_processes, own_rows
-from resdpo_trl.training.reference import MovingReference
-from resdpo_trl.training.resume import Resumable
+from resdpo_trl.training.processes import mean_over_processes, own_rows
+from resdpo_trl.training.trainer import RunTrainer
 
 
 class EpochSampler(Sampler[int]):
     """A permutation of `count` numbers per epoch, drawn from seed and epoch: the same on every process.
 
     The Trainer calls `set_epoch` of its loader's sampler, often more than once per epoch, and so does
-    `resdpo_trl.training.resume`. This sampler passes a new epoch on to everything else that is drawn once per epoch.
+    `resdpo_trl.training.trainer`. This sampler passes a new epoch on to everything else that is drawn once per epoch.
 
     Args:
         count: how many numbers.
@@ -108,7 +106,7 @@ class RejectedClasses:
         return wrong.gather(1, place.clamp(max=self.classes - 2)[:, None])
 
 
-class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
+class ImageCrossEntropyTrainer(RunTrainer):
     """Cross-entropy on images in memory.
 
     Args:
@@ -154,8 +152,6 @@ class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
         self.mean, self.std = list(processor.image_mean), list(processor.image_std)
         self.augmentation = Augmentation(augment, len(train), seed, device)
         self._sampler = EpochSampler(len(train), seed, [self.augmentation])
-        self._means = RunningMeans()  # of the steps since the last log
-        self.evaluation_seconds = 0.0  # spent in `evaluate` while training
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) pixels of 0 to 255 -> normalized float32 in the memory order of the model."""
@@ -178,56 +174,26 @@ class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
         images, labels = self.batch(inputs)
         logits = model(images).logits.float()
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.args.label_smoothing_factor)
-        self._means.add({"accuracy": own_rows(inputs, logits.detach().argmax(1) == labels)})
+        self.means.add({"accuracy": own_rows(inputs, logits.detach().argmax(1) == labels)})
         return mean_over_processes(inputs, own_rows(inputs, losses))
 
     def logps(self, images: Images, description: str = "Scoring") -> Tensor:
         """(N, K) log-probabilities of every image's classes, on the CPU, in the order of the images."""
-        model = self.model_wrapped
-        return self._over_images(images, lambda pixels: (_logps(model, pixels),), [model], description)[0]
+        return self._logps_under([self.model_wrapped], images, description)[0]
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Means over the validation images."""
-        started = time.perf_counter()
-        images: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._figures(images).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.evaluation_seconds += time.perf_counter() - started
-        return metrics
-
-    def _figures(self, images: Images) -> dict[str, float]:
-        logps = self.logps(images, description="Evaluating")
-        accuracy = (logps.argmax(1) == images.labels).double().mean()
-        return {"loss": float(F.nll_loss(logps.double(), images.labels)), "accuracy": float(accuracy)}
-
-    def _over_images(self, images: Images, function: Any, models: list[Any], description: str) -> list[Tensor]:
-        """`function` of batches of normalized images; its outputs on the CPU, in the order of the images."""
-
+    def _logps_under(self, models: list[Any], images: Images, description: str) -> list[Tensor]:
         def of_batch(pixels: Tensor) -> list[Tensor]:
             with self.accelerator.autocast():
-                return [*function(self.normalize(pixels.to(self.accelerator.device)))]
+                normalized = self.normalize(pixels.to(self.accelerator.device))
+                return [_logps(model, normalized) for model in models]
 
         rows, batch_size = range(len(images)), self.args.per_device_eval_batch_size
         return score_rows(of_batch, rows, images.pixels.__getitem__, batch_size, models, description)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not any(name.startswith("eval_") for name in logs):
-            logs.update(self._take_means())
-        super().log(logs, start_time)
-
-    def _take_means(self) -> dict[str, float]:
-        """The training figures since the last log line."""
-        return self._means.take(self.accelerator.reduce)
-
-    def log_state(self) -> dict[str, Any]:
-        return super().log_state() | {"means": self._means.state()}
-
-    def load_log_state(self, state: dict[str, Any]) -> None:
-        super().load_log_state(state)
-        self._means.load_state(state["means"], self.accelerator.device)
+    def figures(self, rows: Images, description: str) -> dict[str, float]:
+        logps = self.logps(rows, description)
+        accuracy = (logps.argmax(1) == rows.labels).double().mean()
+        return {"loss": float(F.nll_loss(logps.double(), rows.labels)), "accuracy": float(accuracy)}
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Weights of convolutions and linear layers decay; biases and norms do not."""
@@ -253,7 +219,7 @@ class ImageCrossEntropyTrainer(EveryRowOnce, Resumable):
         return self._sampler
 
 
-class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
+class ImageDPOTrainer(ImageCrossEntropyTrainer):
     """DPO for classifiers: the true class is preferred to wrong ones, and every figure of a policy is exact.
 
     In a step, policy and reference see the same augmented images. The reference runs without gradient in eval mode, so
@@ -321,26 +287,20 @@ class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
 
     def score(self, images: Images, description: str = "Scoring") -> tuple[Tensor, Tensor]:
         """(N, K) log-probabilities under policy and reference, on the CPU, in the order of the images."""
-        policy = self.model_wrapped
-        both = self._over_images(
-            images,
-            lambda pixels: (_logps(policy, pixels), _logps(self.ref_model, pixels)),
-            [policy, self.ref_model],
-            description,
-        )
-        return both[0], both[1]
+        policy, reference = self._logps_under([self.model_wrapped, self.ref_model], images, description)
+        return policy, reference
 
-    def _figures(self, images: Images) -> dict[str, float]:
-        figures = classifier_metrics(*self.score(images, "Evaluating"), images.labels, self.preference_loss)
+    def figures(self, rows: Images, description: str) -> dict[str, float]:
+        figures = classifier_metrics(*self.score(rows, description), rows.labels, self.preference_loss)
         return {name: float(values.mean()) for name, values in figures.items()}
 
     def _note(self, pairs: LogProbs, logps: Tensor, ref_logps: Tensor, labels: Tensor, signal: Tensor) -> None:
         """Keep this step's figures for `log`: means over images of means over their pairs.
 
-        Pairs without a signal add nothing here, and `_take_means` divides by the share of the others.
+        Pairs without a signal add nothing here, and `step_figures` divides by the share of the others.
         """
         figures = training_figures(pairs, self.preference_loss)
-        self._means.add(
+        self.means.add(
             {name: value.float().where(signal, 0.0).mean(1) for name, value in figures.items()}
             | {
                 "accuracy": logps.argmax(1) == labels,
@@ -349,9 +309,9 @@ class ImageDPOTrainer(MovingReference, ImageCrossEntropyTrainer):
             }
         )
 
-    def _take_means(self) -> dict[str, float]:
+    def step_figures(self) -> dict[str, float]:
         """Figures of pairs are means over the pairs with a signal; they are left out if no pair has one."""
-        means = super()._take_means()
+        means = super().step_figures()
         share = 1 - means.get("masked_pairs", 0.0)
         of_images = ("accuracy", "kl", "masked_pairs")
         return {
@@ -388,8 +348,3 @@ def _number(index: list[int]) -> dict[str, Tensor]:
 
 def _select(pairs: LogProbs, kept: Tensor) -> LogProbs:
     return LogProbs(pairs.chosen[kept], pairs.rejected[kept], pairs.ref_chosen[kept], pairs.ref_rejected[kept])
-
-
-__getattr__ = renamed(
-    __name__, {"ClassifierTrainer": "ImageCrossEntropyTrainer", "ClassifierDPOTrainer": "ImageDPOTrainer"}
-)

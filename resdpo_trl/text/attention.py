@@ -1,17 +1,16 @@
 """Attention under names of our own in transformers' registry, so that every family has it.
 
-`ATTENTION` is the default. On the CPU in bfloat16 it is plain products:
+`ATTENTION` is the default. On the CPU in bfloat16 it is plain products,
 
-    O = softmax(Q·Kᵀ·scale + mask)·V        (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, Eq. 1)
+    O = softmax(Q·Kᵀ·scale + mask)·V        (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, Eq. 1),
 
-PyTorch's SDPA runs a flash kernel on the CPU whose backward pass is slow where rows are a few hundred tokens long, as
-here. Plain products of the whole (T, T) square do better, and in two blocks better still: the first half of the queries
-sees the first half of the keys alone, so a quarter of the square is never touched. The probabilities are kept for the
-backward pass: 1.5 bytes a square element in bfloat16. benchmarks/attention.py measures it.
+in two blocks: the first half of the queries sees the first half of the keys alone, so a quarter of the square is never
+touched. The backward pass of PyTorch's flash kernel for the CPU is slower where rows are a few hundred tokens long
+(benchmarks/attention.py). The probabilities are kept for it: 1.5 bytes per element of the square.
 
-Everything else goes to SDPA: float32 (where SDPA is as fast), CUDA, dropout, a key–value cache, masks that are not
-boolean. Where a mask is given, transformers copies the keys and values of grouped queries once per query head, for
-SDPA's kernels take either a mask or `enable_gqa`. `_grouped_sdpa` does not.
+Everything else goes to SDPA: float32, CUDA, dropout, a key–value cache, masks that are not boolean. SDPA's kernels take
+either a mask or `enable_gqa`, so transformers copies the keys and values of grouped queries once per query head where a
+mask is given. Here the mask is repeated instead where that is less.
 
 `FLEX` (--attn_implementation flex_attention) is FlexAttention (https://arxiv.org/abs/2412.05496) where the batch brings
 a block mask, and `ATTENTION` elsewhere: in generation, SFT and reward models.
@@ -52,32 +51,34 @@ def attention(
 
     A boolean mask is (B or 1, 1, T, T), True where a query sees a key; None is the causal one.
     """
-    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        kind = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    query, key, value = _cast(query, key, value) if query.device.type == "cpu" else (query, key, value)
     length = query.shape[2]
     plain = length > 1 and all(options.get(name) is None for name in ("position_bias", "softcap"))
-    products = (
-        plain
-        and query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and length == key.shape[2]
-        and not dropout
-        and (attention_mask is None or attention_mask.dtype == torch.bool)
-        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    boolean = attention_mask is None or attention_mask.dtype == torch.bool
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if plain and on_cpu and length == key.shape[2] and not dropout and boolean and causal:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _Attention.apply(query, key, value, ~mask, scale).transpose(1, 2).contiguous(), None
     masked = attention_mask is not None and attention_mask.shape[1:3] == (1, length)
-    if not products and plain and masked and _pays(key, query.shape[1]):
-        assert attention_mask is not None
-        return _grouped_sdpa(query, key, value, attention_mask, dropout, scaling), None
-    if not products:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **options
-        )
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _Attention.apply(query, key, value, ~mask, scale)
-    return out.transpose(1, 2).contiguous(), None
+    if plain and masked and _pays(key, query.shape[1]):
+        # the queries of a key head are the rows of one product, as in `_Attention`: the mask is repeated, not the keys
+        mask = attention_mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)  # type: ignore[union-attr]
+        rows = _grouped(query, key.shape[1])
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        return out.reshape(*query.shape[:3], value.shape[-1]).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **options
+    )
+
+
+def _cast(*values: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's type, where it is on."""
+    device = values[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return values
+    return tuple(value.to(torch.get_autocast_dtype(device)) for value in values)
 
 
 class _Attention(torch.autograd.Function):
@@ -130,27 +131,13 @@ def _grouped(rows: Tensor, key_heads: int) -> Tensor:
 
 
 def _pays(key: Tensor, heads: int) -> bool:
-    """Whether `_grouped_sdpa` moves fewer bytes than copies of the keys and values.
+    """Whether a mask repeated per group of queries moves fewer bytes than copies of the keys and values.
 
     For one query token and G = H / K: the mask grows by 3·(G − 1)·T bytes (a boolean, and the 16-bit bias that SDPA
     makes of it). Copies of the keys and values grow by 4·(H − K)·D bytes in 16 bits, and so do their gradients.
     """
     _, key_heads, length, width = key.shape
     return heads > key_heads and 3 * length < 8 * key_heads * width
-
-
-def _grouped_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None
-) -> Tensor:
-    """SDPA of (B, H, T, D) queries and (B, K, S, D) keys and values, with a (B or 1, 1, T, S) mask -> (B, T, H, D).
-
-    The queries of a key head are the rows of one product, as in `_Attention`: the mask is repeated instead of the keys.
-    """
-    groups = query.shape[1] // key.shape[1]
-    mask = mask.repeat(1, 1, groups, 1)
-    rows = _grouped(query, key.shape[1])
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return out.reshape(*query.shape[:3], value.shape[-1]).transpose(1, 2).contiguous()
 
 
 def block_mask(document: Tensor, part: Tensor) -> BlockMask:
@@ -213,9 +200,7 @@ def flex(
     if dropout:
         raise UserError("--attn_implementation flex_attention has no dropout: pass --disable_dropout true, or use sdpa")
     device, softcap = query.device.type, options.get("softcap")
-    if torch.is_autocast_enabled(device):
-        kind = torch.get_autocast_dtype(device)
-        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    query, key, value = _cast(query, key, value)
     if device != "cpu":  # compiled
         return flex_attention_forward(module, query, key, value, block_mask, **options)[0], None
 

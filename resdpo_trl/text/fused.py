@@ -1,9 +1,8 @@
 """Layers of Llama-type models with fewer passes over memory, for mixed precision on the CPU.
 
-A Llama layer keeps its residual stream in float32 under autocast. transformers' RMSNorm then takes six kernels and
-leaves a float32 result, which each linear layer after it casts to bfloat16 and keeps for itself; the MLP keeps
-silu(gate) and its product with up. The modules here write bfloat16 once, and keep only what the backward pass cannot
-compute again by cheap kernels.
+Under autocast the residual stream is float32. transformers' RMSNorm takes six kernels and leaves a float32 result,
+which each linear layer after it casts and keeps for itself; the MLP keeps silu(gate) and its product with up. The
+modules here write bfloat16 once, and keep only what the backward pass cannot compute again by cheap kernels.
 
 `use_fused_layers` changes the class of a module and nothing else: parameters keep their names, a linear layer with an
 adapter is called as it is, and a saved folder is transformers' own. docs/speed.md says what each gives.
@@ -45,7 +44,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, epsilon: float, kind: torch.dtype) -> Tensor:
-        exact = _exact(values)
+        exact = in_float32(values)
         mean_square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(exact.shape[-1])
         scale = mean_square.add_(epsilon).rsqrt_()
         normed = exact * scale
@@ -112,6 +111,7 @@ class _DownProjection(torch.autograd.Function):
         return of_gate, activated.mul_(of_product), of_weight, of_bias
 
 
+@torch.no_grad()
 def use_fused_layers(model: torch.nn.Module) -> None:
     """Turn the RMSNorms and SwiGLU MLPs of Llama's form into those above: Llama, Qwen 2 and 3, Mistral, SmolLM and
     others.
@@ -119,39 +119,26 @@ def use_fused_layers(model: torch.nn.Module) -> None:
     A module has the form where it has the members and gives the same numbers; Gemma's norm, which scales by 1 + w, does
     not. A quantized MLP is left alone.
     """
-    same: dict[type, bool] = {}
-    for module in list(model.modules()):
-        fused = _fused_class(module)
-        if fused is None:
+    fused: Any
+    weight: Any
+    for module in model.modules():
+        children = dict(module.named_children())
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and not children:
+            fused, weight = RMSNorm, module.weight
+        elif (
+            set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+            and isinstance(children["act_fn"], torch.nn.SiLU | SiLUActivation)
+            and type(children["gate_proj"]) is torch.nn.Linear
+        ):
+            fused, weight = SwiGLU, children["gate_proj"].weight
+        else:
             continue
-        own = type(module)
-        if own not in same:
-            same[own] = _gives_the_same(module, fused)
-        if same[own]:
+        values = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight)
+        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
+        if torch.allclose(fused.forward(module, values), module(values), rtol=tolerance, atol=tolerance):
             module.__class__ = fused
 
 
-def _fused_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
-    children = dict(module.named_children())
-    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and not children:
-        return RMSNorm
-    if (
-        set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-        and isinstance(children["act_fn"], torch.nn.SiLU | SiLUActivation)
-        and type(children["gate_proj"]) is torch.nn.Linear
-    ):
-        return SwiGLU
-    return None
-
-
-@torch.no_grad()
-def _gives_the_same(module: torch.nn.Module, fused: type[torch.nn.Module]) -> bool:
-    weight: Any = module.weight if fused is RMSNorm else module.gate_proj.weight  # type: ignore[union-attr]
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(3, weight.shape[-1], generator=generator).to(weight)
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(weight.dtype, 2e-2)
-    return torch.allclose(fused.forward(module, values), module(values), rtol=tolerance, atol=tolerance)
-
-
-def _exact(values: Tensor) -> Tensor:
+def in_float32(values: Tensor) -> Tensor:
+    """The values in float32; float64 stays."""
     return values if values.dtype == torch.float64 else values.float()

@@ -1,9 +1,8 @@
 """Reward models: one number for a prompt with a response, trained on pairs by TRL and read from text.
 
-By the model of Bradley and Terry (1952) the chosen response wins with probability σ(r(x, y_w) − r(x, y_l)), so that a
-pair's loss is −log σ(r_w − r_l) (Eq. 2 of DPO, https://arxiv.org/abs/2305.18290): DPO's own sigmoid loss at β = 1 with
-r in the place of the log-ratios. `bradley_terry` says it so, and the figures of a reward model are then those of a
-policy under the same names.
+By the model of Bradley and Terry (1952) a pair's loss is −log σ(r_w − r_l) (Eq. 2 of DPO,
+https://arxiv.org/abs/2305.18290): DPO's own sigmoid loss at β = 1 with r in place of the log-ratios. The figures of a
+reward model are then those of a policy under the same names.
 
 The reward is read where transformers' sequence classifiers read: at the last token that is not padding. Where a
 tokenizer pads with its end of text, as GPT-2's does here, that is the token before the end.
@@ -21,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, Trainer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from trl import RewardTrainer
 
 from resdpo_trl.errors import UserError
@@ -44,7 +44,7 @@ from resdpo_trl.text.model import (
     with_faster_parts,
 )
 from resdpo_trl.text.tokens import cache_key, tokenize
-from resdpo_trl.text.trainer import PairTrainer, check_arguments
+from resdpo_trl.text.trainer import TextTrainer, check_arguments
 from resdpo_trl.training.processes import mean_over_processes, own_rows
 
 
@@ -62,27 +62,19 @@ def reward_figures(chosen: Tensor, rejected: Tensor) -> dict[str, np.ndarray]:
 
 def reward_rows(tokenized: Dataset) -> Dataset:
     """Rows of TRL's `RewardTrainer` from the pairs of `resdpo_trl.text.tokens.tokenize`: prompt and response as one."""
-    from datasets import Features, List, Value
-
     ids = List(Value("int32"))
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    return tokenized.select_columns(columns).map(
-        _reward_batch,
-        batched=True,
-        remove_columns=columns,
+    return tokenized.map(
+        _reward_row,
+        remove_columns=tokenized.column_names,
         features=Features({"chosen_ids": ids, "rejected_ids": ids, "length": Value("int32")}),
-        new_fingerprint=cache_key(_reward_batch, tokenized),
+        new_fingerprint=cache_key(_reward_row, tokenized),
         desc="Rows for the reward model",
     )
 
 
-def _reward_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {"chosen_ids": [], "rejected_ids": [], "length": []}
-    for prompt, chosen, rejected in zip(batch["prompt_ids"], batch["chosen_ids"], batch["rejected_ids"], strict=True):
-        out["chosen_ids"].append(prompt + chosen)
-        out["rejected_ids"].append(prompt + rejected)
-        out["length"].append(len(prompt) + max(len(chosen), len(rejected)))
-    return out
+def _reward_row(pair: dict[str, Any]) -> dict[str, Any]:
+    chosen, rejected = (pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids"))
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
 
 
 def untrained_reward_model(
@@ -103,7 +95,7 @@ def untrained_reward_model(
     return with_faster_parts(made.to(language.dtype), model.attn_implementation)
 
 
-class TextRewardTrainer(PairTrainer, RewardTrainer):
+class TextRewardTrainer(TextTrainer, RewardTrainer):
     """`trl.RewardTrainer` on the rows of `reward_rows`.
 
     The loss and the figures of training are TRL's own. What differs: batches are of like length, on several processes
@@ -121,13 +113,12 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
                 tokens.
         """
         names = ("compute_metrics", "preprocess_logits_for_metrics", "quantization_config")
-        check_arguments(self, args, TextRewardConfig, options, names)
+        check_arguments(self, args, TextRewardConfig, **{name: options.get(name) for name in names})
         if peft_config is not None and peft_config.is_prompt_learning:
             raise UserError(
                 f"the PEFT method {peft_config.peft_type.value} puts virtual tokens before a row, and transformers "
                 "finds no row's last token then, where the reward is read: use LoRA (--use_peft)"
             )
-        self._steps: list[Tensor] = []  # since the last log
         super().__init__(model=model, args=args, peft_config=peft_config, **options)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -151,68 +142,44 @@ class TextRewardTrainer(PairTrainer, RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             squares = mean_over_processes(inputs, (chosen + rejected) ** 2)
             loss = loss + self.args.center_rewards_coefficient * squares
-        self._note(rewards.detach(), inputs)
+        with torch.no_grad():  # (B, 4): rewards of both sides, tokens, and 1 where the row counts
+            tokens = inputs["attention_mask"].sum(1).view(2, -1).sum(0)
+            counts = torch.arange(len(tokens), device=tokens.device) < inputs.get("own_rows", len(tokens))
+            self.noted["rewards"].append(torch.stack([*rewards.float().chunk(2), tokens, counts], 1))
         return loss
 
-    @torch.no_grad()
-    def _note(self, rewards: Tensor, inputs: dict[str, Any]) -> None:
-        """Keep a step's rows for `log`: (B, 4) rewards of both sides, tokens, and 1 where the row counts."""
-        chosen, rejected = rewards.float().chunk(2)
-        tokens = inputs["attention_mask"].sum(1).view(2, -1).sum(0)
-        own = torch.arange(len(tokens), device=tokens.device) < inputs.get("own_rows", len(tokens))
-        self._steps.append(torch.stack([chosen, rejected, tokens, own], 1))
-
-    def log_state(self) -> dict[str, Any]:
-        return super().log_state() | {"rewards": [each.tolist() for each in self._steps]}
-
-    def load_log_state(self, state: dict[str, Any]) -> None:
-        super().load_log_state(state)
-        self._steps = [torch.tensor(each, device=self.accelerator.device) for each in state["rewards"]]
-
-    def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:
-        """Rewards of every pair as `bradley_terry` pairs, in the data set's order, on the CPU."""
-        return self._over_pairs(dataset, self._batch_rewards, description)
-
-    def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
-        scores = self.score(dataset, description)
-        figures = reward_figures(scores.chosen, scores.rejected)
-        if self.args.center_rewards_coefficient is not None:  # what is minimized, as TRL evaluates it
-            squares = (scores.chosen.double() + scores.rejected.double()).numpy() ** 2
-            figures["loss"] = figures["loss"] + self.args.center_rewards_coefficient * squares
-        return figures
-
-    def _batch_rewards(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> LogProbs:
-        with torch.no_grad(), self.accelerator.autocast():
-            logits = model(**inputs, use_cache=False).logits
-        chosen, rejected = logits.float().squeeze(-1).chunk(2)  # the collator puts all chosen rows first
-        return bradley_terry(chosen, rejected)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if any(name.startswith("eval_") for name in logs):
-            return Trainer.log(self, logs, start_time)
-        if self._steps:
-            logs.update(self._step_figures())
-        return Trainer.log(self, logs, start_time)
-
-    def _step_figures(self) -> dict[str, float]:
+    def step_figures(self) -> dict[str, float]:
         """Each figure over all processes' own pairs of a step, and the mean over the steps since the last log."""
-        figures: dict[str, list[float]] = {}
-        for step in self._steps:
+        steps = []
+        for step in self.noted.pop("rewards", []):
             every = self.accelerator.gather(step).double().cpu()
             chosen, rejected, tokens, _ = every[every[:, 3] == 1].unbind(1)
             self._total_train_tokens += int(tokens.sum())
-            for name, value in (
-                ("min_reward", torch.minimum(chosen, rejected).min()),
-                ("mean_reward", (chosen + rejected).mean() / 2),
-                ("max_reward", torch.maximum(chosen, rejected).max()),
-                ("rewards/accuracies", (chosen > rejected).double().mean()),
-                ("rewards/margins", (chosen - rejected).mean()),
-            ):
-                figures.setdefault(name, []).append(value.item())
-        self._steps.clear()
-        return {name: sum(values) / len(values) for name, values in figures.items()} | {
-            "num_tokens": self._total_train_tokens
-        }
+            found = {
+                "min_reward": torch.minimum(chosen, rejected).min(),
+                "mean_reward": (chosen + rejected).mean() / 2,
+                "max_reward": torch.maximum(chosen, rejected).max(),
+                "rewards/accuracies": (chosen > rejected).double().mean(),
+                "rewards/margins": (chosen - rejected).mean(),
+            }
+            steps.append({name: value.item() for name, value in found.items()})
+        if not steps:
+            return {}
+        figures = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        return figures | {"num_tokens": self._total_train_tokens}
+
+    def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
+        chosen, rejected = self._over_rows(dataset, self._batch_rewards, description)
+        figures = reward_figures(chosen, rejected)
+        if self.args.center_rewards_coefficient is not None:  # what is minimized, as TRL evaluates it
+            squares = (chosen.double() + rejected.double()).numpy() ** 2
+            figures["loss"] = figures["loss"] + self.args.center_rewards_coefficient * squares
+        return figures
+
+    def _batch_rewards(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with self.accelerator.autocast():
+            logits = model(**inputs, use_cache=False).logits
+        return logits.float().squeeze(-1).chunk(2)  # the collator puts all chosen rows first
 
 
 def save_reward_model(trainer: TextRewardTrainer, untrained: Callable[[], PreTrainedModel], folder: str) -> None:
@@ -293,30 +260,26 @@ class RewardModel:
         ends_turns: bool = False,
         batch_size: int = 32,
     ) -> Tensor:
-        """(N,) rewards of one answer a prompt.
+        """(N,) rewards of one answer per prompt.
 
         Args:
             prompts: columns prompt, turn_starts and header_end, as `load_preferences` gives them.
-            answers: a text a prompt, without special tokens.
+            answers: a text per prompt, without special tokens.
             ended: whether each ended by itself; one that was cut short gets no end.
             max_length, max_response_length, ends_turns: as `resdpo_trl.text.tokens.tokenize` has them.
         """
         check_fits(self.model, self.tokenizer, max_length)
-        kept = ["prompt", "turn_starts", "header_end"]
-        if ends_turns:  # as a template writes an answer
-            ending = end_of_turn(self.tokenizer)
-            texts = [text.strip() + ending * whole for text, whole in zip(answers, ended, strict=True)]
-        else:
-            texts = list(answers)
-        rows = prompts.select_columns(kept).add_column("chosen", texts).add_column("rejected", texts)
-        sequences = []
-        for row, whole in zip(
-            tokenize(rows, self.tokenizer, max_length, max_response_length, ends_turns), ended, strict=True
-        ):
-            ids = row["prompt_ids"] + row["chosen_ids"]
+        ending = end_of_turn(self.tokenizer) if ends_turns else ""  # as a template writes an answer
+        texts = [
+            (text.strip() if ends_turns else text) + ending * whole for text, whole in zip(answers, ended, strict=True)
+        ]
+        rows = prompts.select_columns(["prompt", "turn_starts", "header_end"])
+        rows = rows.add_column("chosen", texts).add_column("rejected", texts)
+        rows = reward_rows(tokenize(rows, self.tokenizer, max_length, max_response_length, ends_turns))
+        sequences = rows["chosen_ids"][:]
+        for ids, whole in zip(sequences, ended, strict=True):
             if not whole and not ends_turns and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]
-            sequences.append(ids)
+                ids.pop()
         return self.score(sequences, batch_size)
 
     def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
@@ -326,9 +289,9 @@ class RewardModel:
 
     def _padded(self, rows: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(B, T) token ids, padded on the right, and (B, T) 1 where a token is not padding."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[self._padding] * (width - len(row))] for row in rows])
-        return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        ids = pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=self._padding)
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
     def _rewards(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
         ids, mask = (each.to(self.model.device) for each in batch)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.kernels import ChunkedLogProbFunction
@@ -20,6 +21,7 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.sources import first_line
 from resdpo_trl.text.attention import ATTENTION, FLEX, block_mask
 from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.fused import in_float32
 from resdpo_trl.text.model import positions_of
 
 # response tokens whose logits are held at once: 4,096 × GPT-2's vocabulary in float32 is 0.8 GB
@@ -28,57 +30,52 @@ FUSED_ON = ("cuda",)  # devices on which TRL's kernels compute the head; on the 
 VOCABULARY_TILE = 32768  # columns of the logits that TRL's kernels hold at once, as in TRL
 
 
-def pair_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def pair_logps(model: torch.nn.Module, batch: dict[str, Tensor], router_loss: bool = False) -> tuple[Tensor, ...]:
     """Log-probabilities of the chosen and rejected responses of a `PairCollator` batch.
 
     Args:
         model: a model given `add_response_head`, wrapped or not.
         batch: see `PairCollator`; B pairs.
+        router_loss: return the load-balancing loss of a mixture of experts too, a scalar, as TRL adds it to DPO's. With
+            E experts, of which each token is sent to k, it is
+                E · Σ_e f_e·P_e,        f_e: assignments to e per token, P_e: the router's mean probability of e
+            over the tokens of all layers (Switch Transformers, https://arxiv.org/abs/2101.03961, Eqs. 4 to 6; k = 1
+            there). A prompt that is run once counts twice, as in two rows.
 
     Returns:
         chosen, rejected: (B,) float32 (float64 for a float64 model), sums over response tokens in nats.
     """
-    return _sums(batch, model(**_arguments(batch)))
+    logps, *router = predicted_logps(model, batch, batch["copies"] if router_loss else None)
+    sums = logps.new_zeros(2 * len(batch["chosen_tokens"])).index_add(0, batch["response"], logps)
+    return sums[0::2], sums[1::2], *router
 
 
-def pair_logps_and_router_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """`pair_logps`, and the load-balancing loss of a mixture-of-experts model: a scalar, as TRL adds it to DPO's.
+def predicted_logps(
+    model: torch.nn.Module, batch: dict[str, Tensor], router_weights: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """(N,) log-probabilities of a batch's `predicted` tokens, and the router loss where (R, T) weights are given.
 
-    With E experts, of which each token is sent to k, the loss is
-        E · Σ_e f_e·P_e,        f_e: assignments to e per token, P_e: the router's mean probability of e
-    over the tokens of all layers (Switch Transformers, https://arxiv.org/abs/2101.03961, Eqs. 4 to 6; k = 1 there).
-    A prompt that is run once counts twice, as in two rows.
+    Raises:
+        UserError: what wraps the model has cast them, for their sums would be wrong.
     """
-    logps, router_loss = model(**_arguments(batch), router_weights=batch["copies"])
-    return (*_sums(batch, logps), router_loss)
-
-
-def _arguments(batch: dict[str, Tensor]) -> dict[str, Any]:
     names = ("input_ids", "attention_mask", "document", "part", "position_ids", "predicted_at", "predicted")
-    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
-
-
-def check_float32(logps: Tensor) -> Tensor:
-    """The log-probabilities; a UserError where what wraps the model has cast them, for their sums would be wrong."""
+    given = {name: batch[name] for name in names if name in batch}
+    found = model(**given, router_weights=router_weights, use_cache=False)
+    logps, *router = (found,) if router_weights is None else found
     if logps.dtype not in (torch.float32, torch.float64):
         raise UserError(
             f"what wraps the model casts its log-probabilities to {logps.dtype}, whose sums over a response are wrong: "
             "let it leave the model's outputs in float32 (output_dtype of FSDP2's MixedPrecisionPolicy)"
         )
-    return logps
-
-
-def _sums(batch: dict[str, Tensor], logps: Tensor) -> tuple[Tensor, Tensor]:
-    sums = check_float32(logps).new_zeros(2 * len(batch["chosen_tokens"])).index_add(0, batch["response"], logps)
-    return sums[0::2], sums[1::2]
+    return logps, *router
 
 
 def add_response_head(model: PreTrainedModel, longest_row: int | None = None, max_length: int | None = None) -> None:
     """Teach `model(…, predicted_at=, predicted=)` to return (N,) log-probabilities of the predicted tokens.
 
-    With `router_weights`, (R, T), it returns the load-balancing loss of its routers too; see
-    `pair_logps_and_router_loss`. Going through the model's own forward keeps what wraps it working: PEFT, DDP, FSDP2,
-    autocast. Without these arguments the forward is the original one.
+    With `router_weights`, (R, T), it returns the load-balancing loss of its routers too; see `pair_logps`. Going
+    through the model's own forward keeps what wraps it working: PEFT, DDP, FSDP2, autocast. Without these arguments the
+    forward is the original one.
 
     Args:
         model: a causal language model, without its PEFT wrapper.
@@ -102,7 +99,10 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
     makes the logits from the N hidden states alone: models that transform these first (BERT).
     """
     original = model.forward
-    softcap, scale = _softcap_and_scale(model.config.get_text_config())
+    config = model.config.get_text_config()
+    # the logits are c·tanh(s·W·h / c), or s·W·h where there is no c
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
 
     # the signature of the class: `generate` checks its arguments against it
     @functools.wraps(type(model).forward)
@@ -123,8 +123,7 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
         routers: list[Any] = []
 
         def keep_predicted(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-            if router_weights is not None:
-                routers.append(output.router_logits)
+            routers.append(getattr(output, "router_logits", None))
             output.router_logits = None  # of which the model's own forward would make a loss too
             rows, columns = predicted_at
             output.last_hidden_state = output.last_hidden_state[rows, columns][None]  # (1, N, D)
@@ -136,12 +135,12 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
         with backbone.register_forward_hook(keep_predicted):
             if head == "linear":
                 hidden = backbone(*args, **kwargs).last_hidden_state[0]
-                logps = check_float32(_token_logps(self.get_output_embeddings(), hidden, predicted, softcap, scale))
+                logps = _token_logps(self.get_output_embeddings(), hidden, predicted, softcap, scale)
             else:
                 logps = _LogProbs.apply(original(*args, **kwargs).logits[0], predicted)
         if router_weights is None:
             return logps
-        return logps, _router_loss(self.config.get_text_config(), routers[0], router_weights)
+        return logps, _router_loss(self, routers[0], router_weights)
 
     model.forward = types.MethodType(forward, model)
     if head == "linear" and type(linear := model.get_output_embeddings()) is torch.nn.Linear:
@@ -161,17 +160,8 @@ def _with_mask(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs["input_ids"].device)
     mask = kwargs["attention_mask"]
     if mask.ndim == 4 and model.config._attn_implementation == "eager":
-        lowest = torch.finfo(model.dtype).min
-        kwargs["attention_mask"] = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-            ~mask, lowest
-        )
+        kwargs["attention_mask"] = (~mask).to(model.dtype) * torch.finfo(model.dtype).min
     return kwargs
-
-
-def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
-    """c and s of a model whose logits are c·tanh(s·W·h / c), or s·W·h where c is None."""
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    return getattr(config, "final_logit_softcapping", None), scale
 
 
 def _token_logps(
@@ -207,14 +197,16 @@ class _ResponseHead(torch.nn.Linear):
         if (capped or rows.device.type in FUSED_ON) and rows.dtype != torch.float64:
             options = (1.0, VOCABULARY_TILE, self.softcap, self.scale, ("log_probs",))
             return ChunkedLogProbFunction.apply(rows, self.weight, self.bias, tokens, *options)[0]
-        if capped or len(tokens) <= CHUNK_TOKENS:
-            return _LogProbs.apply(_transformed(super().forward(rows), self.softcap, self.scale), tokens)
-        device = rows.device.type
-        operands: list[Tensor | None] = [rows, self.weight, self.bias]
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            operands = [each if each is None else each.to(dtype) for each in operands]
-        return _LogProbsInChunks.apply(*operands, tokens)
+
+        def logps(rows: Tensor, tokens: Tensor) -> Tensor:
+            logits = F.linear(rows, self.weight, self.bias)
+            return _LogProbs.apply(_transformed(logits, self.softcap, self.scale), tokens)
+
+        if len(tokens) <= CHUNK_TOKENS:
+            return logps(rows, tokens)
+        # the logits of a chunk are computed again in the backward pass
+        chunks = zip(rows.split(CHUNK_TOKENS), tokens.split(CHUNK_TOKENS), strict=True)
+        return torch.cat([checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 class _LogProbs(torch.autograd.Function):
@@ -224,72 +216,21 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        normalizer = _normalizer(logits)
+        normalizer = torch.cat([in_float32(rows).logsumexp(1) for rows in logits.split(_rows_at_once(logits))])
         ctx.save_for_backward(logits, tokens, normalizer)
-        return _exact(logits.gather(1, tokens[:, None])[:, 0]) - normalizer
+        return in_float32(logits.gather(1, tokens[:, None])[:, 0]) - normalizer
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, tokens, normalizer = ctx.saved_tensors
-        # in their place: a second backward pass through them is an error, not a wrong number
-        return _into_gradient(logits, tokens, normalizer, gradient), None
-
-
-class _LogProbsInChunks(torch.autograd.Function):
-    """`_LogProbs` of rows·weightᵀ + bias, whose logits are computed again in the backward pass, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
-        logps, normalizers = [], []
-        for part, own in zip(rows.split(CHUNK_TOKENS), tokens.split(CHUNK_TOKENS), strict=True):
-            logits = F.linear(part, weight, bias)
-            normalizers.append(_normalizer(logits))
-            logps.append(_exact(logits.gather(1, own[:, None])[:, 0]) - normalizers[-1])
-        ctx.save_for_backward(rows, weight, bias, tokens, torch.cat(normalizers))
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        rows, weight, bias, tokens, normalizer = ctx.saved_tensors
-        of_rows = torch.empty_like(rows)
-        # sums over chunks, so in float32
-        of_weight = torch.zeros_like(_exact(weight)) if ctx.needs_input_grad[1] else None
-        of_bias = torch.zeros_like(_exact(bias)) if ctx.needs_input_grad[2] else None
-        for start in range(0, len(tokens), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            logits = F.linear(rows[part], weight, bias)
-            of_logits = _into_gradient(logits, tokens[part], normalizer[part], gradient[part])
-            of_rows[part] = of_logits @ weight
-            if of_weight is not None:
-                of_weight += of_logits.T @ rows[part]
-            if of_bias is not None:
-                of_bias += _exact(of_logits).sum(0)
-        return (
-            of_rows,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(bias.dtype),
-            None,
-        )
-
-
-def _normalizer(logits: Tensor) -> Tensor:
-    """(N, V) -> (N,) log Σ exp."""
-    return torch.cat([_exact(rows).logsumexp(1) for rows in logits.split(_rows_at_once(logits))])
-
-
-def _into_gradient(logits: Tensor, tokens: Tensor, normalizer: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of (N, V) logits in their place, from that of their tokens' (N,) log-probabilities."""
-    rows = _rows_at_once(logits)
-    for start in range(0, len(tokens), rows):
-        part = slice(start, start + rows)
-        weights = gradient[part, None]
-        softmax = (_exact(logits[part]) - normalizer[part, None]).exp_()
-        logits[part] = softmax.mul_(-weights).scatter_add_(1, tokens[part, None], weights)
-    return logits
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+        # in the logits' place: a second backward pass through them is an error, not a wrong number
+        rows = _rows_at_once(logits)
+        for start in range(0, len(tokens), rows):
+            part = slice(start, start + rows)
+            weights = gradient[part, None]
+            softmax = (in_float32(logits[part]) - normalizer[part, None]).exp_()
+            logits[part] = softmax.mul_(-weights).scatter_add_(1, tokens[part, None], weights)
+        return logits, None
 
 
 def _rows_at_once(logits: Tensor) -> int:
@@ -297,44 +238,26 @@ def _rows_at_once(logits: Tensor) -> int:
     return 128 if logits.device.type == "cpu" else 2048
 
 
-def _router_loss(config: Any, router_logits: tuple[Tensor, ...], weights: Tensor) -> Tensor:
-    tokens, experts = router_logits[0].shape
-    virtual = tokens // len(weights) - weights.shape[1]  # which prompt tuning puts before a row
-    weights = F.pad(weights, (virtual, 0), value=1)
-    # one function for every family, as TRL does
+def _router_loss(model: PreTrainedModel, router_logits: Any, weights: Tensor) -> Tensor:
+    """The load-balancing loss of `pair_logps`, from the (R·T, E) logits of every layer and (R, T) weights."""
     balance: Callable[..., Any] = load_balancing_loss_func  # annotated as if it took one layer
-    loss: Tensor = balance(router_logits, experts, config.num_experts_per_tok, weights)
-    return loss
-
-
-def check_router_loss(model: PreTrainedModel, coefficient: float | None) -> None:
-    """Raise a UserError where a router loss is asked for, or by the model's configuration is, that can't be computed.
-
-    Args:
-        model: a causal language model, given `add_response_head`.
-        coefficient: --router_aux_loss_coef; None is the configuration's own.
-    """
-    config, name = model.config.get_text_config(), type(model).__name__
-    if not hasattr(config, "output_router_logits"):
-        if coefficient:
-            raise UserError(f"--router_aux_loss_coef {coefficient}: {name} has no router logits; drop the flag")
-        return
-    if coefficient == 0 or (coefficient is None and not getattr(config, "router_aux_loss_coef", 0.0)):
-        return
-    trial = _trial_model(model)
-    _patch_forward(trial, model._response_head)  # type: ignore[arg-type]
     try:
-        with torch.no_grad():
-            pair_logps_and_router_loss(trial, _on_device(trial, PairCollator(0, False)([_trial_pair(trial, 12)])))
-    except Exception as error:  # routers of another form: whatever the forward pass raises
+        tokens, experts = router_logits[0].shape
+        virtual = tokens // len(weights) - weights.shape[1]  # which prompt tuning puts before a row
+        weights = F.pad(weights, (virtual, 0), value=1)
+        # one function for every family, as TRL does
+        loss: Tensor = balance(router_logits, experts, model.config.get_text_config().num_experts_per_tok, weights)
+    except Exception as error:  # routers of another form: whatever that raises
         raise UserError(
-            f"{name}'s router loss can't be computed ({first_line(error)}): pass --router_aux_loss_coef 0"
+            f"{type(model).__name__}'s router loss can't be computed ({first_line(error)}): pass "
+            "--router_aux_loss_coef 0"
         ) from error
+    return loss
 
 
 # --- what the numbers are checked with ---------------------------------------------------------------------------
 
-CHECK_TOLERANCE = 1e-4  # nats a token; modules that compute in float32 whatever the model's type leave 1e-5
+CHECK_TOLERANCE = 1e-4  # nats per token; modules that compute in float32 whatever the model's type leave 1e-5
 
 # PEFT methods that change weights, or what a layer makes of each token by itself
 PER_TOKEN = {
@@ -419,9 +342,7 @@ def _check_prefix_sharing(
     if attention == FLEX and not torch.cuda.is_available():
         raise UserError("--attn_implementation flex_attention has no backward pass on the CPU: use sdpa")
     if trial is None or attention == FLEX:
-        trial = _trial_model(model, attention)
-        _patch_forward(trial, model._response_head)  # type: ignore[arg-type]
-    tolerance = CHECK_TOLERANCE * (1 if trial.dtype == torch.float64 else 10)
+        trial = _trial_model(model, model._response_head, attention)  # type: ignore[arg-type]
     pair = _trial_pair(trial, longest_row, max_length)
     plain = _trial_logps(trial, pair, False)
     try:
@@ -429,21 +350,20 @@ def _check_prefix_sharing(
     except Exception as error:  # recurrent models expect a (B, T) mask, for one: whatever they raise
         raise UserError(f"{name} does not take the mask of a shared prompt ({first_line(error)}): {fix}") from error
     difference = (shared - plain).abs().max().item()
-    if not difference < tolerance:  # nor NaN
+    if not difference < CHECK_TOLERANCE * (1 if trial.dtype == torch.float64 else 10):  # nor NaN
         raise UserError(
-            f"{name} gives other log-probabilities where a pair's prompt is shared (by {difference:.2g} nats a token "
+            f"{name} gives other log-probabilities where a pair's prompt is shared (by {difference:.2g} nats per token "
             f"in a row of {longest_row}; local attention, ALiBi, a convolution or recurrence does that): {fix}"
         )
 
 
-def _trial_model(model: PreTrainedModel, attention: str | None = None) -> PreTrainedModel:
+def _trial_model(model: PreTrainedModel, head: str | None = None, attention: str | None = None) -> PreTrainedModel:
     """A float64 model of the same class and configuration: a few layers of every kind, few tokens, other weights.
 
     The weights are large enough that every layer matters (normal, of variance one over the fan-in: LeCun et al. 1998,
-    Efficient BackProp, §4.6), which those of a new model are not. Buffers are the model's own. It has the first layers
-    of the model, as many as it takes to have one of each kind and at least two. Attention that only CUDA has, or
-    that takes no float64, is not tried: the trial model has eager attention then, or float32 where `attention` asks for
-    `FLEX`.
+    Efficient BackProp, §4.6), which those of a new model are not. Buffers are the model's own. Attention that only CUDA
+    has, or that takes no float64, is not tried: the trial model has eager attention then, or float32 where `attention`
+    asks for `FLEX`. With `head` its forward is patched; see `_patch_forward`.
     """
     config = copy.deepcopy(model.config)
     config._experts_implementation = "eager"  # grouped products take no float64
@@ -461,13 +381,13 @@ def _trial_model(model: PreTrainedModel, attention: str | None = None) -> PreTra
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in trial.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-            else:
-                parameter.normal_(1, 0.25, generator=generator)
+            mean, deviation = (0, parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else (1, 0.25)
+            parameter.normal_(mean, deviation, generator=generator)
         own = {name.replace(".base_layer", ""): value for name, value in model.named_buffers()}  # under a LoRA
         for name, buffer in trial.named_buffers():
             buffer.copy_(own[name])
+    if head is not None:
+        _patch_forward(trial, head)
     return trial.eval()
 
 
@@ -480,26 +400,23 @@ def _cut_layers(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     count = getattr(config, "num_hidden_layers", 0)
     stacks = [each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == count]
-    settings: dict[Any, list[Any]] = {
-        name: list(value)
-        for name, value in vars(config).items()
-        if isinstance(value, list | tuple) and len(value) == count
-    }
-    for number, stack in enumerate(stacks):
+    settings = {name: dict(enumerate(value)) for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    settings = {name: value for name, value in settings.items() if len(value) == count}
+    for at, stack in enumerate(stacks):
         for index, layer in enumerate(stack):
             for name, module in layer.named_modules():
-                simple: dict[str, Any] = {
+                own: dict[str, Any] = {
                     key: value for key, value in vars(module).items() if isinstance(value, int | float | str)
                 }
-                simple["class"] = type(module).__name__
-                simple["shapes"] = [each.shape for each in module.parameters(recurse=False)]
-                for key, value in simple.items():
-                    settings.setdefault((number, name, key), [None] * count)[index] = value
-    kinds = ["" for _ in range(count)]
+                own |= {"class": type(module), "shapes": [each.shape for each in module.parameters(recurse=False)]}
+                for key, value in own.items():
+                    settings.setdefault(f"{at} {name} {key}", {})[index] = value
+    kinds: list[list[Any]] = [[] for _ in range(count)]
     for values in settings.values():
-        numbers = [(index, value) for index, value in enumerate(values) if type(value) is int]
-        if len(numbers) < 2 or len({value - index for index, value in numbers}) > 1:
-            kinds = [f"{kind}{value} " for kind, value in zip(kinds, values, strict=True)]
+        offsets = {value - index if type(value) is int else None for index, value in values.items()}
+        if len(values) < 2 or len(offsets) > 1 or None in offsets:
+            for index, kind in enumerate(kinds):
+                kind.append(values.get(index))
     needed = max([2, *(kinds.index(kind) + 1 for kind in kinds)])
     if needed < count and stacks:
         for stack in stacks:
@@ -516,23 +433,15 @@ def _trial_pair(model: PreTrainedModel, longest_row: int, max_length: int | None
     sequence = min(row, max_length or row, positions_of(model) or row)
     chosen = min(max(row // 4, row - sequence + 1), sequence - 1)
     tokens = torch.randint(config.vocab_size, (sequence + chosen - 1,), generator=generator).tolist()
-    return {
-        "prompt_ids": tokens[: sequence - chosen],
-        "chosen_ids": tokens[sequence - chosen : sequence],
-        "rejected_ids": tokens[sequence:],
-    }
+    prompt = sequence - chosen
+    return {"prompt_ids": tokens[:prompt], "chosen_ids": tokens[prompt:sequence], "rejected_ids": tokens[sequence:]}
 
 
 @torch.no_grad()
 def _trial_logps(model: PreTrainedModel, pair: dict[str, list[int]], prefix_sharing: bool) -> Tensor:
     """(N,) log-probabilities of the tokens of both responses through the response head."""
-    collator = PairCollator(0, prefix_sharing, model.config._attn_implementation == FLEX)
-    logps: Tensor = model(**_arguments(_on_device(model, collator([pair]))))
-    return logps
-
-
-def _on_device(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.to(model.device) for name, value in batch.items()}
+    batch = PairCollator(0, prefix_sharing, model.config._attn_implementation == FLEX)([pair])
+    return predicted_logps(model, {name: value.to(model.device) for name, value in batch.items()})[0]
 
 
 @torch.no_grad()

@@ -6,25 +6,36 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
-from transformers.trainer_utils import has_length
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from resdpo_trl.run.folder import RunFolder, trim_heap, untrained
 from resdpo_trl.run.hub import Hub
 from resdpo_trl.training.processes import parallelism
 
 # the Trainer's own summary of a stage; it goes to summary.json's throughput
-TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss", "model_preparation_time")
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss")
 
 
-class MetricsCallback(TrainerCallback):
-    """Write every log of a stage to the run's metrics.jsonl, and note that a step was trained."""
+class RunCallback(TrainerCallback):
+    """Write every log of a stage to the run's metrics.jsonl, and to run.json how the model was really wrapped."""
 
-    def __init__(self, run: RunFolder, stage: str):
-        self.run = run
-        self.stage = stage
+    def __init__(self, trainer: Any, run: RunFolder, stage: str):
+        self.trainer, self.run, self.stage = trainer, run, stage
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found = parallelism(self.trainer.model_wrapped)
+        if found["num_processes"] > 1 and found["parallelism"] == "NO":
+            raise RuntimeError("several processes, and nothing that averages their gradients: each would train alone")
+        self.run.record(**found)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        untrained.discard(self.run)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if args.device.type == "cpu":
+            # the rows of each batch have another width: the free blocks of glibc's heap fit fewer and fewer tensors,
+            # and the heap grows by a third over a hundred steps of SmolLM2-135M
+            trim_heap()
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         split = "validation" if any(name.startswith("eval_") for name in logs) else "train"
@@ -34,9 +45,6 @@ class MetricsCallback(TrainerCallback):
             if name != "epoch" and not name.endswith(TIMINGS)
         }
         self.run.log(self.stage, split, state.global_step, state.epoch, metrics)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        untrained.discard(self.run)
 
 
 class PushCallback(TrainerCallback):
@@ -50,22 +58,8 @@ class PushCallback(TrainerCallback):
             self.hub.push_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-class ParallelismCallback(TrainerCallback):
-    """Write to run.json how the model was really wrapped when training began."""
-
-    def __init__(self, trainer: Any, run: RunFolder):
-        self.trainer = trainer
-        self.run = run
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = parallelism(self.trainer.model_wrapped)
-        if found["num_processes"] > 1 and found["parallelism"] == "NO":
-            raise RuntimeError("several processes, and nothing that averages their gradients: each would train alone")
-        self.run.record(**found)
-
-
 class BarCallback(ProgressCallback):
-    """One bar a stage, with the newest figures behind it; where no bar can be seen, one line an evaluation."""
+    """One bar per stage, with the newest figures after it; where no bar can be seen, one line per evaluation."""
 
     # by names that leave room for all of them in 80 columns
     shown: ClassVar = {
@@ -92,23 +86,9 @@ class BarCallback(ProgressCallback):
             )
         self.current_step = 0
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero and self.prediction_bar is None and has_length(eval_dataloader):
-            self.prediction_bar = tqdm(
-                total=len(eval_dataloader),
-                desc="Evaluating",
-                dynamic_ncols=True,
-                leave=False,
-                disable=args.disable_tqdm or None,
-            )
-        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
-
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        super().on_evaluate(args, state, control, **kwargs)
         if self.training_bar is not None and self.training_bar.disable and metrics:
             figures = [
                 f"{name.split('/')[-1]} {metrics[f'eval_{name}']:.4f}"
@@ -128,26 +108,10 @@ class BarCallback(ProgressCallback):
                 self.training_bar.set_postfix(figures, refresh=False)
 
 
-class TrimCallback(TrainerCallback):
-    """Return freed memory to the operating system at every log.
-
-    The rows of each batch have another width. The free blocks of glibc's heap then fit fewer and fewer tensors, and the
-    heap grows by a third over a hundred steps of SmolLM2-135M on the CPU.
-    """
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trim_heap()
-
-
 def use_run_callbacks(trainer: Any, run: RunFolder, stage: str, description: str) -> None:
     """Give a Trainer this project's bar and metrics file."""
-    from transformers import PrinterCallback
-
-    for shown in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(shown)
+    for printed in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printed)
     trainer.add_callback(BarCallback(description))
-    trainer.add_callback(MetricsCallback(run, stage))
-    trainer.add_callback(ParallelismCallback(trainer, run))
-    if trainer.args.device.type == "cpu":
-        trainer.add_callback(TrimCallback())
+    trainer.add_callback(RunCallback(trainer, run, stage))
     trainer.metrics_file = run.path / "metrics.jsonl"

@@ -205,8 +205,6 @@ def test_transformers_knows_the_folders_whatever_is_imported_first(tmp_path, fir
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("resdpo_trl.image.trainer", "ClassifierDPOTrainer", "ImageDPOTrainer"),
-        ("resdpo_trl.image.trainer", "ClassifierTrainer", "ImageCrossEntropyTrainer"),
         ("resdpo_trl.text.data", "DataConfig", "TextDataConfig"),
     ],
 )

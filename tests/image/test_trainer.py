@@ -262,7 +262,7 @@ def test_figures_of_pairs_are_over_the_pairs_with_a_signal(tmp_path, tables):
     for rows in (slice(0, 4), slice(4, 6)):  # two steps, the second without any signal
         pairs = classifier_pairs(logps[rows], ref[rows], labels[rows], rejected[rows])
         job._note(pairs, logps[rows], ref[rows], labels[rows], signal[rows])
-    means = job._take_means()
+    means = job.step_figures()
     pairs = classifier_pairs(logps, ref, labels, rejected)
     chosen, lost = job.preference_loss.rewards(pairs)
     weights, _ = job.preference_loss.gradient_weights(pairs)
@@ -273,7 +273,7 @@ def test_figures_of_pairs_are_over_the_pairs_with_a_signal(tmp_path, tables):
     assert means["gradient_weights/chosen"] == pytest.approx(weights[signal].mean().item(), rel=1e-5)
     assert means["accuracy"] == pytest.approx((logps.argmax(1) == labels).float().mean().item())
     job._note(pairs, logps, ref, labels, torch.zeros_like(signal))
-    assert set(job._take_means()) == {"accuracy", "kl", "masked_pairs"}
+    assert set(job.step_figures()) == {"accuracy", "kl", "masked_pairs"}
 
 
 def test_what_is_drawn_once_an_epoch_follows_the_epoch(tmp_path):
@@ -393,7 +393,8 @@ def test_the_best_epoch_is_chosen_by_the_figure_that_is_named(tmp_path, metric, 
 def test_the_figures_to_choose_by_are_those_of_an_evaluation(tmp_path):
     job = trainer(tmp_path)
     assert set(job.evaluate()) - {"epoch"} == {f"eval_{name}" for name in ImageDPOConfig.figures}
-    assert set(ImageCrossEntropyTrainer._figures(job, job.eval_dataset)) == set(ImageCrossEntropyConfig.figures)
+    own = ImageCrossEntropyTrainer.figures(job, job.eval_dataset, "Evaluating")
+    assert set(own) == set(ImageCrossEntropyConfig.figures)
 
 
 def test_images_that_make_no_batch_or_are_smaller_than_the_crop(tmp_path):

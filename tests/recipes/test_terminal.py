@@ -123,7 +123,7 @@ def test_verbose_shows_what_the_libraries_say(folder):
 
 
 def test_a_terminal_has_one_bar_a_stage_and_our_warnings(folder, log):
-    damaged = sorted((folder / "cache").rglob("*.arrow"))
+    damaged = sorted((folder / "cache").rglob("*.safetensors"))
     assert damaged
     for file in damaged:
         file.write_bytes(b"damaged")

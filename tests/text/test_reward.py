@@ -89,16 +89,16 @@ def test_the_trainers_loss_is_bradley_terry_as_losses_has_it(tmp_path, tokenizer
 
 
 def test_rows_that_only_fill_up_a_batch_do_not_count(tmp_path, tokenizer):
-    """On several processes accelerate repeats rows in an epoch's last batch; `EveryRowOnce` notes how many are real."""
+    """On several processes accelerate repeats rows in an epoch's last batch; `RunTrainer` notes how many are real."""
     job = trainer(tmp_path, tokenizer, center_rewards_coefficient=0.3)
     rows = list(rows_of(8, seed=3))
     own, filled = job.data_collator(rows[:3]), job.data_collator([*rows[:3], *rows[3:]])
     job.model.train()  # without dropout
     losses = [job.compute_loss(job.model, own).item()]
-    figures = job._step_figures()
+    figures = job.step_figures()
     for everywhere in (3, 6):  # six: three more are another process's
         losses.append(job.compute_loss(job.model, {**filled, "own_rows": 3, "all_rows": everywhere}).item())
-        again = job._step_figures()
+        again = job.step_figures()
         tokens = again.pop("num_tokens") - figures["num_tokens"]
         assert tokens == (len(losses) - 1) * sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows[:3])
         assert again == pytest.approx(

@@ -1,0 +1,425 @@
+"""How every Trainer of this project behaves: it resumes exactly, sees each row once, and may move its reference.
+
+transformers saves weights, optimizer, schedule and random states. What it leaves to be done, and what is done here:
+
+- a checkpoint is written aside and renamed when all of it is on the disk, so that a kill leaves no half of one;
+- what the next log line is made of (the loss and the figures since the last one) is part of it;
+- a run that was killed between its last save and the epoch's end goes through that end again;
+- a run that is resumed at its last step trains no further (transformers 5.23 trains one step too many);
+- the best checkpoint is looked for where the run is now, also when its folder was moved;
+- the main process decides which step is the best: transformers lets each process compare its own figure and look for
+  the folder, so that one may load the best weights and another keep the last;
+- SIGTERM and Ctrl-C end training after a step and its checkpoint, on every process after the same one;
+- a loss or weights that are not finite end training, before they are saved as a good checkpoint;
+- accelerate fills an epoch's last batch with rows of the epoch's beginning: they do not count;
+- under FSDP2 and DeepSpeed, gradients are summed in the precision of the computation by default, accelerate's policy of
+  FSDP2 casts the outputs of the model to it too, and leaves autocast out of training: sums and outputs are float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import rotate_checkpoints
+
+from resdpo_trl.errors import UserError
+from resdpo_trl.metrics import RunningMeans
+from resdpo_trl.run.files import disk_trouble, last_whole, not_written, read_manifest, replace_folder, write_manifest
+from resdpo_trl.run.folder import trim_heap
+from resdpo_trl.training.processes import own_part
+from resdpo_trl.training.reference import REFERENCE_FILE, move_reference
+from resdpo_trl.training.signals import AfterTheStep, Interrupted
+
+UNFINISHED = "unfinished"  # the folder in which the next checkpoint is written
+
+
+class RunTrainer(Trainer):
+    """transformers' Trainer as this project uses it; to be named before TRL's trainers among a class's bases.
+
+    A subclass computes `figures` for evaluation. It adds what a training step gives to `means`, or to `noted`, which
+    `step_figures` then reads: both are part of a checkpoint.
+    """
+
+    args: Any
+    control: Any
+    train_dataset: Any
+    ref_model: Any = None
+    metrics_file: Path | None = None  # lines that must be on the disk before a checkpoint after them is
+    evaluation_seconds = 0.0  # spent in `evaluate` while training
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.means = RunningMeans()  # of the steps since the last log
+        self.noted: dict[str, list[Tensor]] = defaultdict(list)  # a tensor per step since the last log
+        super().__init__(*args, **kwargs)
+        self._signals = AfterTheStep()
+        self._cpu_group: Any = None  # agreeing on a signal over it, processes do not wait for their GPUs
+        self._aside: str | None = None  # where a checkpoint is being written
+        self._resumed_from: str | None = None
+        self._ended_epoch_at = -1  # the step whose epoch's end was dealt with
+        self._stopping = 0  # the signal that ends training once this step is saved
+        self._due = True  # whether the checkpoint would have been saved without a signal
+        self.add_callback(_Watch(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `train`.
+
+        Raises:
+            Interrupted: after SIGTERM or Ctrl-C, and a checkpoint.
+            UserError: the loss or the weights are not finite, or a checkpoint can't be written.
+        """
+        if resume_from_checkpoint is True and (found := last_whole(Path(self.args.output_dir))):
+            resume_from_checkpoint = str(found)
+        if isinstance(resume_from_checkpoint, str):
+            self._resumed_from = resume_from_checkpoint
+        if self.args.world_size > 1 and self._cpu_group is None:
+            self._cpu_group = torch.distributed.new_group(backend="gloo")
+        with AfterTheStep() as self._signals:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if signum := self._signal():  # it came after the last step
+            raise Interrupted(signum)
+        return result
+
+    @property
+    def mean_training_loss(self) -> float:
+        """The mean over all steps, those before a resumption too."""
+        return self._total_loss_scalar / max(self.state.global_step, 1)
+
+    # --- figures -----------------------------------------------------------------------------------------------------
+
+    def figures(self, rows: Any, description: str) -> dict[str, float]:
+        """The figures of held-out rows under the model as it is."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """transformers' `evaluate`, of all rows at once instead of means over batches. Several data sets have their
+        figures under their names, `eval_NAME_loss` and so on."""
+        started = time.perf_counter()
+        own: Any = self.eval_dataset
+        rows = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        if isinstance(rows, dict):
+            every: dict[str, float] = {}
+            for name, part in rows.items():
+                every |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return every
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.figures(rows, "Evaluating").items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.evaluation_seconds += time.perf_counter() - started
+        return metrics
+
+    def step_figures(self) -> dict[str, float]:
+        """The training figures since the last log line, over all processes."""
+        return self.means.take(self.accelerator.reduce)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not any(name.startswith("eval_") for name in logs):
+            logs.update(self.step_figures())
+        super().log(logs, start_time)
+
+    # --- batches, precision, whole models ----------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """transformers' batches of one optimizer step, on this process; an epoch's last one through `keep_rows`."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        processes, rows = self.args.world_size, self.args.train_batch_size
+        last = len(self.train_dataset) % (rows * processes)  # rows of the last global batch, if it is a smaller one
+        filled = processes > 1 and last and not self.args.dataloader_drop_last
+        if filled and batches and self.accelerator.gradient_state.end_of_dataloader:
+            # the processes take their rows in turn, and what fills up is at the end
+            own = min(max(last - rows * self.args.process_index, 0), rows)
+            batches[-1] = self.keep_rows(batches[-1], own, last)
+            items = self._get_num_items_in_batch(batches, device)
+        return batches, items
+
+    def keep_rows(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:
+        """The batch with a note for `mean_over_processes`: its first `own` rows count, of `everywhere` in all."""
+        return {**batch, "own_rows": own, "all_rows": everywhere}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        unset_hf_deepspeed_config()  # an accelerator sets it again, and transformers would shard a model as it loads it
+        state = self.accelerator.state
+        if self.is_fsdp_enabled and state.mixed_precision != "no":  # before a reference is wrapped
+            computed = {"bf16": torch.bfloat16, "fp16": torch.float16}[state.mixed_precision]
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(computed, torch.float32, torch.float32)
+        if self.is_deepspeed_enabled and state.mixed_precision == "bf16":
+            config = state.deepspeed_plugin.deepspeed_config
+            config["communication_data_type"] = "fp32"
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+
+    def _prepare_input(self, data: Any) -> Any:
+        # transformers casts floats to the precision of DeepSpeed's computation: the reference's log-probabilities too
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Autocast around a training step's loss under FSDP2, as around evaluation and the reference: accelerate puts
+        the forward of other models in it."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a whole model. Under FSDP the checkpoints of training may be sharded; what is published is not."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+
+    # --- the reference -----------------------------------------------------------------------------------------------
+
+    @property
+    def moves_reference(self) -> bool:
+        return getattr(self.args, "reference_update", "frozen") != "frozen"
+
+    def reference_tau(self, at: Literal["step", "epoch"]) -> float:
+        """How far the reference moves towards the policy after a step, or between two epochs: τ in [0, 1].
+
+        A new update overrides this (docs/extending.md). A text run that is not `frozen` keeps its reference in memory.
+        """
+        if self.args.reference_update == "polyak":
+            return self.args.polyak_tau if at == "step" else 0.0
+        return 1.0 if self.args.reference_update == "copy" and at == "epoch" else 0.0
+
+    def _move_reference(self, at: Literal["step", "epoch"]) -> None:
+        if self.moves_reference and (tau := self.reference_tau(at)):
+            unwrap = self.accelerator.unwrap_model
+            move_reference(unwrap(self.ref_model), unwrap(self.model), tau)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.moves_reference:
+            load_model(self.accelerator.unwrap_model(self.ref_model), Path(resume_from_checkpoint) / REFERENCE_FILE)
+
+    # --- what a checkpoint holds -------------------------------------------------------------------------------------
+
+    def log_state(self) -> dict[str, Any]:
+        """What this process has gathered since the last log line, as JSON."""
+        state: dict[str, Any] = {
+            "loss": self._tr_loss.item(),
+            "total": self._total_loss_scalar,
+            "step": self._globalstep_last_logged,
+            "means": self.means.state(),
+            "noted": {name: [each.tolist() for each in found] for name, found in self.noted.items()},
+        }
+        trl: Any = self
+        if hasattr(self, "_total_train_tokens"):  # TRL's trainers
+            state |= {"tokens": trl._total_train_tokens, "figures": trl._metrics["train"]}
+        return state
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        device = self.accelerator.device
+        self._tr_loss.fill_(state["loss"])
+        self._total_loss_scalar, self._globalstep_last_logged = state["total"], state["step"]
+        self.means.load_state(state["means"], device)
+        for name, found in state["noted"].items():
+            self.noted[name] = [torch.tensor(each, device=device) for each in found]
+        trl: Any = self
+        if "tokens" in state:
+            trl._total_train_tokens = state["tokens"]
+            trl._metrics["train"].update(state["figures"])
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._check_weights()
+        folder, step = Path(self._get_output_dir(trial)), self.state.global_step
+        target, aside = folder / f"checkpoint-{step}", folder / UNFINISHED
+        best = self.state.best_model_checkpoint
+        trim_heap()  # what is written takes room that the last step's activations no longer need
+        with self._writing(target, aside):
+            if self.args.should_save and aside.exists():
+                shutil.rmtree(aside)
+            self.accelerator.wait_for_everyone()
+            self._aside = str(aside)
+            try:
+                # past TRL's, which also drafts a model card: the run writes its own
+                Trainer._save_checkpoint(self, model, trial)
+            finally:
+                self._aside = None
+            unfinished = aside / target.name
+            unfinished.mkdir(parents=True, exist_ok=True)  # another process than the main one may come first
+            if self.moves_reference and self.args.should_save:
+                save_model(self.accelerator.unwrap_model(self.ref_model), str(unfinished / REFERENCE_FILE))
+            (unfinished / f"log_state_{self.args.process_index}.json").write_text(json.dumps(self.log_state()))
+            # what was saved for a signal alone is not kept as the best
+            is_best = self.state.best_global_step == step and self._due
+            self.state.best_model_checkpoint = str(target) if is_best else best
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / "trainer_state.json"))
+                write_manifest(unfinished, epoch_ends=self._epoch_ends())
+                if self.metrics_file is not None and self.metrics_file.exists():
+                    with open(self.metrics_file, "rb") as file:
+                        os.fsync(file.fileno())
+                replace_folder(unfinished, target)
+                aside.rmdir()
+                rotate_checkpoints(
+                    output_dir=str(folder),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                )
+        self.accelerator.wait_for_everyone()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        state = self.state
+        decided = [super()._determine_best_metric(metrics, trial), state.best_metric, state.best_global_step]
+        is_new, state.best_metric, state.best_global_step = self._of_the_main_process(decided)
+        return bool(is_new)
+
+    def _of_the_main_process(self, values: list[Any]) -> list[Any]:
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(values, 0, group=self._cpu_group)
+        return values
+
+    @contextlib.contextmanager
+    def _writing(self, target: Path, aside: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = disk_trouble(error)
+            if reason is None:
+                raise
+            shutil.rmtree(aside, ignore_errors=True)  # its room is needed
+            raise not_written(target, reason, self._last_good()) from error
+
+    # --- going on ----------------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """After the checkpoint is loaded and before the first step."""
+        if self._resumed_from is None:
+            return
+        self.args.eval_on_start = False  # it was done when the stage started
+        checkpoint = Path(self._resumed_from)
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if state["best_model_checkpoint"]:
+            best = Path(self.args.output_dir) / Path(state["best_model_checkpoint"]).name
+            (self.state.best_model_checkpoint,) = self._of_the_main_process([str(best) if best.is_dir() else None])
+        log_state = checkpoint / f"log_state_{self.args.process_index}.json"
+        if log_state.is_file():  # not where another tool wrote the checkpoint, or fewer processes
+            self.load_log_state(json.loads(log_state.read_text(encoding="utf-8")))
+        if read_manifest(checkpoint).get("epoch_ends"):
+            self._load_rng_state(self._resumed_from)
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._save_anyway()  # in the place of the checkpoint before the epoch's end
+            epoch = float(self.state.epoch or 0)
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, 0.0)
+            self._due = True
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at the last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # --- stopping ----------------------------------------------------------------------------------------------------
+
+    def _epoch_ends(self) -> bool:
+        """Whether this step is an epoch's last one, and what follows such a step is still to be done."""
+        last = self.state.global_step >= self.state.max_steps or float(self.state.epoch or 0).is_integer()
+        return last and self._ended_epoch_at != self.state.global_step
+
+    def _save_anyway(self) -> None:
+        self._due, self.control.should_save = self.control.should_save, True
+
+    def _signal(self) -> int:
+        """The signal that any process has received, or 0; every process calls it at the same step."""
+        if self.args.world_size == 1:
+            return self._signals.received
+        received = torch.tensor(self._signals.received)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._cpu_group)
+        return int(received)
+
+    def _stop(self, signum: int) -> None:
+        saved = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        raise Interrupted(
+            signum,
+            f"stopped after step {self.state.global_step} of {self.state.max_steps}; {saved} is whole: the same "
+            "command with --resume_from_checkpoint goes on from it",
+        )
+
+    def _check_weights(self) -> None:
+        """Raise a UserError where the loss since the last log, or a trained weight, is not finite."""
+        model: Any = self.model
+        weights = [own_part(parameter).detach() for parameter in model.parameters() if parameter.requires_grad]
+        finite = [each.isfinite().all() for each in [self._tr_loss, *weights] if each.numel()]
+        wrong = torch.stack([each.to(self._tr_loss.device) for each in finite]).logical_not().any().float()
+        if self.accelerator.reduce(wrong).item():
+            self._not_finite("the loss" if not math.isfinite(self._tr_loss.item()) else "a weight")
+
+    def _not_finite(self, what: str) -> None:
+        raise UserError(
+            f"{Path(self.args.output_dir).name}: {what} is not finite by step {self.state.global_step}: lower the "
+            f"learning rate ({self.args.learning_rate:g}), warm up (--warmup_steps) or clip (--max_grad_norm), and "
+            f"start again with --overwrite_output_dir or another --output_dir; {self._last_good()}"
+        )
+
+    def _last_good(self) -> str:
+        found = last_whole(Path(self.args.output_dir))
+        return f"the last good checkpoint is {found}" if found else "no checkpoint of this stage was saved yet"
+
+
+class _Watch(TrainerCallback):
+    """Where transformers' loop lets `RunTrainer` look in."""
+
+    def __init__(self, trainer: RunTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._go_on()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        # on several processes accelerate's set_epoch does not reach the sampler of a loader that skips batches
+        sampler: Any = getattr(train_dataloader, "batch_sampler", None)
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        rows: Any = getattr(sampler, "sampler", None)
+        epoch = state.epoch or 0.0
+        if hasattr(rows, "set_epoch"):
+            rows.set_epoch(int(epoch + 1e-6))
+        # a run resumed within an epoch begins at a fraction: its reference was copied before
+        if epoch > 0.5 and abs(epoch - round(epoch)) < 1e-6:
+            self.trainer._move_reference("epoch")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._move_reference("step")
+        self.trainer._stopping = self.trainer._signal()
+        if self.trainer._stopping and not self.trainer._epoch_ends():
+            self.trainer._save_anyway()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._ended_epoch_at = state.global_step
+        if self.trainer._stopping:
+            self.trainer._save_anyway()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._stopping = self.trainer._stopping or self.trainer._signal()
+        if self.trainer._stopping and not self.trainer._epoch_ends():
+            self.trainer._stop(self.trainer._stopping)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        for name in ("loss", "eval_loss", "train_loss"):
+            if logs and not math.isfinite(logs.get(name, 0.0)):
+                self.trainer._not_finite({"loss": "the loss", "eval_loss": "the validation loss"}.get(name, "a loss"))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._check_weights()
