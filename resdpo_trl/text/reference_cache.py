@@ -19,9 +19,8 @@ from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from transformers.utils import logging
 
-from resdpo_trl.text.data import fingerprint
 from resdpo_trl.text.model import base_model
-from resdpo_trl.text.tokens import code_version
+from resdpo_trl.text.tokens import code_version, fingerprint
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 logger = logging.get_logger(__name__)
