@@ -82,14 +82,15 @@ class Speaker:
     def __init__(self, name: str, path: str, flag: str, config: ChatConfig, model: ChatModelConfig):
         self.name, self.path, self.flag, self.config, self.options = name, path, flag, config, model
         self.tokenizer = load_tokenizer(path, model, config.trust_remote_code, flag)
-        self.history: list[tuple[str, str]] = []
+        self.history = [("Hi.", "Hello.")]
         self.room = sys.maxsize
         if config.system is not None and self.tokenizer.chat_template is None:
             raise UserError(f"--system: {name} has no chat template that could take a system message; drop the flag")
         try:
-            self._prompt([("Hi.", "Hello.")], "Hi.")  # a template that refuses does so before any model is loaded
+            self.prompt("Hi.")  # a template that refuses does so before any model is loaded
         except UserError as error:
             raise UserError(f"{flag} {path}: {error}") from None
+        self.history.clear()
 
     def load(self) -> None:
         """Bring the model into memory."""
@@ -100,24 +101,9 @@ class Speaker:
         self.room = (positions_of(self.model) or sys.maxsize) - self.config.max_new_tokens
 
     def prompt(self, message: str) -> tuple[list[int], int]:
-        """Token ids of the conversation with a new message, and how many of the oldest answers have no room in it.
-
-        Raises:
-            UserError: there is no room for the message alone.
-        """
-        for dropped in range(len(self.history) + 1):
-            ids, lost = self._prompt(self.history[dropped:], message)
-            if not lost:
-                return ids, dropped
-        raise UserError(
-            f"the message has {len(ids) + lost} tokens, and {self.name} has room for {self.room} next to an answer of "
-            f"--max_new_tokens {self.config.max_new_tokens}: shorten it"
-        )
-
-    def _prompt(self, exchanges: list[tuple[str, str]], message: str) -> tuple[list[int], int]:
-        """Token ids that the model has room for, and how many it has none for."""
+        """Token ids of the conversation with a new message, and how many of its oldest tokens have no room in them."""
         said = [("system", self.config.system)] if self.config.system is not None else []
-        for asked, answered in exchanges:
+        for asked, answered in self.history:
             said += [("user", asked), ("assistant", answered)]
         messages = [{"role": role, "content": text} for role, text in [*said, ("user", message)]]
         (ids,), (lost,) = prompt_ids([messages], self.tokenizer, self.room)
@@ -170,12 +156,13 @@ class Chat:
         prompts = [speaker.prompt(message) for speaker in self.speakers]
         seed = self.config.seed + self.asked
         self.asked += 1
-        for number, (speaker, (ids, dropped)) in enumerate(zip(self.speakers, prompts, strict=True)):
+        for number, (speaker, (ids, lost)) in enumerate(zip(self.speakers, prompts, strict=True)):
             if len(self.speakers) > 1:
                 say(("\n" if number else "") + f"{speaker.name}:\n")
-            if dropped:
-                remark(f"{speaker.name} has no room for the {dropped} oldest messages and answers: they are dropped")
-                del speaker.history[:dropped]
+            if lost:
+                remark(
+                    f"{speaker.name} has no room for the oldest {lost} tokens of the conversation; /reset forgets it"
+                )
             try:
                 cut = speaker.answer(ids, message, seed, say)
             finally:

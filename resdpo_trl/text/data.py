@@ -213,6 +213,41 @@ def load_preferences(
     """
     template = _template(config, tokenizer)
     sources, unused = _by_split(config, held_out)
+    parsed, counts = _read(sources, config, template)
+    splits, left_out, copies = _split(parsed, config)
+    counts |= {"splits_left_out": unused, "left_out": left_out, "copies_removed": copies, "held_out_raised": []}
+    counts |= {name: len(rows) for name, rows in splits.items()}
+    counts["cut_by_limits"] = counts["kept"] - sum(map(len, splits.values())) - left_out - sum(copies.values())
+    if "train" in splits:
+        check_not_empty(counts)
+        for split, share in (("validation", config.validation_fraction), ("test", config.test_fraction)):
+            if split not in parsed and counts[split] > max(1, round(share * len(parsed["train"]))):
+                counts["held_out_raised"].append(split)
+    return Preferences(splits, counts, ends_turns=template is not None)
+
+
+def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Raw pairs of any layout, tokenized and capped as the recipes do it.
+
+    They are rendered with the tokenizer's chat template where it has one. Unusable pairs are dropped with a warning.
+
+    Raises:
+        UserError: columns that make no layout, a row that the template refuses, or no usable pair.
+    """
+    config = TextDataConfig(dataset_name="(the data set given)")
+    template = _template(config, tokenizer)
+    parsed, counts = _read({"given": rows}, config, template)
+    if counts["ignored_columns"]:
+        logger.warning(f"columns ignored: {', '.join(counts['ignored_columns'])}")
+    if dropped := [f"{count} {reason}" for reason, count in counts["dropped"].items() if count]:
+        logger.warning(f"pairs dropped: {', '.join(dropped)}")
+    return tokenize(parsed["given"], tokenizer, max_length, ends_turns=template is not None)
+
+
+def _read(
+    sources: dict[str, Dataset], config: TextDataConfig, template: PreTrainedTokenizerBase | None
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """The usable pairs of each split, and counts."""
     parsed: dict[str, Dataset] = {}
     statuses: Counter[str] = Counter()
     ignored: set[str] = set()
@@ -232,10 +267,8 @@ def load_preferences(
     kept = sum(map(len, parsed.values()))
     if kept == 0:
         raise UserError(f"{flag}: no usable pair in {statuses.total()} rows: {_why_none(rows, kind, statuses)}")
-    splits, left_out, copies = _split(parsed, config)
-    counts: dict[str, Any] = {
+    return parsed, {
         "source": config.dataset_name,
-        "splits_left_out": unused,
         "rows": statuses.total(),
         "kept": kept,
         "layouts": layouts,
@@ -244,39 +277,7 @@ def load_preferences(
         "roles_repaired": statuses["roles_repaired"],
         "ignored_columns": sorted(ignored),
         "dialogue_format": "plain" if template is None else "chat",
-        "left_out": left_out,
-        "copies_removed": copies,
-        **{name: len(rows) for name, rows in splits.items()},
     }
-    counts["cut_by_limits"] = kept - sum(map(len, splits.values())) - left_out - sum(copies.values())
-    counts["held_out_raised"] = []
-    if "train" in splits:
-        check_not_empty(counts)
-        for split, share in (("validation", config.validation_fraction), ("test", config.test_fraction)):
-            if split not in parsed and counts[split] > max(1, round(share * len(parsed["train"]))):
-                counts["held_out_raised"].append(split)
-    return Preferences(splits, counts, ends_turns=template is not None)
-
-
-def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Raw pairs of any layout, tokenized and capped as the recipes do it.
-
-    They are rendered with the tokenizer's chat template where it has one. Unusable pairs are dropped with a warning.
-
-    Raises:
-        UserError: columns that make no layout, a row that the template refuses, or no usable pair.
-    """
-    config = TextDataConfig(dataset_name="(the data set given)")
-    template = _template(config, tokenizer)
-    found, kind, _, ignored = recognize(rows, {}, template, config.dataset_name)
-    if ignored:
-        logger.warning(f"columns ignored: {', '.join(sorted(ignored))}")
-    pairs, statuses = _parse(found, kind, template, config, "given")
-    if len(pairs) == 0:
-        raise UserError(f"no usable pair in {len(rows)} rows: {_why_none(found, kind, statuses)}")
-    if dropped := [f"{statuses[reason]} {reason}" for reason in REASONS if statuses[reason]]:
-        logger.warning(f"pairs dropped: {', '.join(dropped)}")
-    return tokenize(pairs, tokenizer, max_length, ends_turns=template is not None)
 
 
 def _template(config: TextDataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
@@ -465,13 +466,12 @@ def _pair(row: dict[str, Any], kind: str, template: PreTrainedTokenizerBase | No
         prompt, chosen, rejected = _columns_as_messages(row)
         kind = "conversation"
         if template is None:
-            prompt, kind = dialogue(prompt) if prompt else "", "prompt"
+            prompt, kind = prompt and dialogue(prompt), "prompt"
             chosen, rejected = (
-                " " + "\n\n".join(message["content"] for message in side) if side else "" for side in (chosen, rejected)
+                side and " " + "\n\n".join(message["content"] for message in side) for side in (chosen, rejected)
             )
     if kind == "conversation":
-        messages = _conversation(prompt, chosen, rejected)
-        asked = messages[0]
+        asked, *_ = messages = _conversation(prompt, chosen, rejected)
         first = next((at for at, message in enumerate(asked) if message["role"] != "system"), 0)
         opening, whole = (json.dumps(part, default=str) for part in (asked[: first + 1], asked))
         pair: dict[str, Any] = {"status": "kept"}
@@ -518,7 +518,7 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
         if parts is None:
             raise _Unusable("identical" if chosen.strip() == rejected.strip() else "no_marker")
         prompt, chosen, rejected = parts
-    if kind == "implicit":  # as TRL parts them: where they begin to differ, a space before it left to the responses
+    if kind == "implicit":  # as in TRL: up to the first difference, without a space before it
         shared = _shared(chosen, rejected)
         shared -= chosen[:shared].endswith(" ")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
@@ -626,10 +626,10 @@ def _digest(text: str) -> str:
 
 
 def parse_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
-    """Part two HH dialogues into (prompt, chosen response, rejected response).
+    """Two HH dialogues as (prompt, chosen response, rejected response).
 
-    The prompt ends at the last "\\n\\nAssistant:" up to which both are equal; what follows is the response, further
-    turns included where the two part before the last one. None where no such marker is shared.
+    The prompt ends at the last "\\n\\nAssistant:" up to which both are equal. The rest is the response, which has
+    further turns where the two differ before the last one. None where they share no such marker.
     """
     start = chosen.rfind(MARKER, 0, _shared(chosen, rejected))
     if start < 0:
@@ -680,7 +680,7 @@ def dialogue(messages: Messages) -> str:
 
 
 def alternating(messages: Messages) -> Messages:
-    """The same conversation for a template that takes nothing but user and assistant in turn, the user first.
+    """The same conversation for a template that takes only user and assistant in turn, the user first.
 
     A system message becomes the beginning of the first user turn, turns of the assistant before any of the user are
     dropped, and neighboring turns of one role are joined with an empty line between them.
@@ -842,7 +842,7 @@ def _split(rows_of: dict[str, Dataset], config: TextDataConfig) -> tuple[dict[st
 
 
 def _groups(rows: Dataset) -> np.ndarray:
-    """(N,) what may not part between splits: the conversation's opening, or the prompt where many share an opening.
+    """(N,) what must share a split: the conversation's opening, or the prompt where many rows share an opening.
 
     A greeting or a system prompt opens many conversations that have nothing else in common.
     """

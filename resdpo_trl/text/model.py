@@ -52,13 +52,12 @@ def local_model(name: str, flag: str) -> str:
     Raises:
         UserError: the package or the file is missing, or transformers can't read it.
     """
-    if name == SMOLLM2:
-        return str(_converted(_packaged_weights(flag), flag))
-    if name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise UserError(f"{flag} {name}: no such file")
-        return str(_converted(Path(name), flag))
-    return name
+    if name != SMOLLM2 and not name.endswith(".gguf"):
+        return name
+    file = _packaged_weights(flag) if name == SMOLLM2 else Path(name)
+    if not file.is_file():
+        raise UserError(f"{flag} {name}: no such file")
+    return str(_converted(file, flag))
 
 
 def full_model(name: str, flag: str) -> str:

@@ -180,7 +180,7 @@ def cap_counts(tokenized: Dataset) -> dict[str, int]:
 def cap_prompt(
     prompt: list[int], turn_tokens: list[int], budget: int, beginning: Sequence[int] = ()
 ) -> tuple[list[int], int]:
-    """The newest `budget` tokens of a prompt, at most, and how many whole turns were dropped.
+    """The newest tokens of a prompt, at most `budget`, and how many whole turns were dropped.
 
     As few of the oldest turns go as will do; where the newest turn alone is too long, its oldest tokens go.
 
@@ -211,16 +211,13 @@ def tokenize_prompts(
     budget: int,
     rendered: bool,
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of prompts without responses, each of the newest `budget` tokens at most.
+    """Token ids of prompts without responses, the newest `budget` of each, and how many tokens each prompt lost.
 
     Args:
         prompts: texts.
         turn_starts, header_ends: of each, as in `resdpo_trl.text.data`.
         budget: the most tokens of a prompt.
         rendered: whether a chat template wrote the texts, and with them what a text begins with.
-
-    Returns:
-        The ids, and how many tokens each prompt lost.
     """
     check_fast(tokenizer)
     encoded = encode(tokenizer, prompts)
@@ -294,12 +291,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Any:
 def response_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], sides: Sequence[list[str]], encoded: Any
 ) -> tuple[list[list[list[int]]], list[int]]:
-    """Token ids of responses, and how many of each prompt's last tokens are not before all of its responses.
-
-    Args:
-        prompts: texts.
-        sides: lists of responses, each with one per prompt.
-        encoded: `encode` of the prompts.
+    """Token ids of `sides`, lists of one response per prompt, and how many of each prompt's last tokens are not before
+    all of its responses. `encoded` is `encode` of the prompts.
 
     A response is tokenized after its prompt, and has the tokens after those that the prompt alone begins with, as in
     TRL: SentencePiece writes the first word of a text differently, and tokens may merge across the boundary. Only the
