@@ -31,14 +31,13 @@ from resdpo_trl.metrics import (
 from resdpo_trl.run.folder import use_the_cores, write_figures
 from resdpo_trl.run.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.scorer import score_rows
-from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer, local_model
 from resdpo_trl.text.reward import RewardModel, reward_figures
 from resdpo_trl.text.scoring import add_response_head, check_adapters, pair_logps
-from resdpo_trl.text.tokens import tokenize
+from resdpo_trl.text.tokens import PairCollator, tokenize
 
 
 @dataclass

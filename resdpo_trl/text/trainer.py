@@ -31,7 +31,6 @@ from resdpo_trl.losses import LogProbs
 from resdpo_trl.metrics import RunningMeans, preference_metrics, training_figures
 from resdpo_trl.scorer import score_rows
 from resdpo_trl.text.attention import FLEX
-from resdpo_trl.text.batch import LabelCollator, PairCollator
 from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import tokenized_pairs
 from resdpo_trl.text.model import base_model, load_model, load_tokenizer
@@ -51,6 +50,7 @@ from resdpo_trl.text.scoring import (
     pair_logps,
     pair_logps_and_router_loss,
 )
+from resdpo_trl.text.tokens import LabelCollator, PairCollator
 from resdpo_trl.training.arguments import preference_loss
 from resdpo_trl.training.callbacks import TIMINGS
 from resdpo_trl.training.processes import EveryRowOnce, is_sharded, mean_over_processes, own_rows
