@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -28,7 +29,6 @@ from tests.conftest import (
     SENTENCEPIECE,
     TURNS,
     sentencepiece_tokenizer,
-    tiny_model,
     train_tokenizer,
     write_pairs,
 )
@@ -335,10 +335,10 @@ TOKENIZERS = {
 def trl_rows(rows, tokenizer, folder):
     """(prompt, chosen, rejected) ids of rows, as TRL's trainer makes them."""
     args = DPOConfig(str(folder), report_to="none", use_cpu=True, bf16=False, max_length=None)
-    model, model_copy = (tiny_model("gpt2", vocab_size=len(tokenizer), n_layer=1) for _ in range(2))
-    trained = DPOTrainer(model, model_copy, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SimpleNamespace(_tokenizer=tokenizer)  # all that the method reads of a trainer
+    prepared = DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, args, "train")
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return {tuple(tuple(row[name]) for name in columns) for row in trained.train_dataset}
+    return {tuple(tuple(row[name]) for name in columns) for row in prepared}
 
 
 def our_rows(rows, tokenizer, folder):
