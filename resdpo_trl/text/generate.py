@@ -76,9 +76,8 @@ def prompt_ids(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, budget: int
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of prompts, at most `budget` tokens each, and how many tokens each lost."""
-    texts, starts, headers = zip(*(write_prompt(prompt, tokenizer) for prompt in prompts), strict=True)
-    rendered = tokenizer.chat_template is not None
-    return tokenize_prompts(list(texts), list(starts), list(headers), tokenizer, budget, rendered)
+    written = [write_prompt(prompt, tokenizer) for prompt in prompts]
+    return tokenize_prompts(written, tokenizer, budget, rendered=tokenizer.chat_template is not None)
 
 
 def answer_ids(

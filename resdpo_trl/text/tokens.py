@@ -214,27 +214,21 @@ def cap_prompt(
 
 
 def tokenize_prompts(
-    prompts: list[str],
-    turn_starts: list[list[int]],
-    header_ends: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    budget: int,
-    rendered: bool,
+    prompts: Sequence[tuple[str, list[int], int]], tokenizer: PreTrainedTokenizerBase, budget: int, rendered: bool
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of prompts without responses, the newest `budget` of each, and how many tokens each prompt lost.
 
     Args:
-        prompts: texts.
-        turn_starts, header_ends: of each, as in `resdpo_trl.text.data`.
+        prompts: text, turn_starts and header_end of each, as in `resdpo_trl.text.data`.
         budget: the most tokens of a prompt.
         rendered: whether a chat template wrote the texts, and with them what a text begins with.
     """
     check_fast(tokenizer)
-    encoded = encode(tokenizer, prompts)
+    encoded = encode(tokenizer, [text for text, _, _ in prompts])
     start = [] if rendered else _beginning(tokenizer)
     found, lost = [], []
-    for row, ids in enumerate(encoded["input_ids"]):
-        places = (turn_starts[row], header_ends[row])
+    for row, (ids, (_, turn_starts, header_end)) in enumerate(zip(encoded["input_ids"], prompts, strict=True)):
+        places = (turn_starts, header_end)
         kept, _ = _capped(ids, budget - len(start), encoded, row, *places, tokenizer, rendered)
         found.append(start + kept)
         lost.append(len(ids) - len(kept))

@@ -217,7 +217,7 @@ def test_a_beginning_that_a_template_wrote_stays_in_front(tokenizer):
         (capped,) = tokenize(rows, tokenizer, max_length, ends_turns=True)
         assert capped["prompt_ids"] == kept
         assert capped["prompt_tokens_dropped"] == len(whole) - len(kept)
-        (asked,), (lost,) = tokenize_prompts([row["prompt"]], [starts], [0], tokenizer, max_length - 10, True)
+        (asked,), (lost,) = tokenize_prompts([(row["prompt"], starts, 0)], tokenizer, max_length - 10, True)
         assert (asked, lost) == (kept, len(whole) - len(kept))
 
 
@@ -286,9 +286,8 @@ def test_a_truncated_prompt_is_the_rendering_of_the_turns_that_are_left(
         assert kept == stays + whole[len(whole) - (budget - len(stays)) :]
         assert len(kept) == budget
     assert capped["prompt_tokens_dropped"] == len(whole) - len(kept)
-    (asked,), (lost,) = tokenize_prompts(
-        rows["prompt"][:], rows["turn_starts"][:], rows["header_end"][:], tokenizer, budget, True
-    )
+    prompt = (rows[0]["prompt"], rows[0]["turn_starts"], rows[0]["header_end"])
+    (asked,), (lost,) = tokenize_prompts([prompt], tokenizer, budget, True)
     assert (asked, lost) == (kept, len(whole) - len(kept))
 
 
