@@ -316,7 +316,7 @@ def _by_split(config: TextDataConfig, held_out: bool) -> tuple[dict[str, Dataset
     if name == QUICKSTART or named_files(name):
         for flag in ("dataset_revision", "dataset_data_dir", "dataset_config"):
             if getattr(config, flag) is not None:
-                raise UserError(f"--{flag} {getattr(config, flag)}: {name} is one file; drop it")
+                raise UserError(f"--{flag} {getattr(config, flag)}: it does not apply to {name}; drop it")
     if name == QUICKSTART:
         sources = chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
     else:
