@@ -1,4 +1,4 @@
-"""Preference pairs: from a Hub id, a folder or a file to prompt, chosen and rejected texts in three splits.
+r"""Preference pairs: from a Hub id, a folder or a file to prompt, chosen and rejected texts in three splits.
 
 The layouts in which pairs are published, each recognized by its columns and their types:
 
