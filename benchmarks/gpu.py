@@ -173,9 +173,9 @@ def image_columns(result: dict[str, Any]) -> dict[str, str]:
 
 def parity(options: argparse.Namespace) -> dict[str, float]:
     """One DPO step of a small model on the device in `--dtype` against the CPU in float32."""
-    from resdpo_trl.text.batch import PairCollator
     from resdpo_trl.text.model import with_faster_parts
     from resdpo_trl.text.scoring import add_response_head, pair_logps
+    from resdpo_trl.text.tokens import PairCollator
 
     generator = torch.Generator().manual_seed(0)
     lengths = (3, 2, 4) if options.tiny else (100, 60, 90)

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text import scoring
-from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.tokens import PairCollator
 
 TOLERANCE = 1e-3  # nats a response, of 9 to 24 tokens
 LONGEST = 66  # tokens of the longest shared row

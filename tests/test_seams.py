@@ -113,7 +113,7 @@ MEMBERS = [
     ("trl.RewardTrainer", "_metrics", "text.reward"),
     ("trl.RewardTrainer", "_total_train_tokens", "text.reward"),
     ("accelerate.state.GradientState", "end_of_dataloader", "training.trainer"),
-    ("datasets.Dataset", "_fingerprint", "sources text.data"),
+    ("datasets.Dataset", "_fingerprint", "sources text.tokens"),
     ("bitsandbytes.nn.Linear4bit", "support_avx512bf16_for_cpu", "text.model"),
 ]
 

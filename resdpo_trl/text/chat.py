@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,53 +26,45 @@ HELP = """/reset  forget the conversation
 /quit   end the chat; Ctrl-D does so, too, and Ctrl-C at the prompt
 Ctrl-C stops an answer. The conversation keeps what was written of it; a model
 that had not begun to answer forgets the message.
-A message that begins with / needs a space before it."""
+A message that begins with / needs a space before it.
+"""
 
 
 class AnswerStreamer(BaseStreamer):
-    """Hands on an answer's text as its tokens come, without blank space around it.
+    """Writes an answer's text as its tokens come, without blank space around it.
 
-    It holds back until the next token: blank space, a character whose bytes are incomplete, the beginning of `stop`.
+    It holds back until the next token: blank space, a character whose bytes are incomplete, the beginning of
+    `NEXT_TURN`, which ends an answer of a model without a chat template and is no part of it.
 
     Args:
         tokenizer: decodes the answer.
-        ends: tokens that end an answer and are no part of it.
-        stop: a text that ends an answer and is no part of it.
         write: gets each new piece of text.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], stop: str | None, write: Callable[[str], None]
-    ):
-        self.tokenizer, self.ends, self.stop, self.write = tokenizer, ends, stop, write
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
+        self.tokenizer, self.ends, self.write = tokenizer, stop_tokens(tokenizer), write
+        self.stop = NEXT_TURN if tokenizer.chat_template is None else None
         self.ids: list[int] = []
+        self.text = ""  # the answer so far
+        self.ended = False  # by the model itself
         self.written = 0  # characters
-
-    @property
-    def text(self) -> str:
-        """The answer so far."""
-        return self._decoded().partition(self.stop)[0].strip() if self.stop else self._decoded().strip()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the model has ended the answer."""
-        return self.ids[-1] in self.ends or (self.stop is not None and self.stop in self._decoded())
 
     def put(self, value: torch.Tensor) -> None:
         """Take (1, T) the prompt, which `generate` hands over first, or (1,) the next token."""
-        if value.dim() == 1:
-            self.ids += value.tolist()
-            text, stop = self.text.rstrip("\ufffd"), self.stop or ""
-            held = next((size for size in range(len(stop), 0, -1) if text.endswith(stop[:size])), 0)
-            self._write(text[: len(text) - held])
+        if value.dim() > 1:
+            return
+        self.ids += value.tolist()
+        kept = [token for token in self.ids if token not in self.ends]
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        self.ended = self.ids[-1] in self.ends or (self.stop is not None and self.stop in text)
+        self.text = text.partition(self.stop)[0].strip() if self.stop else text.strip()
+        ready = self.text.rstrip("\ufffd")
+        begun = [size for size in range(1, len(self.stop or "")) if ready.endswith(NEXT_TURN[:size])]
+        self._write(ready[: len(ready) - max(begun, default=0)])
 
     def end(self) -> None:
         """Write what was held back."""
         self._write(self.text)
-
-    def _decoded(self) -> str:
-        ids = [token for token in self.ids if token not in self.ends]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _write(self, text: str) -> None:
         self.write(text[self.written :])
@@ -84,20 +76,21 @@ class Speaker:
 
     Attributes:
         history: the messages so far, each with this model's answer.
-        room: tokens of a prompt, at most, so that the longest answer fits into the model's positions.
+        room: the most tokens of a prompt, so that the longest answer fits into the model's positions.
     """
 
     def __init__(self, name: str, path: str, flag: str, config: ChatConfig, model: ChatModelConfig):
         self.name, self.path, self.flag, self.config, self.options = name, path, flag, config, model
         self.tokenizer = load_tokenizer(path, model, config.trust_remote_code, flag)
-        self.history: list[tuple[str, str]] = []
+        self.history = [("Hi.", "Hello.")]
         self.room = sys.maxsize
         if config.system is not None and self.tokenizer.chat_template is None:
             raise UserError(f"--system: {name} has no chat template that could take a system message; drop the flag")
         try:
-            self._prompt([("Hi.", "Hello.")], "Hi.")  # a template that refuses does so before any model is loaded
+            self.prompt("Hi.")  # a template that refuses does so before any model is loaded
         except UserError as error:
             raise UserError(f"{flag} {path}: {error}") from None
+        self.history.clear()
 
     def load(self) -> None:
         """Bring the model into memory."""
@@ -105,31 +98,14 @@ class Speaker:
         check_fits(self.model, self.tokenizer, max_length=0, max_new_tokens=self.config.max_new_tokens)
         if not getattr(self.model, "is_quantized", False):
             self.model.to(PartialState().device)
-        positions = positions_of(self.model)
-        if positions is not None:
-            self.room = positions - self.config.max_new_tokens
+        self.room = (positions_of(self.model) or sys.maxsize) - self.config.max_new_tokens
 
     def prompt(self, message: str) -> tuple[list[int], int]:
-        """Token ids of the conversation with a new message, and how many of the oldest answers have no room in it.
-
-        Raises:
-            UserError: there is no room for the message alone.
-        """
-        for dropped in range(len(self.history) + 1):
-            ids, lost = self._prompt(self.history[dropped:], message)
-            if not lost:
-                return ids, dropped
-        raise UserError(
-            f"the message has {len(ids) + lost} tokens, and {self.name} has room for {self.room} next to an answer of "
-            f"--max_new_tokens {self.config.max_new_tokens}: shorten it"
-        )
-
-    def _prompt(self, exchanges: list[tuple[str, str]], message: str) -> tuple[list[int], int]:
-        """Token ids that the model has room for, and how many it has none for."""
-        messages = [{"role": "system", "content": self.config.system}] if self.config.system is not None else []
-        for asked, answered in exchanges:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        messages.append({"role": "user", "content": message})
+        """Token ids of the conversation with a new message, and how many of its oldest tokens have no room in them."""
+        said = [("system", self.config.system)] if self.config.system is not None else []
+        for asked, answered in self.history:
+            said += [("user", asked), ("assistant", answered)]
+        messages = [{"role": role, "content": text} for role, text in [*said, ("user", message)]]
         (ids,), (lost,) = prompt_ids([messages], self.tokenizer, self.room)
         return ids, lost
 
@@ -138,13 +114,11 @@ class Speaker:
 
         An answer that Ctrl-C stops is remembered as far as it went. Returns whether --max_new_tokens cut it.
         """
-        config = self.config
-        stop = NEXT_TURN if self.tokenizer.chat_template is None else None
-        streamer = AnswerStreamer(self.tokenizer, stop_tokens(self.tokenizer), stop, write)
+        config, streamer = self.config, AnswerStreamer(self.tokenizer, write)
         try:
             answer(
                 self.model, self.tokenizer, [ids], config.max_new_tokens, sampled=config.do_sample, seed=seed,
-                temperature=config.temperature, top_p=config.top_p, stop_string=stop, streamer=streamer,
+                temperature=config.temperature, top_p=config.top_p, stop_string=streamer.stop, streamer=streamer,
             )  # fmt: skip
         except KeyboardInterrupt:
             streamer.end()
@@ -162,14 +136,12 @@ class Chat:
         if (run is None) == (config.models is None):
             raise UserError("name either the folder of a run, e.g. runs/quickstart, or --models NAME=PATH")
         use_the_cores()
-        self.config = config
-        self.speakers = [
-            Speaker(name, path, "RUN" if run is not None else f"--models {name}", config, model)
-            for name, path in (models_of(run) if run is not None else named_models(config.models or [])).items()
-        ]
+        self.config, self.asked = config, 0
+        named = named_models(config.models or []) if run is None else models_of(run)
+        flags = {name: f"--models {name}" if run is None else "RUN" for name in named}
+        self.speakers = [Speaker(name, path, flags[name], config, model) for name, path in named.items()]
         for speaker in self.speakers:
             speaker.load()
-        self.asked = 0
 
     def ask(self, message: str) -> None:
         """Write every model's answer, under its name where there are several.
@@ -184,12 +156,13 @@ class Chat:
         prompts = [speaker.prompt(message) for speaker in self.speakers]
         seed = self.config.seed + self.asked
         self.asked += 1
-        for number, (speaker, (ids, dropped)) in enumerate(zip(self.speakers, prompts, strict=True)):
+        for number, (speaker, (ids, lost)) in enumerate(zip(self.speakers, prompts, strict=True)):
             if len(self.speakers) > 1:
                 say(("\n" if number else "") + f"{speaker.name}:\n")
-            if dropped:
-                remark(f"{speaker.name} has no room for the {dropped} oldest messages and answers: they are dropped")
-                del speaker.history[:dropped]
+            if lost:
+                remark(
+                    f"{speaker.name} has no room for the oldest {lost} tokens of the conversation; /reset forgets it"
+                )
             try:
                 cut = speaker.answer(ids, message, seed, say)
             finally:
@@ -201,7 +174,7 @@ class Chat:
         """Read messages and commands from the terminal until one of them ends the chat."""
         with suppress(ImportError):
             import readline  # noqa: F401  (arrow keys and earlier lines, for `input`)
-        say(self.describe() + "\n")
+        say(self.describe())
         while True:
             line = None
             try:
@@ -230,30 +203,26 @@ class Chat:
                 speaker.history.clear()
             remark("the conversation is forgotten")
         elif command == "/help":
-            say(HELP + "\n")
+            say(HELP)
         elif command != "/quit":
             raise UserError(f"unknown command {command}; /help lists them")
         return command != "/quit"
 
     def describe(self) -> str:
-        """The models, a line each, and how they answer."""
+        """One line per model, and how they answer."""
         config, width = self.config, max(len(speaker.name) for speaker in self.speakers)
-        lines = []
+        text = ""
         for speaker in self.speakers:
             form = "" if speaker.tokenizer.chat_template else ", no chat template: \\n\\nHuman: … \\n\\nAssistant:"
             precision = str(speaker.model.dtype).removeprefix("torch.")
-            lines.append(f"{speaker.name:<{width}}  {speaker.path} ({precision}, {speaker.model.device}{form})")
+            text += f"{speaker.name:<{width}}  {speaker.path} ({precision}, {speaker.model.device}{form})\n"
         drawn = f"drawn at temperature {config.temperature:g} and top_p {config.top_p:g}, seed {config.seed}"
         how = drawn if config.do_sample else "greedy"
-        return "\n".join([*lines, f"Answers are {how}, {config.max_new_tokens} tokens at most. /help lists commands."])
+        return f"{text}Answers are {how}, {config.max_new_tokens} tokens at most. /help lists commands.\n"
 
 
 def models_of(run: str) -> dict[str, str]:
-    """The language models in the folder of a run, by name: its reference, its policy.
-
-    Raises:
-        UserError: no such folder, or none of them in it.
-    """
+    """The language models in the folder of a run, by name: its reference, its policy."""
     folder = Path(run)
     found = {name: str(folder / name) for name in ("reference", "policy") if (folder / name).is_dir()}
     if not found:

@@ -1,31 +1,40 @@
-"""Preference pairs: from a Hub id, a folder or a file to prompt, chosen and rejected texts in three splits.
+r"""Preference pairs: from a Hub id, a folder or a file to prompt, chosen and rejected texts in three splits.
+
+The layouts in which pairs are published, each recognized by its columns and their types:
+
+    HH             chosen, rejected: dialogues with "\n\nHuman:" and "\n\nAssistant:"    Anthropic/hh-rlhf
+    plain          prompt, chosen, rejected: texts                                       TRL's standard format
+    implicit       chosen, rejected: texts that begin alike                              TRL's implicit prompt
+    messages       chosen, rejected, and prompt or not: lists of {role, content}         TRL's conversational format
+    scored         prompt: a text, chosen and rejected: lists of messages that repeat it UltraFeedback (binarized)
+    question       question (or instruction, input), chosen, rejected, and system or not Orca pairs
+    turns          conversations, chosen, rejected: {from, value}                        ShareGPT, LLaMA-Factory
+
+`PROMPTS` or --columns find a prompt column of another name. A `system` column becomes the conversation's system
+message. As in TRL, a chat template also gets `tools` (the row's functions, a list or JSON) and `chat_template_kwargs`.
+The counts name every other column: nothing reads it.
 
 One row becomes
 
-    prompt       everything both responses answer to, ending in "\\n\\nAssistant:" for HH dialogues
-    chosen       the preferred response, with the space before it, without what trails
+    prompt       everything that both responses answer, ending in "\n\nAssistant:" for HH dialogues
+    chosen       the preferred response, with the space before it, without the space after it
     rejected     the other response
-    turn_starts  where a turn of the prompt starts, as character offsets: the cap drops whole turns
-    header_end   where the prompt's first turn starts: what comes before it (a template's system turn) is kept
-    shown        the prompt as people read it, in HH's form, whatever the format
-    group        a digest of the conversation's opening turn: what keeps a conversation's pairs in one split
+    turn_starts  character offsets at which a turn of the prompt starts: truncation drops whole turns
+    header_end   where the prompt's first turn starts: truncation keeps what comes before (a template's system turn)
+    shown        the prompt as people read it, in HH's form
+    group        a digest of the conversation's opening turn: pairs of one conversation share a split
     whole        a digest of the whole prompt
-    pair         a digest of the prompt and the two responses, whichever is chosen: what no two splits may share; the
-                 same in whatever layout a file has them
+    pair         a digest of the prompt and both responses, whichever is chosen: no two splits share it. It is the same
+                 in every layout
 
-or it is dropped, with the reason counted: `identical` responses, an `empty` response or prompt (a message without text
-or role counts as one), or `no_marker`, a dialogue whose two sides share no "\\n\\nAssistant:". The digests are of the
-data's own text or messages, so that they are the same whatever chat template rendered them.
+or it is dropped, and the reason counted: `identical` responses, an `empty` response or prompt (also a message without
+text or role), or `no_marker`, a dialogue whose two sides share no "\n\nAssistant:". The digests are of the data's own
+text or messages, so that they do not depend on a chat template.
 
-Two more columns reach a chat template, as in TRL: `tools`, the row's functions as a list or as JSON, and
-`chat_template_kwargs`. Every other column is ignored, and the counts name it.
-
-The format is `plain` or `chat`. `plain` keeps texts as they are, which suits a base model. `chat` turns them into
-messages (Human is the user, Assistant the assistant, a prompt without speakers one turn of the user) and renders them
-with the tokenizer's chat template, which suits a model that was trained with it.
-
-A template may refuse the roles of a row. Such a row is rendered again with its roles repaired (`alternating`), and
-counted; a row that the template still refuses ends the run with its number.
+`plain` keeps texts as they are, for a base model. `chat` turns them into messages (Human is the user, Assistant the
+assistant, a prompt without speakers one turn of the user) and renders them with the tokenizer's chat template. Where
+the template refuses the roles of a row, the row is rendered with repaired roles (`alternating`) and counted; a row that
+the template still refuses ends the run with its number.
 """
 
 from __future__ import annotations
@@ -36,15 +45,15 @@ import json
 import logging
 import re
 import shlex
+from bisect import bisect_left
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from resdpo_trl.errors import UserError, renamed
+from resdpo_trl.errors import UserError
 from resdpo_trl.sources import (
     READABLE,
     SPLITS,
@@ -57,22 +66,39 @@ from resdpo_trl.sources import (
     load_rows,
     named_files,
 )
-from resdpo_trl.text.layouts import MARKER, Messages, columns_by_role, mapped, recognize
-from resdpo_trl.text.tokens import cache_key, tokenize, tokenizer_state
+from resdpo_trl.text.tokens import cached_map, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+Messages = list[dict[str, Any]]
+
 logger = logging.getLogger(__name__)
 QUICKSTART = "chitchat"
+MARKER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
-COLUMNS = ("prompt", "chosen", "rejected")
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # which TRL passes to the chat template
-REASONS = ("identical", "empty", "no_marker")
-COMMON_OPENING = 20  # rows of one opening from which on it no longer tells a conversation
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # HH's names of the roles
-NEWEST_TURNS = 128  # of a conversation: older ones are dropped together, for each costs a pass of the template
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+PROMPTS = ("prompt", "question", "instruction", "input", "conversations", "conversation")
+ROLES = ("prompt", "chosen", "rejected", "system")  # what --columns may name a column for
+LAYOUTS = {
+    "dialogue": "Anthropic HH dialogues",
+    "prompt": "TRL's plain texts",
+    "implicit": "TRL's plain texts with an implicit prompt",
+    "conversation": "TRL's lists of messages",
+    "scored": "UltraFeedback's prompts and lists of messages",
+    "question": "texts in columns",
+    "turns": "ShareGPT's turns",
+}
+COLUMNS = {  # of a pair
+    "prompt": "text", "chosen": "text", "rejected": "text", "turn_starts": "ids", "header_end": "int", "shown": "text",
+    "group": "text", "whole": "text", "pair": "text", "status": "text",
+}  # fmt: skip
+LOOKED_AT = 1000  # rows in which a marker makes the texts dialogues
+REASONS = ("identical", "empty", "no_marker")
+COMMON_OPENING = 20  # an opening that more rows have no longer identifies a conversation
+NEWEST_TURNS = 128  # only these are places to truncate a prompt: each costs a rendering
 
 
 @dataclass
@@ -133,8 +159,17 @@ class TextDataConfig(DatasetConfig):
                 setattr(self, name, value[0] if len(value) == 1 else shlex.join(value))
         if self.eval_dataset_name and self.dataset_test_split:
             raise UserError("--eval_dataset_name and --dataset_test_split both name the test pairs: drop either")
-        mapped(self.columns)
+        self.column_of()
         super().__post_init__()
+
+    def column_of(self) -> dict[str, str]:
+        """--columns as role -> column."""
+        found = dict(word.partition("=")[::2] for word in self.columns)
+        if len(found) < len(self.columns) or not set(found) <= set(ROLES) or not all(found.values()):
+            raise UserError(
+                f"--columns {' '.join(self.columns)}: needs each of {', '.join(ROLES)} at most once, e.g. chosen=better"
+            )
+        return found
 
 
 @dataclass
@@ -153,12 +188,7 @@ class Preferences:
         return self.splits[split]
 
     def check_same_pairs(self, other: Preferences, split: str, name: str) -> None:
-        """Raise a UserError where another tokenizer's chat template left other pairs of the same data.
-
-        Args:
-            other: the pairs as the reward model `name` reads them.
-            split: the split that is compared.
-        """
+        """Raise a UserError if the chat template of the reward model `name` left other pairs of the same data."""
         if self[split]["whole"][:] != other[split]["whole"][:]:
             raise UserError(
                 f"--reward_model {name}: its chat template leaves other pairs of the data than the policy's "
@@ -182,107 +212,72 @@ def load_preferences(
             template that is missing or refuses a row.
     """
     template = _template(config, tokenizer)
-    sources, unused = _by_split(_load(config), config, held_out and config.eval_dataset_name is None)
-    parsed: dict[str, Dataset] = {}
-    counts: dict[str, Any] = {"source": config.dataset_name, "splits_left_out": unused, "rows": 0, "kept": 0}
-    ignored: set[str] = set()
-    statuses: Counter[str] = Counter()
-    layouts: dict[str, None] = {}
-    kind = "prompt"
-    for name, rows in sources.items():
-        try:
-            if config.dataset_name != QUICKSTART or (name == "test" and config.eval_dataset_name):
-                flag = f"--dataset_name {config.dataset_name}"
-                rows, kind, layout, unread = _recognized(rows, mapped(config.columns), template, flag)
-                layouts[layout] = None
-                ignored |= unread
-            table, found = _parse(rows, kind, template, config, name)
-        except UnicodeDecodeError:  # of a damaged parquet file; a line of JSON was looked at
-            raise UserError(f"--dataset_name {config.dataset_name}: a text is not UTF-8; write it anew") from None
-        parsed[name] = table
-        statuses.update(found)
-        counts["rows"] += len(rows)
-        counts["kept"] += len(table)
-    counts["layouts"] = list(layouts)
-    counts["dropped"] = {reason: statuses[reason] for reason in REASONS}
-    counts["parted_early"] = statuses["parted_early"]
-    counts["roles_repaired"] = statuses["roles_repaired"]
-    counts["ignored_columns"] = sorted(ignored)
-    counts["dialogue_format"] = "plain" if template is None else "chat"
-    if counts["kept"] == 0:
-        raise UserError(
-            f"--dataset_name {config.dataset_name}: no usable pair in {counts['rows']} rows: "
-            + _why_none(rows, kind, counts["dropped"])
-        )
-    if "train" in parsed:
-        splits, counts["left_out"], counts["copies_removed"] = _split(parsed, config)
-    else:
-        chosen = _spread(np.asarray(parsed["test"]["group"][:]))[: config.max_test_samples]
-        splits, counts["left_out"] = {"test": parsed["test"].select(np.sort(chosen))}, 0
-        counts["copies_removed"] = {}
-    counts.update({name: len(rows) for name, rows in splits.items()})
-    removed = sum(counts["copies_removed"].values())
-    counts["cut_by_limits"] = counts["kept"] - sum(map(len, splits.values())) - counts["left_out"] - removed
-    shares = {"validation": config.validation_fraction, "test": config.test_fraction}
-    counts["held_out_raised"] = [
-        split
-        for split, share in shares.items()
-        if split not in parsed and len(splits.get(split, ())) > max(1, round(share * len(parsed.get("train", ()))))
-    ]
+    sources, unused = _by_split(config, held_out)
+    parsed, counts = _read(sources, config, template)
+    splits, left_out, copies = _split(parsed, config)
+    counts |= {"splits_left_out": unused, "left_out": left_out, "copies_removed": copies, "held_out_raised": []}
+    counts |= {name: len(rows) for name, rows in splits.items()}
+    counts["cut_by_limits"] = counts["kept"] - sum(map(len, splits.values())) - left_out - sum(copies.values())
     if "train" in splits:
         check_not_empty(counts)
+        for split, share in (("validation", config.validation_fraction), ("test", config.test_fraction)):
+            if split not in parsed and counts[split] > max(1, round(share * len(parsed["train"]))):
+                counts["held_out_raised"].append(split)
     return Preferences(splits, counts, ends_turns=template is not None)
 
 
-def _recognized(
-    rows: Dataset, columns: dict[str, str], template: Any, place: str
-) -> tuple[Dataset, str, str, set[str]]:
-    """`recognize`, with the columns that the chat template gets, and the names of those that nothing reads."""
-    from datasets import concatenate_datasets
-
-    options = _template_columns(rows, template)
-    found, kind, layout = recognize(rows, columns, template is not None, place)
-    if options:
-        found = concatenate_datasets([found, rows.select_columns(options)], axis=1)
-    read = {*columns_by_role(rows.column_names, columns).values(), *options}
-    return found, kind, layout, set(rows.column_names) - read
-
-
-def _why_none(rows: Dataset, kind: str, dropped: dict[str, int]) -> str:
-    """What is wrong with rows of which none can be used, and the fix."""
-    found = [reason for reason in REASONS if dropped.get(reason)]
-    if "no_marker" in found and any("\r\n" in str(text) for text in rows[:1]["chosen"]):
-        return "the lines of the dialogues end in \\r\\n; convert them to \\n, as HH has them"
-    if kind == "implicit" and "identical" not in found:
-        return "the sides begin with no common prompt: name its column with --columns prompt=COLUMN"
-    said = {
-        "identical": "both responses are the same; two different ones are needed",
-        "empty": "a prompt or a response has no text; fill them in",
-        "no_marker": "chosen and rejected are dialogues that share no \\n\\nAssistant:; give each pair one prompt",
-    }
-    return " or ".join(said[reason] for reason in found) or "the file has no rows"
-
-
 def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Raw pairs of any layout in `resdpo_trl.text.layouts`, tokenized and capped as the recipes do it.
+    """Raw pairs of any layout, tokenized and capped as the recipes do it.
 
     They are rendered with the tokenizer's chat template where it has one. Unusable pairs are dropped with a warning.
 
     Raises:
         UserError: columns that make no layout, a row that the template refuses, or no usable pair.
     """
-    template = tokenizer if tokenizer.chat_template is not None else None
     config = TextDataConfig(dataset_name="(the data set given)")
-    found, kind, _, ignored = _recognized(rows, {}, template, config.dataset_name)
-    if ignored:
-        logger.warning(f"columns ignored: {', '.join(sorted(ignored))}")
-    pairs, statuses = _parse(found, kind, template, config, "given")
-    dropped = ", ".join(f"{statuses[reason]} {reason}" for reason in REASONS if statuses[reason])
-    if len(pairs) == 0:
-        raise UserError(f"no usable pair in {len(rows)} rows: {_why_none(found, kind, dict(statuses))}")
-    if dropped:
-        logger.warning(f"pairs dropped: {dropped}")
-    return tokenize(pairs, tokenizer, max_length, None, template is not None, "Tokenizing")
+    template = _template(config, tokenizer)
+    parsed, counts = _read({"given": rows}, config, template)
+    if counts["ignored_columns"]:
+        logger.warning(f"columns ignored: {', '.join(counts['ignored_columns'])}")
+    if dropped := [f"{count} {reason}" for reason, count in counts["dropped"].items() if count]:
+        logger.warning(f"pairs dropped: {', '.join(dropped)}")
+    return tokenize(parsed["given"], tokenizer, max_length, ends_turns=template is not None)
+
+
+def _read(
+    sources: dict[str, Dataset], config: TextDataConfig, template: PreTrainedTokenizerBase | None
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """The usable pairs of each split, and counts."""
+    parsed: dict[str, Dataset] = {}
+    statuses: Counter[str] = Counter()
+    ignored: set[str] = set()
+    layouts: list[str] = []
+    flag = f"--dataset_name {config.dataset_name}"
+    for name, rows in sources.items():
+        kind = "prompt"
+        try:
+            if config.dataset_name != QUICKSTART or (name == "test" and config.eval_dataset_name):
+                rows, kind, layout, unread = recognize(rows, config.column_of(), template, flag)
+                layouts += [] if layout in layouts else [layout]
+                ignored |= unread
+            parsed[name], found = _parse(rows, kind, template, config, name)
+        except UnicodeDecodeError:  # of a damaged parquet file; the lines of JSON are checked as they are read
+            raise UserError(f"{flag}: a text is not UTF-8; write it anew") from None
+        statuses += found
+    kept = sum(map(len, parsed.values()))
+    if kept == 0:
+        raise UserError(f"{flag}: no usable pair in {statuses.total()} rows: {_why_none(rows, kind, statuses)}")
+    return parsed, {
+        "source": config.dataset_name,
+        "rows": statuses.total(),
+        "kept": kept,
+        "layouts": layouts,
+        "dropped": {reason: statuses[reason] for reason in REASONS},
+        "parted_early": statuses["parted_early"],
+        "roles_repaired": statuses["roles_repaired"],
+        "ignored_columns": sorted(ignored),
+        "dialogue_format": "plain" if template is None else "chat",
+    }
 
 
 def _template(config: TextDataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
@@ -296,17 +291,363 @@ def _template(config: TextDataConfig, tokenizer: PreTrainedTokenizerBase | None)
     return None if tokenizer.chat_template is None else tokenizer
 
 
-def parse_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
-    """Part two HH dialogues into (prompt, chosen response, rejected response).
+def _why_none(rows: Dataset, kind: str, statuses: Counter[str]) -> str:
+    """What is wrong with rows of which none can be used, and the fix."""
+    if statuses["no_marker"] and any("\r\n" in str(text) for text in rows[:1]["chosen"]):
+        return "the lines of the dialogues end in \\r\\n; convert them to \\n, as HH has them"
+    if kind == "implicit" and not statuses["identical"]:
+        return "the sides begin with no common prompt: name its column with --columns prompt=COLUMN"
+    said = {
+        "identical": "both responses are the same; two different ones are needed",
+        "empty": "a prompt or a response has no text; fill them in",
+        "no_marker": "chosen and rejected are dialogues that share no \\n\\nAssistant:; give each pair one prompt",
+    }
+    return " or ".join(said[reason] for reason in REASONS if statuses[reason]) or "the file has no rows"
 
-    The prompt ends at the last "\\n\\nAssistant:" up to which both are equal; what follows is the response, further
-    turns included where the two part before the last one. None where no such marker is shared.
+
+# --- rows of a file --------------------------------------------------------------------------------------------------
+
+
+def _by_split(config: TextDataConfig, held_out: bool) -> tuple[dict[str, Dataset], list[str]]:
+    """The raw rows by `SPLITS`, and the names of the data's own splits that are not used."""
+    from datasets import concatenate_datasets
+
+    name = config.dataset_name
+    if name == QUICKSTART or named_files(name):
+        for flag in ("dataset_revision", "dataset_data_dir", "dataset_config"):
+            if getattr(config, flag) is not None:
+                raise UserError(f"--{flag} {getattr(config, flag)}: it does not apply to {name}; drop it")
+    if name == QUICKSTART:
+        sources = chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
+    else:
+        sources = load_rows(name, config.dataset_data_dir, config.dataset_revision, QUICKSTART, config.dataset_config)
+    used, left_out = choose_splits(sources, config, held_out and config.eval_dataset_name is None)
+    try:
+        found = {split: concatenate_datasets([sources[each] for each in own]) for split, own in used.items()}
+    except ValueError as error:
+        raise UserError(
+            f"--dataset_train_split {' '.join(used['train'])}: their columns differ ({first_line(error)})"
+        ) from None
+    if config.eval_dataset_name:
+        own = load_rows(config.eval_dataset_name, None, None, QUICKSTART, flag="--eval_dataset_name")
+        if len(own) > 1 and "test" not in own:
+            raise UserError(
+                f"--eval_dataset_name {config.eval_dataset_name}: several splits and none named test (found: "
+                f"{', '.join(own)}); name a file of test pairs"
+            )
+        left_out += used.get("test", [])
+        found["test"] = own.get("test", next(iter(own.values())))
+    return found, left_out
+
+
+def recognize(rows: Dataset, columns: dict[str, str], template: Any, place: str) -> tuple[Dataset, str, str, set[str]]:
+    """The columns of any layout under the names of `ROLES`.
+
+    Args:
+        rows: as loaded.
+        columns: role -> column, of --columns.
+        template: the tokenizer whose chat template will render the pairs, or None.
+        place: the flag and its value, for messages.
+
+    Returns:
+        The rows, their layout (a key of `LAYOUTS`), its description, and the names of the columns that nothing reads.
+
+    Raises:
+        UserError: columns that are missing, or whose types make no layout.
+    """
+    there = rows.column_names
+    listed = f"(found: {', '.join(sorted(there)) or 'none'})"
+    for role, column in columns.items():
+        if column not in there:
+            raise UserError(f"--columns {role}={column}: {place} has no such column {listed}")
+    named = {role: columns.get(role, role) for role in ROLES if role in columns or role in there}
+    columns = {"prompt": next((name for name in PROMPTS if name in there), "prompt")} | named
+    missing = [role for role in ("chosen", "rejected") if role not in columns]
+    if missing:
+        raise UserError(
+            f"{place}: no column {' or '.join(missing)} {listed}; name them with --columns chosen=COLUMN "
+            "rejected=COLUMN, and prompt=COLUMN where the prompt is not part of both"
+        )
+    options = ["chat_template_kwargs"] if template is not None else []
+    if template is not None and "tools" in str(template.chat_template):
+        options.append("tools")
+    ignored = set(there) - {*columns.values(), *options}
+    types = {role: _type(rows.features[column]) for role, column in columns.items() if column in there}
+    # a column may hold nothing: of a layout that has it, in rows that need none
+    columns = {role: columns[role] for role, type_ in types.items() if type_ != "nothing"}
+    types = {role: types[role] for role in columns}
+    if None in types.values() or not {"chosen", "rejected"} <= set(types):
+        described = ", ".join(f"{column}: {rows.features[column]}" for column in columns.values())
+        raise UserError(f"{place}: prompt, chosen and rejected must be text or lists of messages ({described[:200]})")
+    taken = rows.select_columns([name for name in dict.fromkeys([*columns.values(), *options]) if name in there])
+    taken = taken.rename_columns({column: role for role, column in columns.items() if column != role})
+    sides, prompt, system = {types["chosen"], types["rejected"]}, types.get("prompt"), "system" in types
+    if sides == {"text"}:
+        kind = "question"
+        if not system and prompt is None:
+            some = taken[:LOOKED_AT]  # Windows' line ends count too: `_why_none` says what is wrong with them
+            texts = (str(text).replace("\r\n", "\n") for side in ("chosen", "rejected") for text in some[side])
+            kind = "dialogue" if any(MARKER in text for text in texts) else "implicit"
+        elif not system and prompt == "text" and columns["prompt"] == "prompt":
+            kind = "prompt"
+        elif prompt is None:
+            raise UserError(f"{place}: a column system and no prompt; name the prompt's with --columns prompt=COLUMN")
+    elif sides == {"messages"} and prompt in (None, "messages") and not system:
+        kind = "conversation"
+    else:
+        kind = "scored" if prompt == "text" else "turns"
+    layout = LAYOUTS[kind] + (" with an implicit prompt" if kind == "conversation" and prompt is None else "")
+    others = [f"{column} as {role}" for role, column in columns.items() if column != role]
+    if kind == "question":  # of many data sets: its columns are its name
+        layout += " " + ", ".join(name if name == role else f"{name} ({role})" for role, name in columns.items())
+    elif others:
+        layout += f" ({', '.join(others)})"
+    return taken, kind, layout, ignored
+
+
+def _type(feature: Any) -> str | None:
+    """`text`, `messages` ({role, content}), `turns` ({from, value}, one or a list), `nothing` (nulls), or None."""
+    from datasets import Value
+
+    if isinstance(feature, Value):
+        return "text" if "string" in feature.dtype else "nothing" if feature.dtype == "null" else None
+    inner = getattr(feature, "feature", feature)
+    keys = set(inner) if isinstance(inner, dict) else set()
+    if {"role", "content"} <= keys:
+        return "messages" if inner is not feature else "turns"
+    return "turns" if {"from", "value"} <= keys else None
+
+
+# --- one row ---------------------------------------------------------------------------------------------------------
+
+
+class _Unusable(Exception):
+    """A row that is dropped; the message is one of `REASONS`."""
+
+
+def _parse(
+    rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: TextDataConfig, split: str
+) -> tuple[Dataset, Counter[str]]:
+    """Rows of a split -> usable pairs and a count of the statuses."""
+    if kind == "conversation" and template is None:
+        raise UserError(
+            "the pairs are conversations (lists of messages), which need a tokenizer with a chat template: name such a "
+            "model with --model_name_or_path, or give prompt, chosen and rejected as text"
+        )
+    place = f"{config.dataset_name}, split {split}"
+    options = {"kind": kind, "swap": config.prefer == "rejected", "place": place}
+    parsed = cached_map(_parse_batch, rows, COLUMNS, "Reading pairs", template, numbered=True, **options)
+    statuses = list(parsed["status"])
+    kept = [place for place, status in enumerate(statuses) if status not in REASONS]
+    return parsed.select(kept).remove_columns("status"), Counter(statuses)
+
+
+def _parse_batch(
+    batch: dict[str, list[Any]], numbers: list[int], kind: str, swap: bool, place: str, tokenizer: Any = None
+) -> dict[str, list[Any]]:
+    pairs: list[dict[str, Any]] = []
+    for number, *values in zip(numbers, *batch.values(), strict=True):
+        try:
+            pair = _pair(dict(zip(batch, values, strict=True)), kind, tokenizer)
+        except _Unusable as reason:
+            pair = {"status": str(reason)}
+        except UserError as error:
+            raise UserError(f"--dataset_name {place}, row {number + 1}: {error}") from None
+        if swap:
+            pair |= {"chosen": pair.get("rejected"), "rejected": pair.get("chosen")}
+        pairs.append(pair)
+    return {name: [pair.get(name) for pair in pairs] for name in COLUMNS}
+
+
+def _pair(row: dict[str, Any], kind: str, template: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """A row as the columns above, with its status: `kept`, `parted_early`, `roles_repaired` or one of `REASONS`."""
+    prompt, chosen, rejected = (row.get(role) for role in ROLES[:3])
+    if kind in ("scored", "question", "turns"):
+        prompt, chosen, rejected = _columns_as_messages(row)
+        kind = "conversation"
+        if template is None:
+            prompt, kind = prompt and dialogue(prompt), "prompt"
+            chosen, rejected = (
+                side and " " + "\n\n".join(message["content"] for message in side) for side in (chosen, rejected)
+            )
+    if kind == "conversation":
+        asked, *_ = messages = _conversation(prompt, chosen, rejected)
+        first = next((at for at, message in enumerate(asked) if message["role"] != "system"), 0)
+        opening, whole = (json.dumps(part, default=str) for part in (asked[: first + 1], asked))
+        pair: dict[str, Any] = {"status": "kept"}
+    else:
+        whole, chosen, rejected, status = _texts(prompt, chosen, rejected, kind)
+        messages = messages_of(whole), _answer(chosen), _answer(rejected)
+        starts = turn_starts(whole)
+        first = 0 if whole.lstrip().startswith(("Human:", "Assistant:")) else 1
+        opening = whole[: starts[first]] if len(starts) > first else whole
+        pair = {"prompt": whole, "chosen": chosen, "rejected": rejected, "turn_starts": starts, "header_end": 0}
+        pair |= {"shown": whole, "status": status}
+    pair |= {"group": _digest(row.get("group") or opening), "whole": _digest(whole), "pair": _pair_digest(*messages)}
+    if template is None:
+        return pair
+    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options = ({"tools": tools} if tools else {}) | dict(options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            "tools must be a list of functions or its JSON, and chat_template_kwargs a mapping "
+            f"({first_line(error)}); fix the row or drop the column"
+        ) from None
+    try:
+        pair |= _render(messages, template, options)
+    except Exception as error:  # a template is a program: it may raise anything for roles that it does not expect
+        raise UserError(
+            f"the chat template refuses the conversation {str(messages[0])[:80]} ({first_line(error)}); fix or drop "
+            "the row, or pass --dialogue_format plain"
+        ) from None
+    if options:  # the same texts with other tools are another pair
+        pair["pair"] = _digest(pair["pair"] + json.dumps(options, sort_keys=True, default=str))
+    return pair
+
+
+def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: str) -> tuple[str, str, str, str]:
+    """Prompt, chosen and rejected text of a row of text, and its status."""
+    if not chosen or not rejected:
+        raise _Unusable("empty")
+    if kind == "implicit" and chosen == rejected:
+        raise _Unusable("identical")
+    if kind == "dialogue":
+        parts = parse_dialogue(chosen, rejected)
+        if parts is None:
+            raise _Unusable("identical" if chosen.strip() == rejected.strip() else "no_marker")
+        prompt, chosen, rejected = parts
+    if kind == "implicit":  # as in TRL: up to the first difference, without a space before it
+        shared = _shared(chosen, rejected)
+        shared -= chosen[:shared].endswith(" ")
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    prompt, chosen, rejected = prompt or "", chosen.rstrip(), rejected.rstrip()
+    if chosen.strip() == rejected.strip() != "":
+        raise _Unusable("identical")
+    if not (chosen.strip() and rejected.strip() and prompt.strip()):
+        raise _Unusable("empty")
+    early = kind == "dialogue" and (MARKER in chosen or MARKER in rejected)
+    return prompt, chosen, rejected, "parted_early" if early else "kept"
+
+
+def _columns_as_messages(row: dict[str, Any]) -> tuple[Messages, Messages, Messages]:
+    """Prompt, chosen and rejected as messages, of a row whose columns hold texts or turns."""
+    system, prompt, chosen, rejected = (
+        _turns(row.get(name), role)
+        for name, role in (("system", "system"), ("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    )
+    if chosen and rejected and chosen != rejected and any(message["role"] != "assistant" for message in chosen):
+        prompt, chosen, rejected = _parted(chosen, rejected)  # the sides repeat the prompt
+    if any(message["role"] == "system" for message in prompt):
+        system = []
+    return system + prompt if prompt else [], chosen, rejected
+
+
+def _turns(value: Any, role: str) -> Messages:
+    """A text, a turn or a list of turns as messages; a text is one of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value.strip()}] if value.strip() else []
+    messages = []
+    for turn in [value] if isinstance(value, dict) else value or []:
+        speaker, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
+        messages.append({"role": SHAREGPT.get(speaker, speaker), "content": content or ""})
+    return messages
+
+
+def _conversation(prompt: Messages | None, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
+    """Prompt, chosen and rejected messages of a row of messages, with contents that are text."""
+    prompt, chosen, rejected = (side and _with_text(side) for side in (prompt, chosen, rejected))
+    if not chosen or not rejected:
+        raise _Unusable("empty")
+    if chosen == rejected:
+        raise _Unusable("identical")
+    if prompt is None:
+        prompt, chosen, rejected = _parted(chosen, rejected)
+    if not prompt or not chosen or not rejected:
+        raise _Unusable("empty")
+    return prompt, chosen, rejected
+
+
+def _parted(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """Prompt, chosen and rejected, where the prompt is what both sides begin with."""
+    from trl.data_utils import extract_prompt
+
+    row: Any = extract_prompt({"chosen": chosen, "rejected": rejected})
+    return row["prompt"], row["chosen"], row["rejected"]
+
+
+def _with_text(messages: Messages) -> Messages:
+    """The same messages with contents that are text: parts of type text are joined.
+
+    A system message without text is none. Any other message without text that calls no tool, or without a role, makes
+    a conversation unusable: it becomes empty.
+    """
+    found: Messages = []
+    for message in messages:
+        role, content = (message or {}).get("role"), (message or {}).get("content")
+        if isinstance(content, list):
+            if other := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
+                raise UserError(
+                    f"a message has a content of another type than text ({str(other[0])[:60]}): only text is read; "
+                    "drop the row"
+                )
+            content = "".join(part.get("text") or "" for part in content)
+        if not role or (role != "system" and not message.get("tool_calls") and not str(content or "").strip()):
+            return []
+        if role != "system" or content is not None:
+            found.append(message | {"content": content})
+    return found
+
+
+def _answer(text: str) -> Messages:
+    """A response of text as messages."""
+    return messages_of(MARKER + text) if MARKER in text else [{"role": "assistant", "content": text.strip()}]
+
+
+def _pair_digest(prompt: Messages, chosen: Messages, rejected: Messages) -> str:
+    """A digest of a pair's messages, without the spaces around a content, keys without a value and their order."""
+    parts = [
+        [
+            {name: each.strip() if isinstance(each, str) else each for name, each in turn.items() if each}
+            for turn in part
+        ]
+        for part in (prompt, chosen, rejected)
+    ]
+    asked, *answers = (json.dumps(part, sort_keys=True, default=str) for part in parts)
+    return _digest("\n".join([asked, *sorted(answers)]))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+# --- texts and messages ----------------------------------------------------------------------------------------------
+
+
+def parse_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
+    """Two HH dialogues as (prompt, chosen response, rejected response).
+
+    The prompt ends at the last "\\n\\nAssistant:" up to which both are equal. The rest is the response, which has
+    further turns where the two differ before the last one. None where they share no such marker.
     """
     start = chosen.rfind(MARKER, 0, _shared(chosen, rejected))
     if start < 0:
         return None
     boundary = start + len(MARKER)
     return chosen[:boundary], chosen[boundary:], rejected[boundary:]
+
+
+def _shared(first: str, second: str) -> int:
+    """How many characters two texts have in common from the start."""
+    sizes = range(1, min(len(first), len(second)) + 1)
+    return bisect_left(sizes, True, key=lambda size: first[:size] != second[:size])
+
+
+def turn_starts(prompt: str) -> list[int]:
+    """Offsets at which turns start, without the first one's and the closing marker's, which has no turn yet."""
+    closing = len(prompt) - len(MARKER) if prompt.endswith(MARKER) else -1
+    return [match.start() for match in TURN.finditer(prompt) if match.start() not in (0, closing)]
 
 
 def messages_of(text: str) -> Messages:
@@ -323,25 +664,23 @@ def messages_of(text: str) -> Messages:
             messages.append({"role": SPEAKERS[speaker], "content": content.strip()})
         elif part.strip():
             messages.append({"role": "system", "content": part.strip()})
-    if not any(message["role"] != "system" for message in messages):
+    if all(message["role"] == "system" for message in messages):
         return [{"role": "user", "content": text.strip()}]
     return messages
 
 
 def dialogue(messages: Messages) -> str:
     """Messages in HH's form, up to the answer that is asked for; a system message comes without a name."""
-    names = {role: speaker for speaker, role in SPEAKERS.items()}
+    names = {role: f"\n\n{speaker}: " for speaker, role in SPEAKERS.items()}
     parts = [
-        f"\n\n{names[message['role']]}: {message['content'] or ''}"
-        if message["role"] in names
-        else str(message["content"])
+        f"{names[message['role']]}{message['content'] or ''}" if message["role"] in names else str(message["content"])
         for message in messages
     ]
     return "".join(parts) + MARKER
 
 
 def alternating(messages: Messages) -> Messages:
-    """The same conversation for a template that takes nothing but user and assistant in turn, the user first.
+    """The same conversation for a template that takes only user and assistant in turn, the user first.
 
     A system message becomes the beginning of the first user turn, turns of the assistant before any of the user are
     dropped, and neighboring turns of one role are joined with an empty line between them.
@@ -359,468 +698,46 @@ def alternating(messages: Messages) -> Messages:
     return repaired
 
 
-def _shared(first: str, second: str) -> int:
-    """How many characters two texts have in common from the start, by bisection."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first.startswith(second[low:middle], low):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+# --- chat templates --------------------------------------------------------------------------------------------------
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """A digest of a tokenized data set's content, the same however it was loaded."""
-    digest = hashlib.sha256()
-    for batch in dataset.with_format("arrow").iter(batch_size=10_000):
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            column = batch[name].combine_chunks()
-            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-            digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()
-
-
-def chitchat_pairs(
-    seed: int = 0,
-    shares: tuple[float, float] = (0.05, 0.15),
-    per_conversation: int = 4,
-    turns: int = 3,
-    reply: tuple[int, int] = (20, 200),
-    longest_prompt: int = 300,
-) -> dict[str, Dataset]:
-    """The quickstart's pairs: the reply a person gave against a like-long reply from another conversation.
-
-    Conversations are split first and partners drawn within a split: a reply that one split learns as chosen must not
-    come back as rejected in another.
-
-    Args:
-        seed: draws the replies that become pairs and their rejected partners.
-        shares: shares of the conversations that go to validation and test.
-        per_conversation: pairs from one conversation, at most.
-        turns: turns of the prompt, at most; they alternate Human and Assistant and end with Human.
-        reply: characters of a reply, at least and at most; "ok" would fit any prompt.
-        longest_prompt: characters of the prompt, at most.
-    """
-    from datasets import Dataset
-
-    try:
-        import chitchat_dataset
-    except ImportError:
-        raise UserError(
-            "--dataset_name chitchat needs the package chitchat-dataset: pip install chitchat-dataset, or name "
-            "a file of your own pairs"
-        ) from None
-    generator = np.random.default_rng(seed)
-    splits: dict[str, list[tuple[str, list[str]]]] = {split: [] for split in SPLITS}
-    for identity, conversation in sorted(chitchat_dataset.Dataset().items()):
-        place = int(_digest(identity), 16) / 2**64
-        split = "validation" if place < shares[0] else "test" if place < sum(shares) else "train"
-        splits[split].append((identity, [_utterance(message) for message in conversation["messages"]]))
-    pairs = {}
-    for split, conversations in splits.items():
-        replies = []  # (length, conversation, turn)
-        for number, (_, texts) in enumerate(conversations):
-            at = [
-                turn
-                for turn in range(1, len(texts))
-                if reply[0] <= len(texts[turn]) <= reply[1]
-                and all(texts[_opening_turn(turn, turns) : turn])
-                and sum(map(len, texts[_opening_turn(turn, turns) : turn])) <= longest_prompt
-            ]
-            taken: Any = generator.choice(at, min(per_conversation, len(at)), replace=False) if at else []
-            replies += [(len(texts[turn]), number, int(turn)) for turn in sorted(taken)]
-        if len({number for _, number, _ in replies}) < 2:
-            raise UserError(
-                f"--dataset_name chitchat: --validation_fraction {shares[0]} and --test_fraction {shares[1]} leave too "
-                f"few conversations for the split {split}; every split needs a hundredth of them"
-            )
-        replies.sort()
-        rows = []
-        for place, (_, number, turn) in enumerate(replies):
-            # a partner of like length: one of the 25 neighbours on either side in the order of lengths
-            window = [n for n in range(max(0, place - 25), min(len(replies), place + 26)) if replies[n][1] != number]
-            _, other, other_turn = replies[generator.choice(window)]
-            identity, texts = conversations[number]
-            prompt = "".join(
-                f"\n\n{'Human' if (turn - at) % 2 else 'Assistant'}: {texts[at]}"
-                for at in range(_opening_turn(turn, turns), turn)
-            )
-            rows.append(
-                {
-                    "prompt": prompt + MARKER,
-                    "chosen": " " + texts[turn],
-                    "rejected": " " + conversations[other][1][other_turn],
-                    "group": identity,
-                }
-            )
-        pairs[split] = Dataset.from_list([rows[index] for index in generator.permutation(len(rows))])
-    return pairs
-
-
-def _opening_turn(turn: int, turns: int) -> int:
-    """Where the prompt of a reply begins: an odd number of turns before it, so that Human has the first word."""
-    count = min(turn, turns)
-    return turn - (count if count % 2 else count - 1)
-
-
-def _utterance(message: list[dict[str, str]]) -> str:
-    return " ".join(" ".join(part["text"].split()) for part in message).strip()
-
-
-def _load(config: TextDataConfig) -> dict[str, Dataset]:
-    """The raw rows, by the data's own split names."""
-    folder = Path(config.dataset_name).is_dir()
-    local = config.dataset_name == QUICKSTART or folder or bool(named_files(config.dataset_name))
-    if config.dataset_revision is not None and local:
-        raise UserError(
-            f"--dataset_revision {config.dataset_revision}: {config.dataset_name} is not on the Hub; drop it"
-        )
-    for flag in ("dataset_data_dir", "dataset_config"):
-        if getattr(config, flag) is not None and local and not folder:
-            raise UserError(f"--{flag} {getattr(config, flag)}: {config.dataset_name} is no folder; drop it")
-    if config.dataset_name == QUICKSTART:
-        return chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
-    return load_rows(
-        config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART, config.dataset_config
-    )
-
-
-def _by_split(
-    sources: dict[str, Dataset], config: TextDataConfig, held_out: bool
-) -> tuple[dict[str, Dataset], list[str]]:
-    """The raw rows by `SPLITS`, and the data's own splits that are not used; a test split alone if that is wanted."""
-    from datasets import concatenate_datasets
-
-    used, left_out = choose_splits(sources, config, held_out)
-    try:
-        found = {split: concatenate_datasets([sources[name] for name in own]) for split, own in used.items()}
-    except ValueError as error:
-        raise UserError(
-            f"--dataset_train_split {' '.join(used['train'])}: their columns differ ({first_line(error)})"
-        ) from None
-    if config.eval_dataset_name:
-        own_splits = load_rows(config.eval_dataset_name, None, None, QUICKSTART, flag="--eval_dataset_name")
-        if len(own_splits) > 1 and "test" not in own_splits:
-            raise UserError(
-                f"--eval_dataset_name {config.eval_dataset_name}: several splits and none named test (found: "
-                f"{', '.join(own_splits)}); name a file of test pairs"
-            )
-        left_out += used.get("test", [])
-        found["test"] = own_splits["test"] if "test" in own_splits else next(iter(own_splits.values()))
-    return found, left_out
-
-
-def _template_columns(rows: Dataset, template: Any) -> list[str]:
-    """The columns other than the messages that a chat template reads, where there is one."""
-    if template is None:
-        return []
-    column = rows["tools"] if "tools" in rows.column_names else []
-    tools = next((value for value in column if value and value not in ("[]", "null")), None)
-    read = {"chat_template_kwargs", *(["tools"] if tools is not None and _reads_tools(template, tools) else [])}
-    return sorted(read & set(rows.column_names))
-
-
-def _reads_tools(template: Any, tools: Any) -> bool:
-    asked = [{"role": "user", "content": "a question"}]
-    with suppress(Exception):  # a template is a program: what it raises ends the row that it raises for
-        plain, given = (
-            template.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **options)
-            for options in ({}, _template_options({"tools": tools}))
-        )
-        return bool(plain != given)
-    return True
-
-
-def _template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row passes to the chat template in addition to its messages, as TRL reads it.
-
-    Raises:
-        ValueError: `tools` is a text and no JSON, or `chat_template_kwargs` is no mapping.
-    """
-    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
-    if isinstance(tools, str):
-        tools = json.loads(tools)
-    return ({"tools": tools} if tools else {}) | dict(options)
-
-
-def _parse(
-    rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: TextDataConfig, split: str
-) -> tuple[Dataset, Counter[str]]:
-    """Rows of a split -> usable pairs and a count of the statuses."""
-    from datasets import Features, List, Value
-
-    if kind == "conversation" and template is None:
-        raise UserError(
-            "the pairs are conversations (lists of messages), which need a tokenizer with a chat template: name such a "
-            "model with --model_name_or_path, or give prompt, chosen and rejected as text"
-        )
-    features = {
-        "prompt": Value("string"),
-        "chosen": Value("string"),
-        "rejected": Value("string"),
-        "turn_starts": List(Value("int32")),
-        "header_end": Value("int32"),
-        "shown": Value("string"),
-        "group": Value("string"),
-        "whole": Value("string"),
-        "pair": Value("string"),
-        "status": Value("string"),
-    }
-    options = {"kind": kind, "swap": config.prefer == "rejected", "place": f"{config.dataset_name}, split {split}"}
-    parsed = rows.map(
-        _parse_batch,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=Features(features),
-        fn_kwargs={"template": template, **options},
-        new_fingerprint=cache_key(_parse_batch, rows, options, tokenizer_state(template) if template else None),
-        desc="Reading pairs",
-    )
-    statuses = Counter(parsed.with_format("numpy")["status"][:].tolist()) if len(parsed) else Counter()
-    kept = [index for index, status in enumerate(parsed["status"]) if status not in REASONS]
-    if len(kept) < len(parsed):
-        parsed = parsed.select(kept)
-    return parsed.remove_columns("status"), statuses
-
-
-def _parse_batch(
-    batch: dict[str, list[Any]],
-    numbers: list[int],
-    kind: str,
-    template: PreTrainedTokenizerBase | None,
-    swap: bool,
-    place: str,
-) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "prompt", "chosen", "rejected", "turn_starts", "header_end", "shown", "group", "whole", "pair", "status",
-        )
-    }  # fmt: skip
-    size = len(batch["chosen"])
-    prompts = batch.get("prompt", [None] * size)
-    groups = batch.get("group", [None] * size)
-    columns = (numbers, prompts, batch["chosen"], batch["rejected"], groups)
-    for at, (number, prompt, chosen, rejected, group) in enumerate(zip(*columns, strict=True)):
-        if kind == "conversation":
-            try:
-                found = _conversation(*(_with_text_content(side) for side in (prompt, chosen, rejected)))
-            except UserError as error:
-                raise UserError(f"--dataset_name {place}, row {number + 1}: {error}") from None
-        else:
-            found = _texts(prompt, chosen, rejected, kind)
-        pair: _Pair = found if isinstance(found, _Pair) else _Pair("", "", "", status=found)
-        if template is not None and pair.status not in REASONS:
-            try:
-                options = _template_options({name: batch[name][at] for name in TEMPLATE_COLUMNS if name in batch})
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"--dataset_name {place}, row {number + 1}: tools must be a list of functions or its JSON, and "
-                    f"chat_template_kwargs a mapping ({first_line(error)}); fix the row or drop the column"
-                ) from None
-            try:
-                pair = _render(pair, template, options)
-            except Exception as error:  # a template is a program: it may raise anything for roles it does not expect
-                raise UserError(
-                    f"--dataset_name {place}, row {number + 1}: the chat template refuses the conversation "
-                    f"{str(pair.messages or messages_of(pair.prompt))[:80]} ({first_line(error)}); fix or drop the "
-                    "row, or pass --dialogue_format plain"
-                ) from None
-            if options:  # the same texts with other tools are another pair
-                pair.pair = _digest(pair.pair + json.dumps(options, sort_keys=True, default=str))
-        out["prompt"].append(pair.prompt)
-        out["chosen"].append(pair.rejected if swap else pair.chosen)
-        out["rejected"].append(pair.chosen if swap else pair.rejected)
-        out["turn_starts"].append(pair.turn_starts)
-        out["header_end"].append(pair.header_end)
-        out["shown"].append(pair.shown)
-        out["group"].append(_digest(group) if group else pair.group)
-        out["whole"].append(pair.whole)
-        out["pair"].append(pair.pair)
-        out["status"].append(pair.status)
-    return out
-
-
-@dataclass
-class _Pair:
-    """A row on its way: texts, or a conversation's messages that `_render` makes texts of."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    turn_starts: list[int] = field(default_factory=list)
-    header_end: int = 0
-    messages: Messages = field(default_factory=list)  # of a conversation: the prompt's, and the two responses'
-    responses: tuple[Messages, Messages] = field(default_factory=lambda: ([], []))
-    shown: str = ""
-    group: str = ""
-    whole: str = ""
-    pair: str = ""
-    status: str = "kept"
-
-
-def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: str) -> _Pair | str:
-    """A row of text as a pair, or why it can't be used."""
-    if not chosen or not rejected:
-        return "empty"
-    if kind == "implicit" and chosen == rejected:
-        return "identical"
-    if kind == "dialogue":
-        parts = parse_dialogue(chosen, rejected)
-        if parts is None:
-            return "identical" if chosen.strip() == rejected.strip() else "no_marker"
-        prompt, chosen, rejected = parts
-    if kind == "implicit":  # as TRL parts them: where they begin to differ, a space before it left to the responses
-        shared = _shared(chosen, rejected)
-        shared -= chosen[:shared].endswith(" ")
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    prompt, chosen, rejected = prompt or "", chosen.rstrip(), rejected.rstrip()
-    if chosen.strip() == rejected.strip():
-        return "identical" if chosen.strip() else "empty"
-    if not chosen.strip() or not rejected.strip() or not prompt.strip():
-        return "empty"
-    starts = turn_starts(prompt)
-    early = kind == "dialogue" and (MARKER in chosen or MARKER in rejected)
-    said = _pair_digest(messages_of(prompt), _answer(chosen), _answer(rejected))
-    return _Pair(
-        prompt, chosen, rejected, starts, shown=prompt, group=_digest(_opening(prompt, starts)), whole=_digest(prompt),
-        pair=said, status="parted_early" if early else "kept",
-    )  # fmt: skip
-
-
-def _with_text_content(messages: Messages | None) -> Messages | None:
-    """The same messages with contents that are text: parts of type text are joined.
-
-    A system message without text is none. Any other message without text that calls no tool, or without a role, makes
-    a conversation unusable: it becomes empty.
-
-    Raises:
-        UserError: a content has parts of another type.
-    """
-    if messages is None:
-        return None
-    found: Messages = []
-    for message in messages:
-        content = message and message.get("content")
-        if isinstance(content, list):
-            other = [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]
-            if other:
-                raise UserError(
-                    f"a message has a content of another type than text ({str(other[0])[:60]}): only text is read; "
-                    "drop the row"
-                )
-            content = "".join(part.get("text") or "" for part in content)
-        if not message or not message.get("role"):
-            return []
-        if message["role"] == "system" and content is None:
-            continue
-        if message["role"] != "system" and not message.get("tool_calls") and not str(content or "").strip():
-            return []
-        found.append(message | {"content": content})
-    return found
-
-
-def _conversation(prompt: Messages | None, chosen: Messages | None, rejected: Messages | None) -> _Pair | str:
-    """A row of messages as a pair, or why it can't be used."""
-    if not chosen or not rejected:
-        return "empty"
-    if chosen == rejected:
-        return "identical"
-    messages, good, bad = _parted(prompt, chosen, rejected)
-    if not messages or not good or not bad:
-        return "empty"
-    said = next((at for at, message in enumerate(messages) if message["role"] != "system"), 0)
-    opening, whole = (_digest(json.dumps(part, default=str)) for part in (messages[: said + 1], messages))
-    pair = _pair_digest(messages, good, bad)
-    return _Pair("", "", "", messages=messages, responses=(good, bad), group=opening, whole=whole, pair=pair)
-
-
-def _answer(text: str) -> Messages:
-    """A response of text as messages."""
-    return messages_of(MARKER + text) if MARKER in text else [{"role": "assistant", "content": text.strip()}]
-
-
-def _pair_digest(prompt: Messages, chosen: Messages, rejected: Messages) -> str:
-    """A digest of a pair's messages, without the spaces around a content, keys without a value and their order."""
-    told = [
-        json.dumps(
-            [
-                {name: each.strip() if isinstance(each, str) else each for name, each in turn.items() if each}
-                for turn in part
-            ],
-            sort_keys=True,
-            default=str,
-        )
-        for part in (prompt, chosen, rejected)
-    ]
-    return _digest("\n".join([told[0], *sorted(told[1:])]))
-
-
-def _render(pair: _Pair, template: Any, options: dict[str, Any]) -> _Pair:
-    """A pair through the tokenizer's chat template, with its roles repaired where the template refuses them.
+def _render(messages: tuple[Messages, Messages, Messages], template: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The columns that a pair's rendering gives, with its roles repaired where the template refuses them.
 
     The repair is of the whole conversation: an answer that the prompt already began becomes part of both responses.
     """
-    messages, (chosen, rejected) = pair.messages, pair.responses
-    if not messages:  # a row of text
-        messages = messages_of(pair.prompt)
-        chosen, rejected = _answer(pair.chosen), _answer(pair.rejected)
-    status = pair.status
+    found: dict[str, Any] = {}
     try:
-        texts = _rendered(messages, chosen, rejected, template, options)
+        texts = _rendered(*messages, template, options)
     except Exception:
-        asked = alternating(messages)
+        asked = alternating(messages[0])
         asked = asked[:-1] if asked and asked[-1]["role"] == "assistant" else asked
-        responses = tuple(alternating([*messages, *side])[len(asked) :] for side in (chosen, rejected))
-        if not asked or (asked, *responses) == (messages, chosen, rejected):
+        chosen, rejected = (alternating([*messages[0], *side])[len(asked) :] for side in messages[1:])
+        if not asked or (asked, chosen, rejected) == messages:
             raise
-        messages, (chosen, rejected), status = asked, responses, "roles_repaired"
-        texts = _rendered(messages, chosen, rejected, template, options)
+        messages, found["status"] = (asked, chosen, rejected), "roles_repaired"
+        texts = _rendered(*messages, template, options)
     if texts[1].strip() == texts[2].strip():
-        status = "identical"
-    header_end, starts = rendered_turns(messages, texts[0], template, options)
-    return replace(
-        pair, prompt=texts[0], chosen=texts[1], rejected=texts[2], turn_starts=starts, header_end=header_end,
-        shown=dialogue(messages), status=status,
-    )  # fmt: skip
+        found["status"] = "identical"
+    header_end, starts = rendered_turns(messages[0], texts[0], template, options)
+    places = {"turn_starts": starts, "header_end": header_end, "shown": dialogue(messages[0])}
+    return {**found, **dict(zip(ROLES, texts, strict=False)), **places}
 
 
 def _rendered(
     messages: Messages, chosen: Messages, rejected: Messages, template: Any, options: dict[str, Any]
 ) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected text of a pair: the prompt is what its own rendering and both whole ones begin with,
-    for some templates write the question before an answer differently (a thought that is opened, …)."""
+    """Prompt, chosen and rejected text of a pair.
+
+    The prompt is what its own rendering and both whole ones begin with: some templates write the question before an
+    answer differently (a thought that is opened, …).
+    """
     asked = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     good, bad = (
         template.apply_chat_template([*messages, *side], tokenize=False, **options) for side in (chosen, rejected)
     )
     end = min(_shared(asked, good), _shared(asked, bad))
     return asked[:end], good[end:], bad[end:]
-
-
-def turn_starts(prompt: str) -> list[int]:
-    """Offsets at which turns start, without the first one's and the closing marker's, which has no turn yet."""
-    closing = len(prompt) - len(MARKER) if prompt.endswith(MARKER) else -1
-    return [match.start() for match in TURN.finditer(prompt) if match.start() not in (0, closing)]
-
-
-def _opening(prompt: str, turn_starts: list[int]) -> str:
-    """The conversation's first turn, with the system message before it; the whole prompt where it has but one."""
-    first = 0 if prompt.lstrip().startswith(("Human:", "Assistant:")) else 1
-    return prompt[: turn_starts[first]] if len(turn_starts) > first else prompt
-
-
-def _parted(prompt: Messages | None, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """A conversational pair's prompt and responses; without a prompt of its own it is what both sides begin with."""
-    from trl.data_utils import extract_prompt
-
-    if prompt is not None or chosen == rejected:
-        return prompt or [], chosen, rejected
-    row: Any = extract_prompt({"chosen": chosen, "rejected": rejected})
-    return row["prompt"], row["chosen"], row["rejected"]
 
 
 def rendered_turns(
@@ -850,9 +767,8 @@ def rendered_turns(
 def _header(tokenizer: Any, asked: str) -> str:
     """What a chat template writes before the first turn of a conversation that has no system message.
 
-    `asked` is the template and the options that a row passes to it, as JSON.
-
-    A turn of the user is rendered at the beginning and after an answer: what the first has more than the second.
+    `asked` is the template and the options that a row passes to it, as JSON. A turn of the user is rendered at the
+    beginning and after an answer: the header is what the first has more than the second.
     """
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(Exception):  # a template is a program: it may raise anything
@@ -873,70 +789,68 @@ def end_of_turn(tokenizer: Any) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(said)[2]
 
 
-def _groups(rows: Dataset) -> np.ndarray:
-    """(N,) what may not part between splits: the conversation's opening, or the prompt where many share an opening.
-
-    A greeting or a system prompt opens many conversations that have nothing else in common.
-    """
-    groups = np.asarray(rows["group"][:])
-    _, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    common = counts[place] > max(COMMON_OPENING, len(rows) // 100)
-    if common.any():
-        at = np.flatnonzero(common)
-        groups[at] = rows.select(at)["whole"]
-    return groups
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+# --- splits ----------------------------------------------------------------------------------------------------------
 
 
 def _split(rows_of: dict[str, Dataset], config: TextDataConfig) -> tuple[dict[str, Dataset], int, dict[str, int]]:
-    """Three splits: the data's own where it has them, the rest held out from its training rows by group; how many rows
-    are in none, for their conversation has others in a held-out split that was full; and how many a split loses because
-    a held-out one has them too.
+    """The splits: the data's own where it has them, the rest held out from its training rows by group.
 
     Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the file. A
     limit takes one row of each group before a second one of any (`_spread`): pairs of one conversation share much of
     their text, so that they teach less, and their figures are not independent. A smaller limit takes a subset of a
     larger one.
+
+    Returns:
+        The splits, how many rows are in none (their conversation has others in a held-out split that was full), and how
+        many rows a split loses because a held-out one has them too.
     """
-    rows = rows_of["train"]
-    groups = _groups(rows)
-    order = np.argsort(groups, kind="stable")
-    # (S,) where in the order a group begins: the only places to cut
-    starts = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]]) if len(order) else np.empty(0, int)
     limits = {
         "test": config.max_test_samples, "validation": config.max_eval_samples, "train": config.max_train_samples
     }  # fmt: skip
-    shares = {"test": config.test_fraction, "validation": config.validation_fraction}
-    places: dict[str, np.ndarray] = {}  # of each split's rows in its table
-    taken = left_out = 0
-    for split in ("test", "validation"):
-        if split in rows_of:
-            places[split] = np.arange(len(rows_of[split]))
-            continue
-        wanted = held_out_size(len(rows), shares[split], limits[split])
-        later = starts[starts >= taken + wanted]
-        if len(later) == 0:
-            raise UserError(
-                f"--dataset_name {config.dataset_name}: {len(rows)} usable pairs of {len(starts)} conversations are "
-                "too few for a training, a validation and a test split; three conversations is the least"
-            )
-        places[split] = order[taken : taken + wanted]
-        left_out += int(later[0]) - taken - wanted
-        taken = int(later[0])
-    places["train"] = order[taken:]
-    tables = {split: rows_of.get(split, rows) for split in SPLITS}
-    kept, copies = held_out_first({split: np.asarray(tables[split]["pair"][:])[places[split]] for split in SPLITS})
+    tables, groups = dict(rows_of), {split: np.asarray(rows["group"][:]) for split, rows in rows_of.items()}
+    places = {split: np.arange(len(rows)) for split, rows in rows_of.items()}  # of each split's rows in its table
+    left_out = 0
+    if "train" in rows_of:
+        rows, groups["train"] = rows_of["train"], _groups(rows_of["train"])
+        order = np.argsort(groups["train"], kind="stable")
+        # (S,) where in the order a group begins: the only places to cut
+        starts = np.unique(groups["train"][order], return_index=True)[1]
+        taken = 0
+        for split, share in (("test", config.test_fraction), ("validation", config.validation_fraction)):
+            if split in rows_of:
+                continue
+            end = taken + held_out_size(len(rows), share, limits[split])
+            later = starts[starts >= end]
+            if len(later) == 0:
+                raise UserError(
+                    f"--dataset_name {config.dataset_name}: {len(rows)} usable pairs of {len(starts)} conversations "
+                    "are too few for a training, a validation and a test split; three conversations is the least"
+                )
+            tables[split], places[split] = rows, order[taken:end]
+            taken = int(later[0])
+            left_out += taken - end
+        places["train"] = order[taken:]
+    digests: dict[str, Any] = {split: np.asarray(table["pair"][:])[places[split]] for split, table in tables.items()}
+    kept, copies = held_out_first(dict.fromkeys(SPLITS, ()) | digests)
     splits: dict[str, Dataset] = {}
-    for split in SPLITS:
+    for split in (split for split in SPLITS if split in tables):
         place = places[split][kept[split]]
         if split in rows_of:
-            own_groups = groups if split == "train" else np.asarray(rows_of[split]["group"][:])
-            place = place[_spread(own_groups[place])][: limits[split]]
+            place = place[_spread(groups[split][place])][: limits[split]]
         splits[split] = tables[split].select(np.sort(place))
     return splits, left_out, copies
+
+
+def _groups(rows: Dataset) -> np.ndarray:
+    """(N,) what must share a split: the conversation's opening, or the prompt where many rows share an opening.
+
+    A greeting or a system prompt opens many conversations that have nothing else in common.
+    """
+    groups = np.asarray(rows["group"][:])
+    _, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    common = np.flatnonzero(counts[place] > max(COMMON_OPENING, len(rows) // 100))
+    groups[common] = rows.select(common)["whole"][:]
+    return groups
 
 
 def _spread(groups: np.ndarray) -> np.ndarray:
@@ -947,4 +861,73 @@ def _spread(groups: np.ndarray) -> np.ndarray:
     return order[np.argsort(place_in_group, kind="stable")]
 
 
-__getattr__ = renamed(__name__, {"DataConfig": "TextDataConfig"})
+# --- the quickstart --------------------------------------------------------------------------------------------------
+
+
+def chitchat_pairs(seed: int = 0, shares: tuple[float, float] = (0.05, 0.15)) -> dict[str, Dataset]:
+    """The quickstart's pairs: the reply a person gave against a reply of like length from another conversation.
+
+    Conversations are split first and partners drawn within a split: a reply that one split learns as chosen must not
+    come back as rejected in another. A pair's prompt has at most three turns and 300 characters, a reply 20 to 200
+    ("ok" would fit any prompt), and a conversation gives at most four pairs.
+
+    Args:
+        seed: draws the replies that become pairs and their rejected partners.
+        shares: shares of the conversations that go to validation and test.
+    """
+    from datasets import Dataset
+
+    try:
+        import chitchat_dataset
+    except ImportError:
+        raise UserError(
+            "--dataset_name chitchat needs the package chitchat-dataset: pip install chitchat-dataset, or name "
+            "a file of your own pairs"
+        ) from None
+    generator = np.random.default_rng(seed)
+    splits: dict[str, list[tuple[str, list[str]]]] = {split: [] for split in SPLITS}
+    for identity, conversation in sorted(chitchat_dataset.Dataset().items()):
+        place = int(_digest(identity), 16) / 2**64
+        split = "validation" if place < shares[0] else "test" if place < sum(shares) else "train"
+        texts = [
+            " ".join(" ".join(part["text"].split()) for part in message).strip() for message in conversation["messages"]
+        ]
+        splits[split].append((identity, texts))
+    pairs = {}
+    for split, conversations in splits.items():
+        replies: list[tuple[int, int, int]] = []  # (length, conversation, turn)
+        for number, (_, texts) in enumerate(conversations):
+            at = [turn for turn in range(1, len(texts)) if _suits(texts, turn)]
+            taken: Any = generator.choice(at, min(4, len(at)), replace=False) if at else []
+            replies += [(len(texts[turn]), number, int(turn)) for turn in sorted(taken)]
+        if len({number for _, number, _ in replies}) < 2:
+            raise UserError(
+                f"--dataset_name chitchat: --validation_fraction {shares[0]} and --test_fraction {shares[1]} leave too "
+                f"few conversations for the split {split}; every split needs a hundredth of them"
+            )
+        replies.sort()
+        rows = []
+        for place, (_, number, turn) in enumerate(replies):
+            # the partner is one of the 25 neighbors on either side in the order of lengths
+            window = [n for n in range(max(0, place - 25), min(len(replies), place + 26)) if replies[n][1] != number]
+            _, other, other_turn = replies[generator.choice(window)]
+            identity, texts = conversations[number]
+            asked = [
+                {"role": "assistant" if at % 2 else "user", "content": text}
+                for at, text in enumerate(_before(texts, turn))
+            ]
+            chosen, rejected = f" {texts[turn]}", f" {conversations[other][1][other_turn]}"
+            rows.append({"prompt": dialogue(asked), "chosen": chosen, "rejected": rejected, "group": identity})
+        pairs[split] = Dataset.from_list([rows[index] for index in generator.permutation(len(rows))])
+    return pairs
+
+
+def _before(texts: list[str], turn: int) -> list[str]:
+    """The one or three utterances before a reply: an odd number, so that Human has the first word."""
+    return texts[turn - (3 if turn >= 3 else 1) : turn]
+
+
+def _suits(texts: list[str], turn: int) -> bool:
+    """Whether the reply and its prompt have the lengths that a pair may have."""
+    prompt = _before(texts, turn)
+    return 20 <= len(texts[turn]) <= 200 and all(prompt) and sum(map(len, prompt)) <= 300

@@ -31,14 +31,13 @@ from resdpo_trl.metrics import (
 from resdpo_trl.run.folder import use_the_cores, write_figures
 from resdpo_trl.run.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.scorer import score_rows
-from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextModelConfig
-from resdpo_trl.text.data import Preferences, TextDataConfig, load_preferences
+from resdpo_trl.text.data import TextDataConfig, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer, local_model
 from resdpo_trl.text.reward import RewardModel, reward_figures
 from resdpo_trl.text.scoring import add_response_head, check_adapters, pair_logps
-from resdpo_trl.text.tokens import SHORTEST, tokenize
+from resdpo_trl.text.tokens import PairCollator, tokenize
 
 
 @dataclass
@@ -85,10 +84,6 @@ class EvaluateConfig:
         for name in ("model", "reference"):
             if getattr(self, name) is None:
                 raise UserError(f"--{name}: name a folder or Hub id")
-        if self.beta is not None and not self.beta > 0:
-            raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
-        if self.max_length is not None and self.max_length < SHORTEST:
-            raise UserError(f"--max_length {self.max_length}: must be at least {SHORTEST} tokens")
         if self.batch_size < 1 or self.max_new_tokens < 1 or self.num_samples < 0:
             raise UserError("--batch_size and --max_new_tokens must be at least 1, --num_samples at least 0")
 
@@ -99,12 +94,10 @@ def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfi
     What no flag says is as the model's training had it. Test pairs that the training has seen are left out.
     """
     use_the_cores()
-    named = {"--model": config.model, "--reference": config.reference, "--other_model": config.other_model}
-    names = {flag: name for flag, name in named.items() if name is not None}
-    known = {
-        flag: read_facts(local_model(name, flag), model.model_revision, flag)
-        for flag, name in (names | ({"--reward_model": config.reward_model} if config.reward_model else {})).items()
-    }
+    named = {f"--{name}": getattr(config, name) for name in ("model", "reference", "other_model", "reward_model")}
+    names: dict[str, str] = {flag: name for flag, name in named.items() if name is not None}
+    known = {flag: read_facts(local_model(name, flag), model.model_revision, flag) for flag, name in names.items()}
+    names.pop("--reward_model", None)
     asked = {
         "beta": config.beta,
         "loss_type": config.loss_type,
@@ -114,8 +107,7 @@ def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfi
     }
     settings = as_trained(known["--model"], asked, {"max_length": 256, "max_response_length": None})
     used: dict[str, Any] = {name: value for name, (value, _) in settings.items()}
-    config = dataclasses.replace(config, max_length=used["max_length"], bf16=used["precision"] == "bfloat16")
-    data = dataclasses.replace(data, max_response_length=used["max_response_length"])
+    config = dataclasses.replace(config, bf16=used["precision"] == "bfloat16")
     loss = loss_of(settings)
     tokenizers = {flag: load_tokenizer(name, model, config.trust_remote_code, flag) for flag, name in names.items()}
     tokenizer = tokenizers["--model"]
@@ -125,17 +117,15 @@ def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfi
     texts = load_preferences(data, tokenizer, held_out)
     rows = texts[config.split]
     kept, left_out = unseen(rows["pair"][:], known.values() if held_out else (), f"--dataset_name {data.dataset_name}")
-    pairs = tokenize(
-        rows.select(kept), tokenizer, used["max_length"], data.max_response_length, texts.ends_turns, "Tokenizing"
-    )
-    # before the long work, should it be none
+    cap = (used["max_length"], used["max_response_length"])
+    pairs = tokenize(rows.select(kept), tokenizer, *cap, texts.ends_turns)
     reward = None
-    if config.reward_model is not None:
+    if config.reward_model is not None:  # before the long work, should it be none
         reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
         its_texts = load_preferences(data, reward.tokenizer, held_out)
         texts.check_same_pairs(its_texts, config.split, reward.name)
-        its_texts.splits[config.split] = its_texts[config.split].select(kept)
-    logps, answers = {}, []
+    logps: dict[str, LogProbs] = {}
+    answers: list[list[int]] = []
     for flag, name in names.items():  # one model in memory at a time
         loaded = load_model(name, model, config.trust_remote_code, flag)
         check_fits(loaded, tokenizer, used["max_length"], config.max_new_tokens if config.num_samples else 0)
@@ -147,13 +137,15 @@ def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfi
             prompts = answerable(loaded, pairs["prompt_ids"][: config.num_samples], config.max_new_tokens)
             answers = answer(
                 loaded, tokenizer, prompts, config.max_new_tokens, sampled=True, seed=config.seed,
-                batch_size=config.batch_size, description="Answering",
+                batch_size=config.batch_size,
             )  # fmt: skip
             policy_logps = answer_logps(loaded, prompts, answers, tokenizer, config)
         elif flag == "--reference" and config.num_samples:
-            ref_logps = answer_logps(loaded, prompts, answers, tokenizer, config)
+            log_ratios = policy_logps - answer_logps(loaded, prompts, answers, tokenizer, config)
         del loaded
-    scores = _against(logps["--model"], logps["--reference"])
+    for each in logps.values():
+        each.ref_chosen, each.ref_rejected = logps["--reference"].chosen, logps["--reference"].rejected
+    scores = logps["--model"]
     per_pair = pair_figures(scores, loss)
     figures: dict[str, Any] = {
         "model": config.model,
@@ -167,16 +159,15 @@ def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfi
         "length_controlled_accuracy": length_controlled(per_pair["rewards/accuracies"], scores),
     }
     if config.num_samples:
-        figures["answers"] = answer_figures(answers, policy_logps - ref_logps, tokenizer)
+        figures["answers"] = answer_figures(answers, log_ratios, tokenizer)
     if config.other_model is not None:
-        other = pair_figures(_against(logps["--other_model"], logps["--reference"]), loss)
+        other = pair_figures(logps["--other_model"], loss)
         figures["other_model"] = {"model": config.other_model, "pairs": with_intervals(other)}
-        figures["difference"] = {
-            name: paired_difference(per_pair[name], other[name])
-            for name in ("loss", "rewards/accuracies", "rewards/margins")
-        }
+        compared = ("loss", "rewards/accuracies", "rewards/margins")
+        figures["difference"] = {name: paired_difference(per_pair[name], other[name]) for name in compared}
     if reward is not None:
-        figures["reward_model"] = explicit_rewards(reward, its_texts, per_pair, answers, tokenizer, config, data)
+        its_rows, limits = its_texts[config.split].select(kept), (*cap, its_texts.ends_turns, config.batch_size)
+        figures["reward_model"] = explicit_rewards(reward, its_rows, per_pair, *texts_of(answers, tokenizer), limits)
     if config.output:
         write_figures(config.output, figures)
     return figures
@@ -184,28 +175,26 @@ def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfi
 
 def explicit_rewards(
     reward: RewardModel,
-    texts: Preferences,
+    rows: Dataset,
     implicit: dict[str, np.ndarray],
-    answers: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    config: EvaluateConfig,
-    data: TextDataConfig,
+    answers: list[str],
+    ended: list[bool],
+    how: tuple[int, int | None, bool, int],
 ) -> dict[str, Any]:
     """What a trained reward model says of the same pairs, and how its ranking agrees with the implicit reward's.
 
-    The pairs, `texts` as its own tokenizer renders them, are tokenized and capped for the reward model. The implicit
-    reward β(log π − log π_ref) is the explicit one up to β log Z(x) of the prompt (Eq. 5 of DPO), which cancels in a
-    margin and not between prompts: the correlation of margins compares the two models, that of all rewards mixes
-    prompts in.
+    The implicit reward β(log π − log π_ref) is the explicit one up to β log Z(x) of the prompt (Eq. 5 of DPO), which
+    cancels in a margin and not between prompts: the correlation of margins compares the two models, that of all rewards
+    mixes prompts in.
+
+    Args:
+        reward: the reward model.
+        rows: the pairs as its own tokenizer renders them.
+        implicit: the policy's figures of these pairs.
+        answers, ended: the policy's answers to the first prompts, and whether each ended by itself.
+        how: the cap, whether the texts carry their end of turn, and the batch size, as `pair_rewards` takes them.
     """
-    rows = texts[config.split]
-    cap: dict[str, Any] = {
-        "max_length": config.max_length,
-        "max_response_length": data.max_response_length,
-        "ends_turns": texts.ends_turns,
-        "batch_size": config.batch_size,
-    }
-    explicit = reward_figures(*reward.pair_rewards(rows, **cap))
+    explicit = reward_figures(*reward.pair_rewards(rows, *how))
     right, implicitly_right = explicit["rewards/accuracies"], implicit["rewards/accuracies"]
     of_all, implicit_of_all = (
         np.stack([found["rewards/chosen"], found["rewards/rejected"]], axis=1) for found in (explicit, implicit)
@@ -220,12 +209,9 @@ def explicit_rewards(
         },
     }
     if answers:
-        shown = rows.select(range(len(answers)))
-        given = reward.answer_rewards(shown, *texts_of(answers, tokenizer), **cap)
-        people = torch.from_numpy(explicit["rewards/chosen"][: len(answers)])
-        figures["answers"] = with_intervals(
-            {"reward": given.double().numpy(), "beats_chosen": (given > people).double().numpy()}
-        )
+        given = reward.answer_rewards(rows.select(range(len(answers))), answers, ended, *how).double().numpy()
+        better = given > explicit["rewards/chosen"][: len(answers)]
+        figures["answers"] = with_intervals({"reward": given, "beats_chosen": better.astype(float)})
     return figures
 
 
@@ -335,17 +321,6 @@ def answer_logps(
     ]
     how = (config.batch_size, "Scoring answers", config.prefix_sharing)
     return score_pairs(model, Dataset.from_list(rows), tokenizer, *how).chosen
-
-
-def _against(policy: LogProbs, reference: LogProbs) -> LogProbs:
-    return LogProbs(
-        policy.chosen,
-        policy.rejected,
-        reference.chosen,
-        reference.rejected,
-        policy.chosen_tokens,
-        policy.rejected_tokens,
-    )
 
 
 def describe(figures: dict[str, Any]) -> str:

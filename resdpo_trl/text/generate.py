@@ -7,12 +7,11 @@ dialogues ("\\n\\nHuman: … \\n\\nAssistant:").
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from resdpo_trl.errors import UserError
@@ -49,42 +48,36 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def write_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], int]:
     """A prompt as a model of this tokenizer reads it: text, where its turns start, where its first turn starts.
 
+    Where the chat template refuses the roles of a conversation, it renders them repaired (`alternating`).
+
     Raises:
-        UserError: a conversation that the template does not take.
+        UserError: a conversation that the template refuses all the same.
     """
     if tokenizer.chat_template is None:
         text = prompt if isinstance(prompt, str) else dialogue(prompt)
         return text, turn_starts(text), 0
     messages = messages_of(prompt) if isinstance(prompt, str) else prompt
-    try:
-        text, messages = _rendered(messages, tokenizer)
-    except Exception as error:  # a template is a program: it may raise anything
-        raise UserError(
-            f"the tokenizer's chat template refuses the conversation that begins {str(messages)[:80]} "
-            f"({first_line(error)}): fix or drop it"
-        ) from None
-    header_end, starts = rendered_turns(messages, text, tokenizer)
-    return text, starts, header_end
-
-
-def _rendered(messages: Messages, tokenizer: Any) -> tuple[str, Messages]:
-    """The rendering of messages, or of the same with their roles repaired where the template refuses them."""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)), messages
-    except Exception:
-        repaired = alternating(messages)
-        if repaired == messages:
-            raise
-        return str(tokenizer.apply_chat_template(repaired, tokenize=False, add_generation_prompt=True)), repaired
+    for repair in (list, alternating):
+        try:
+            asked = repair(messages)
+            text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program: it may raise anything
+            refusal = first_line(error)
+        else:
+            header_end, starts = rendered_turns(asked, text, tokenizer)
+            return text, starts, header_end
+    raise UserError(
+        f"the tokenizer's chat template refuses the conversation that begins {str(messages)[:80]} ({refusal}): fix or "
+        "drop it"
+    )
 
 
 def prompt_ids(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, budget: int
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of prompts, at most `budget` tokens each, and how many tokens each lost."""
-    texts, starts, headers = zip(*(write_prompt(prompt, tokenizer) for prompt in prompts), strict=True)
-    rendered = tokenizer.chat_template is not None
-    return tokenize_prompts(list(texts), list(starts), list(headers), tokenizer, budget, rendered)
+    written = [write_prompt(prompt, tokenizer) for prompt in prompts]
+    return tokenize_prompts(written, tokenizer, budget, rendered=tokenizer.chat_template is not None)
 
 
 def answer_ids(
@@ -116,7 +109,7 @@ def answer(
     stop_string: str | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """Token ids of one answer a prompt; an answer that was not cut short ends with one of `stop_tokens`.
+    """Token ids of one answer per prompt; an answer that was not cut short ends with one of `stop_tokens`.
 
     Prompts of like length share a batch. What is sampled depends on the seed and on the batches. What the model's own
     generation_config.json asks for (a repetition penalty, min_p, …) is not followed: the answers would be drawn from
@@ -125,7 +118,7 @@ def answer(
     Args:
         model: a causal language model.
         prompts: token ids of each prompt.
-        max_new_tokens: tokens of an answer, at most.
+        max_new_tokens: the most tokens of an answer.
         sampled: draw from the model's own distribution by `seed` where True, take the likeliest token where False.
         temperature, top_p: what the distribution is sharpened by and cut at where it is sampled.
         stop_string: a text that also ends an answer; the answer includes it.
@@ -147,13 +140,12 @@ def answer(
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
-    total = math.ceil(len(prompts) / batch_size) * max_new_tokens
     # None leaves it to tqdm's own setting
-    steps = tqdm(total=total, desc=description, unit="step", leave=False, disable=True if streamer else None)
+    starts = tqdm(range(0, len(prompts), batch_size), description, leave=False, disable=True if streamer else None)
     try:
-        with steps, torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
-            for number, start in enumerate(range(0, len(prompts), batch_size), 1):
+            for start in starts:
                 places = order[start : start + batch_size]
                 rows = [prompts[place] for place in places]
                 width = max(map(len, rows))
@@ -163,31 +155,13 @@ def answer(
                     input_ids=ids.to(model.device),
                     attention_mask=mask.to(model.device),
                     generation_config=config,
-                    stopping_criteria=StoppingCriteriaList([_Progress(steps)]),
                     tokenizer=tokenizer,
                     streamer=streamer,
                 )
-                steps.update(number * max_new_tokens - steps.n)  # a batch whose answers have all ended stops early
                 for place, row in zip(places, out[:, width:].tolist(), strict=True):
-                    answers[place] = _until_end(row, stops)
+                    end = next((at for at, token in enumerate(row) if token in stops), len(row))
+                    answers[place] = row[: end + 1]  # the rest is padding
     finally:
         base.generation_config = own_config
-    model.train(training)
+        model.train(training)
     return answers
-
-
-class _Progress(StoppingCriteria):
-    """Moves a progress bar at every step, and stops nothing."""
-
-    def __init__(self, steps: Any):
-        self.steps = steps
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> Any:
-        self.steps.update()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def _until_end(tokens: list[int], stops: list[int]) -> list[int]:
-    """The tokens up to the first of the stop tokens, with it; what follows is padding."""
-    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokens[: end + 1]

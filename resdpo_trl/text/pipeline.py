@@ -27,7 +27,7 @@ from resdpo_trl.run.hub import check_public_base
 from resdpo_trl.run.provenance import read_facts, write_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SPLITS, describe_cuts, describe_left_out, first_line, source_name
 from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextRewardConfig, TextSFTConfig
-from resdpo_trl.text.data import QUICKSTART, TextDataConfig, fingerprint, load_preferences
+from resdpo_trl.text.data import QUICKSTART, TextDataConfig, load_preferences
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import (
     base_model,
@@ -41,7 +41,7 @@ from resdpo_trl.text.model import (
     merged_model,
 )
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows, save_reward_model, untrained_reward_model
-from resdpo_trl.text.tokens import cap_counts, sft_rows, tokenize
+from resdpo_trl.text.tokens import cap_counts, fingerprint, sft_rows, tokenize
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
 from resdpo_trl.training.arguments import RunConfig
 from resdpo_trl.training.callbacks import use_run_callbacks

@@ -26,9 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from resdpo_trl.text.data import fingerprint
 from resdpo_trl.text.model import base_model
-from resdpo_trl.text.tokens import code_version
+from resdpo_trl.text.tokens import code_version, fingerprint
 
 logger = logging.get_logger(__name__)
 

@@ -20,9 +20,9 @@ from trl.kernels import ChunkedLogProbFunction
 from resdpo_trl.errors import UserError
 from resdpo_trl.sources import first_line
 from resdpo_trl.text.attention import ATTENTION, FLEX, block_mask
-from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.fused import in_float32
 from resdpo_trl.text.model import positions_of
+from resdpo_trl.text.tokens import PairCollator
 
 # response tokens whose logits are held at once: 4,096 × GPT-2's vocabulary in float32 is 0.8 GB
 CHUNK_TOKENS = 4096

@@ -1,13 +1,19 @@
-"""From texts to capped token ids, in one batched pass.
+"""From texts to capped token ids in one batched pass, and from those to the tensors of one forward pass.
 
 The cap, for a row of at most `max_length` tokens of which a response may always use `max_response_length`:
 
 1. A response's end is cut only beyond max(max_response_length, max_length − prompt tokens). A cut response gets no
    end-of-text token: the model must not learn to stop there.
-2. What is left after the longer response is the prompt's. It loses its oldest turns first, then its oldest tokens,
-   so that the last turn's end and the "Assistant:" marker always stay.
+2. The prompt gets what the longer response leaves. It loses its oldest turns first, then its oldest tokens, so that
+   the last turn's end and the "Assistant:" marker always stay.
 
 Both responses see the same prompt, and no pair is lost.
+
+With prefix sharing a pair is one row `[prompt | chosen | rejected]`: the prompt runs once, position ids restart
+after it, and the rejected part does not see the chosen part ("Accelerating Direct Preference Optimization with
+Prefix Sharing", https://arxiv.org/abs/2410.20305). Without it, a pair is two rows `[prompt | chosen]` and
+`[prompt | rejected]`. Either way the batch says which hidden states predict which response tokens, so that the LM
+head runs only there, and the rest of the code does not know the difference.
 """
 
 from __future__ import annotations
@@ -16,8 +22,12 @@ import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from resdpo_trl import sources
 from resdpo_trl.errors import UserError
@@ -27,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHORTEST = 16
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+CUTS = ("turns_dropped", "prompt_tokens_dropped", "chosen_tokens_cut", "rejected_tokens_cut", "prompt_tokens_merged")
 
 
 def tokenize(
@@ -42,7 +54,7 @@ def tokenize(
     Args:
         pairs: columns prompt, chosen, rejected, turn_starts, header_end (see `resdpo_trl.text.data`).
         tokenizer: a fast tokenizer with an end-of-text token.
-        max_length: tokens of prompt and one response, at most; at least 16.
+        max_length: the most tokens of prompt and one response; at least 16.
         max_response_length: tokens that a response may always use; half of `max_length` by default.
         ends_turns: the responses already carry their end (a chat template's): add no end-of-text token.
 
@@ -51,8 +63,6 @@ def tokenize(
         turns_dropped, prompt_tokens_dropped, chosen_tokens_cut, rejected_tokens_cut. prompt_tokens_merged counts the
         prompt's last tokens that it has alone but not before its responses.
     """
-    from datasets import Features, List, Value
-
     if max_length < SHORTEST:
         raise UserError(f"--max_length {max_length}: must be at least {SHORTEST} tokens")
     if max_response_length is None:
@@ -62,44 +72,59 @@ def tokenize(
             f"--max_response_length {max_response_length}: must lie between 1 and --max_length − {SHORTEST // 2} "
             f"({max_length - SHORTEST // 2}), so that the prompt keeps its end"
         )
-    check_fast(tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token (eos_token): set one in its tokenizer_config.json")
-    ids = List(Value("int32"))
-    options = {"max_length": max_length, "max_response_length": max_response_length, "ends_turns": ends_turns}
-    counts = (
-        "length", "turns_dropped", "prompt_tokens_dropped", "chosen_tokens_cut", "rejected_tokens_cut",
-        "prompt_tokens_merged",
-    )  # fmt: skip
-    return pairs.map(
-        _tokenize_batch,
+    options: dict[str, Any] = {"max_length": max_length, "max_response_length": max_response_length}
+    columns = dict.fromkeys(IDS, "ids") | dict.fromkeys(("length", *CUTS), "int")
+    return cached_map(_tokenize_batch, pairs, columns, description, tokenizer, ends_turns=ends_turns, **options)
+
+
+def sft_rows(tokenized: Dataset, completion_only_loss: bool) -> Dataset:
+    """Rows of TRL's `SFTTrainer`: a prompt with its chosen response, labels on the response (or on everything)."""
+    rows = tokenized.select_columns(["prompt_ids", "chosen_ids"])
+    columns = {"input_ids": "ids", "labels": "ids", "length": "int"}
+    return cached_map(_sft_batch, rows, columns, "Rows for SFT", completion_only_loss=completion_only_loss)
+
+
+def cached_map(
+    function: Callable[..., Any],
+    rows: Dataset,
+    columns: dict[str, str],
+    description: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    numbered: bool = False,
+    **options: Any,
+) -> Dataset:
+    """What a function makes of batches of rows, from the cache where it is there.
+
+    Args:
+        function: batch -> batch; it also gets the rows' numbers if `numbered`, and what follows by keyword.
+        rows: what it is applied to.
+        columns: name -> `text`, `int` or `ids` (a list of integers), of the result.
+        description: the label of the progress bar.
+        tokenizer, options: what the result depends on; the `repr` of an option must say all of it.
+    """
+    from datasets import Features, List, Value
+
+    kinds = {"text": Value("string"), "int": Value("int32"), "ids": List(Value("int32"))}
+    return rows.map(
+        function,
         batched=True,
-        remove_columns=pairs.column_names,
-        features=Features(
-            {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids} | {name: Value("int32") for name in counts}
-        ),
-        fn_kwargs={"tokenizer": tokenizer, **options},
-        new_fingerprint=cache_key(_tokenize_batch, pairs, options, tokenizer_state(tokenizer)),
+        with_indices=numbered,
+        remove_columns=rows.column_names,
+        features=Features({name: kinds[kind] for name, kind in columns.items()}),
+        fn_kwargs=options if tokenizer is None else {"tokenizer": tokenizer, **options},
+        new_fingerprint=cache_key(function, rows, options, tokenizer and tokenizer_state(tokenizer)),
         desc=description,
     )
 
 
-def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a UserError where a tokenizer does not say which characters a token stands for."""
-    if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs the model's fast tokenizer")
-
-
 def cache_key(function: Callable[..., Any], rows: Dataset, *options: Any) -> str:
-    """What names the cached result of mapping a function over rows.
+    """The name of the cached result of mapping a function over rows; the `repr` of `options` is part of it.
 
-    `datasets` names it by the function's name alone, so that a changed one would give what the old one gave; here
-    `code_version` is part of it. And it would pickle a tokenizer for it: seconds a split, and another key once the
-    tokenizer has been used.
-
-    Args:
-        function: what is mapped.
-        options: what the result depends on other than the rows and the code; their `repr` must say all of it.
+    `datasets` names it by the function's name alone, so that a changed function would give what the old one gave; here
+    `code_version` is part of it. And `datasets` would pickle a tokenizer for it, which takes seconds per split and
+    gives another key once the tokenizer has been used.
     """
     parts = (code_version(), function.__name__, rows._fingerprint, options)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -123,23 +148,38 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
     return tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template
 
 
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a UserError where a tokenizer does not say which characters a token covers."""
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs the model's fast tokenizer")
+
+
+def fingerprint(tokenized: Dataset) -> str:
+    """A digest of tokenized pairs, the same however they were loaded."""
+    digest = hashlib.sha256()
+    for batch in tokenized.with_format("arrow").iter(batch_size=10_000):
+        for name in IDS:
+            column = batch[name].combine_chunks()
+            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
 def cap_counts(tokenized: Dataset) -> dict[str, int]:
     """What the cap cut, over all pairs of a split."""
     import numpy as np
     from pyarrow import compute
 
     table = tokenized.with_format("numpy")
-    turns, tokens = table["turns_dropped"][:], table["prompt_tokens_dropped"][:]
-    chosen, rejected = table["chosen_tokens_cut"][:], table["rejected_tokens_cut"][:]
+    turns, tokens, chosen, rejected, merged = (np.asarray(table[name][:]) for name in CUTS)
     rows = tokenized.with_format("arrow")
-    sides = [compute.list_value_length(rows[name][:]).to_numpy() for name in ("chosen_ids", "rejected_ids")]
-    shortest = np.minimum(*sides)
+    shortest = np.minimum(*(compute.list_value_length(rows[name][:]).to_numpy() for name in IDS[1:]))
     return {
         "pairs": len(tokenized),
         "prompts_shortened": int((tokens > 0).sum()),
         "turns_dropped": int(turns.sum()),
         "prompt_tokens_dropped": int(tokens.sum()),
-        "prompts_merged": int((table["prompt_tokens_merged"][:] > 0).sum()),
+        "prompts_merged": int((merged > 0).sum()),
         "chosen_cut": int((chosen > 0).sum()),
         "rejected_cut": int((rejected > 0).sum()),
         "response_tokens_cut": int(chosen.sum() + rejected.sum()),
@@ -147,82 +187,49 @@ def cap_counts(tokenized: Dataset) -> dict[str, int]:
     }
 
 
-def sft_rows(tokenized: Dataset, completion_only_loss: bool) -> Dataset:
-    """Rows of TRL's `SFTTrainer`: a prompt with its chosen response, labels on the response (or on everything)."""
-    from datasets import Features, List, Value
-
-    ids = List(Value("int32"))
-    options = {"completion_only_loss": completion_only_loss}
-    return tokenized.select_columns(["prompt_ids", "chosen_ids"]).map(
-        _sft_batch,
-        batched=True,
-        remove_columns=["prompt_ids", "chosen_ids"],
-        features=Features({"input_ids": ids, "labels": ids, "length": Value("int32")}),
-        fn_kwargs=options,
-        new_fingerprint=cache_key(_sft_batch, tokenized, options),
-        desc="Rows for SFT",
-    )
-
-
 def cap_prompt(
     prompt: list[int], turn_tokens: list[int], budget: int, beginning: Sequence[int] = ()
 ) -> tuple[list[int], int]:
-    """The newest `budget` tokens of a prompt, at most: its oldest turns go, as few as will do; where the newest turn
-    alone is too long, its oldest tokens.
+    """The newest tokens of a prompt, at most `budget`, and how many whole turns were dropped.
+
+    As few of the oldest turns go as will do; where the newest turn alone is too long, its oldest tokens go.
 
     Args:
         prompt: token ids.
         turn_tokens: ascending indices of the tokens at which turns start, without the first turn's.
-        budget: tokens to keep, at most.
+        budget: the most tokens to keep.
         beginning: the tokens that a prompt that begins with them keeps: a chat template's system turn, the
             beginning-of-text token. Not kept where they take more than half of the budget.
-
-    Returns:
-        The kept ids, and how many whole turns were dropped.
     """
     excess = len(prompt) - budget
     if excess <= 0:
         return prompt, 0
     stays = list(beginning) if prompt[: len(beginning)] == list(beginning) and 2 * len(beginning) <= budget else []
     excess += len(stays)
-    start, dropped = excess, len(turn_tokens)  # the newest turn alone is too long
-    for number, turn in enumerate(turn_tokens, 1):
-        if turn >= excess:
-            start, dropped = turn, number
-            break
+    fitting = ((turn, number) for number, turn in enumerate(turn_tokens, 1) if turn >= excess)
+    start, dropped = next(fitting, (excess, len(turn_tokens)))  # the newest turn alone is too long
     kept = prompt[start:]
     # of some templates every turn begins with that token
     return kept if kept[: len(stays)] == stays else stays + kept, dropped
 
 
 def tokenize_prompts(
-    prompts: list[str],
-    turn_starts: list[list[int]],
-    header_ends: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    budget: int,
-    rendered: bool,
+    prompts: Sequence[tuple[str, list[int], int]], tokenizer: PreTrainedTokenizerBase, budget: int, rendered: bool
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of prompts without responses, each of the newest `budget` tokens at most.
+    """Token ids of prompts without responses, the newest `budget` of each, and how many tokens each prompt lost.
 
     Args:
-        prompts: texts.
-        turn_starts: where turns of each start, as character offsets.
-        header_ends: where the first turn of each starts; what comes before it is kept.
-        budget: tokens of a prompt, at most.
+        prompts: text, turn_starts and header_end of each, as in `resdpo_trl.text.data`.
+        budget: the most tokens of a prompt.
         rendered: whether a chat template wrote the texts, and with them what a text begins with.
-
-    Returns:
-        The ids, and how many tokens each prompt lost.
     """
     check_fast(tokenizer)
-    encoded = encode(tokenizer, prompts)
+    encoded = encode(tokenizer, [text for text, _, _ in prompts])
     start = [] if rendered else _beginning(tokenizer)
     found, lost = [], []
-    for row, ids in enumerate(encoded["input_ids"]):
-        turns = _turn_tokens(encoded, row, turn_starts[row])
-        header = _header_ids(encoded, row, header_ends[row], tokenizer, rendered)
-        kept, _ = cap_prompt(ids, turns, budget - len(start), header)
+    for row, (ids, (_, turn_starts, header_end)) in enumerate(zip(encoded["input_ids"], prompts, strict=True)):
+        places = (turn_starts, header_end)
+        kept, _ = _capped(ids, budget - len(start), encoded, row, *places, tokenizer, rendered)
         found.append(start + kept)
         lost.append(len(ids) - len(kept))
     return found, lost
@@ -236,40 +243,48 @@ def _tokenize_batch(
     ends_turns: bool,
 ) -> dict[str, list[Any]]:
     encoded = encode(tokenizer, batch["prompt"])
-    (chosen_ids, rejected_ids), merged = response_ids(
-        tokenizer, batch["prompt"], [batch["chosen"], batch["rejected"]], encoded
-    )
+    sides, merged = response_ids(tokenizer, batch["prompt"], [batch["chosen"], batch["rejected"]], encoded)
     start = [] if ends_turns else _beginning(tokenizer)
     end = [] if ends_turns else [tokenizer.eos_token_id]
-    out: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "prompt_ids", "chosen_ids", "rejected_ids", "length",
-            "turns_dropped", "prompt_tokens_dropped", "chosen_tokens_cut", "rejected_tokens_cut",
-            "prompt_tokens_merged",
-        )
-    }  # fmt: skip
+    room = max_length - len(start)
+    out: dict[str, list[Any]] = {name: [] for name in (*IDS, "length", *CUTS)}
     for row, ids in enumerate(encoded["input_ids"]):
         prompt = ids[: len(ids) - merged[row]]
-        room = max_length - len(start)
         limit = max(max_response_length, room - len(prompt))
-        chosen, rejected = (side[row] + end * (side[row][-1:] != end) for side in (chosen_ids, rejected_ids))
+        chosen, rejected = (side[row] + end * (side[row][-1:] != end) for side in sides)
         budget = room - min(max(len(chosen), len(rejected)), limit)
-        kept, turns = prompt, 0
-        if len(prompt) > budget:
-            starts = _turn_tokens(encoded, row, batch["turn_starts"][row])
-            header = _header_ids(encoded, row, batch["header_end"][row], tokenizer, ends_turns)
-            kept, turns = cap_prompt(prompt, starts, budget, header)
-        out["prompt_ids"].append(start + kept)
-        out["chosen_ids"].append(chosen[:limit])
-        out["rejected_ids"].append(rejected[:limit])
-        out["length"].append(len(start) + len(kept) + min(len(chosen), limit) + min(len(rejected), limit))
-        out["turns_dropped"].append(turns)
-        out["prompt_tokens_dropped"].append(len(prompt) - len(kept))
-        out["chosen_tokens_cut"].append(max(0, len(chosen) - limit))
-        out["rejected_tokens_cut"].append(max(0, len(rejected) - limit))
-        out["prompt_tokens_merged"].append(merged[row])
+        places = (batch["turn_starts"][row], batch["header_end"][row])
+        kept, turns = _capped(prompt, budget, encoded, row, *places, tokenizer, ends_turns)
+        capped = (start + kept, chosen[:limit], rejected[:limit])
+        cuts = (len(prompt) - len(kept), max(0, len(chosen) - limit), max(0, len(rejected) - limit))
+        for name, value in zip(out, (*capped, sum(map(len, capped)), turns, *cuts, merged[row]), strict=True):
+            out[name].append(value)
     return out
+
+
+def _capped(
+    ids: list[int],
+    budget: int,
+    encoded: Any,
+    row: int,
+    turn_starts: list[int],
+    header_end: int,
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: bool,
+) -> tuple[list[int], int]:
+    """`cap_prompt` of the row of `encoded` whose token ids are (or begin with) `ids`.
+
+    A truncated prompt keeps all before its first turn, or the beginning-of-text token that a chat template may have
+    written.
+    """
+    if len(ids) <= budget:
+        return ids, 0
+    turns = [token for offset in turn_starts if (token := _token_at(encoded, row, offset)) is not None]
+    if header_end:
+        header = encoded["input_ids"][row][: _token_at(encoded, row, header_end)]
+    else:
+        header = [tokenizer.bos_token_id] if rendered and tokenizer.bos_token_id is not None else []
+    return cap_prompt(ids, turns, budget, header)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Any:
@@ -280,12 +295,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Any:
 def response_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], sides: Sequence[list[str]], encoded: Any
 ) -> tuple[list[list[list[int]]], list[int]]:
-    """Token ids of responses, and how many of each prompt's last tokens are not before all of its responses.
-
-    Args:
-        prompts: texts.
-        sides: lists of responses, each with one a prompt.
-        encoded: `encode` of the prompts.
+    """Token ids of `sides`, lists of one response per prompt, and how many of each prompt's last tokens are not before
+    all of its responses. `encoded` is `encode` of the prompts.
 
     A response is tokenized after its prompt, and has the tokens after those that the prompt alone begins with, as in
     TRL: SentencePiece writes the first word of a text differently, and tokens may merge across the boundary. Only the
@@ -310,9 +321,9 @@ def response_ids(
             start = space if head else 0
         heads.append(head)
         tails.append(prompt[start:])
-    texts = [tail + text for side in sides for tail, text in zip(tails, side, strict=True)]
-    encoded_texts = encode(tokenizer, texts)["input_ids"]
-    whole = [encoded_texts[at : at + len(prompts)] for at in range(0, len(texts), len(prompts))]
+    whole = [
+        encode(tokenizer, [tail + text for tail, text in zip(tails, side, strict=True)])["input_ids"] for side in sides
+    ]
     ends = [ids[head:] for ids, head in zip(ids_of, heads, strict=True)]
     shared = [min(_common(end, ids) for ids in row) for end, *row in zip(ends, *whole, strict=True)]
     responses = [[ids[begin:] for ids, begin in zip(side, shared, strict=True)] for side in whole]
@@ -337,9 +348,7 @@ def _splits_at_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _common(first: list[int], second: list[int]) -> int:
     """How many tokens both begin with."""
-    if first == second[: len(first)]:
-        return len(first)
-    return next(at for at, token in enumerate(first) if second[at : at + 1] != [token])
+    return next((at for at, token in enumerate(first) if second[at : at + 1] != [token]), len(first))
 
 
 def _token_at(encoded: Any, row: int, offset: int) -> int | None:
@@ -356,27 +365,117 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
-def _turn_tokens(encoded: Any, row: int, offsets: list[int]) -> list[int]:
-    """The tokens at which turns start, from their character offsets."""
-    tokens = (_token_at(encoded, row, offset) for offset in offsets)
-    return [token for token in tokens if token is not None]
-
-
-def _header_ids(
-    encoded: Any, row: int, header_end: int, tokenizer: PreTrainedTokenizerBase, rendered: bool
-) -> list[int]:
-    """What a truncated prompt begins with: all before its first turn, or the beginning-of-text token that a chat
-    template may have written.
-    """
-    if header_end:
-        return list(encoded["input_ids"][row][: _token_at(encoded, row, header_end)])
-    return [tokenizer.bos_token_id] if rendered and tokenizer.bos_token_id is not None else []
-
-
 def _sft_batch(batch: dict[str, list[Any]], completion_only_loss: bool) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for prompt, response in zip(batch["prompt_ids"], batch["chosen_ids"], strict=True):
-        out["input_ids"].append(prompt + response)
-        out["labels"].append(([-100] * len(prompt) if completion_only_loss else prompt) + response)
-        out["length"].append(len(prompt) + len(response))
-    return out
+    rows = list(zip(batch["prompt_ids"], batch["chosen_ids"], strict=True))
+    return {
+        "input_ids": [prompt + response for prompt, response in rows],
+        "labels": [([-100] * len(prompt) if completion_only_loss else prompt) + response for prompt, response in rows],
+        "length": [len(prompt) + len(response) for prompt, response in rows],
+    }
+
+
+@dataclass
+class PairCollator:
+    """Pairs -> a batch. Rows are padded on the right to the longest.
+
+    Returns, for B pairs in R rows (B shared, 2B not) of T tokens with N response tokens in all:
+        input_ids: (R, T).
+        position_ids: (R, T), with sharing; without, they are the model's own.
+        attention_mask: (R, 1, T, T) bool, True where a query (row) sees a key (column), with sharing; (R, T) without.
+        document, part: (R, T), instead of a mask with sharing and `block_mask`; see `attention.block_mask`.
+        predicted_at: (2, N) row and column of the hidden states that predict a response token. Columns count from the
+            end (−1 is the last), so that what PEFT's prompt tuning puts before a row moves none.
+        predicted: (N,) the token predicted there.
+        copies: (R, T) float32, how many of a pair's two sequences a token belongs to: 2 for a shared prompt, 0 for
+            padding.
+        response: (N,) whose token it is: pair i's chosen is 2i, its rejected 2i + 1.
+        chosen_tokens, rejected_tokens: (B,) tokens of each response.
+        ref_chosen_logps, ref_rejected_logps: (B,) float, where the pairs have them.
+    """
+
+    pad_token_id: int
+    prefix_sharing: bool = True
+    block_mask: bool = False
+
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self._shared(pairs) if self.prefix_sharing else self._separate(pairs)
+        batch["chosen_tokens"] = torch.tensor([len(pair["chosen_ids"]) for pair in pairs])
+        batch["rejected_tokens"] = torch.tensor([len(pair["rejected_ids"]) for pair in pairs])
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in pairs[0]:
+                batch[name] = torch.tensor([pair[name] for pair in pairs])
+        return batch
+
+    def _shared(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = [pair["prompt_ids"] + pair["chosen_ids"] + pair["rejected_ids"] for pair in pairs]
+        width = max(map(len, rows))
+        position_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        # (R, T): 0 prompt, 1 chosen, 2 rejected, 3 padding
+        part = torch.full((len(rows), width), 3, dtype=torch.uint8)
+        predicted_at, response = [], []
+        for row, pair in enumerate(pairs):
+            prompt, chosen, rejected = (len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+            second = prompt + chosen
+            part[row, :prompt], part[row, prompt:second], part[row, second : second + rejected] = 0, 1, 2
+            position_ids[row, :second] = torch.arange(second)
+            position_ids[row, second : second + rejected] = torch.arange(prompt, prompt + rejected)
+            # the prompt's last token predicts the first token of both
+            at = torch.cat([torch.arange(prompt - 1, second - 1), torch.arange(second - 1, second + rejected - 1)])
+            at[chosen] = prompt - 1
+            predicted_at.append(torch.stack([torch.full_like(at, row), at - width]))
+            response += [2 * row] * chosen + [2 * row + 1] * rejected
+        if self.block_mask:
+            mask = {"document": (part == 3).int(), "part": part.int()}
+        else:
+            queries, keys = part[:, :, None], part[:, None, :]
+            # padding comes last, so a padded query still sees real keys: a row of the softmax is never empty
+            sees = torch.ones(width, width, dtype=torch.bool).tril() & (keys != 3) & ~((queries == 2) & (keys == 1))
+            mask = {"attention_mask": sees[:, None]}
+        return {
+            "input_ids": _pad(rows, width, self.pad_token_id),
+            **mask,
+            "position_ids": position_ids,
+            "copies": torch.tensor([2.0, 1.0, 1.0, 0.0])[part.int()],
+            "predicted_at": torch.cat(predicted_at, 1),
+            "predicted": torch.tensor([token for pair in pairs for token in pair["chosen_ids"] + pair["rejected_ids"]]),
+            "response": torch.tensor(response),
+        }
+
+    def _separate(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        sides = [(pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")]
+        rows = [prompt + response for prompt, response in sides]
+        width = max(map(len, rows))
+        real = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+        response = torch.repeat_interleave(
+            torch.arange(len(sides)), torch.tensor([len(response) for _, response in sides])
+        )
+        columns = [torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1) - width for prompt, response in sides]
+        return {
+            "input_ids": _pad(rows, width, self.pad_token_id),
+            "attention_mask": real,
+            "copies": real.float(),
+            "predicted_at": torch.stack([response, torch.cat(columns)]),
+            "predicted": torch.tensor([token for _, response in sides for token in response]),
+            "response": response,
+        }
+
+
+@dataclass
+class LabelCollator:
+    """A collator of rows with labels, and what the response head reads: found here, no step waits for the device.
+
+    Adds, for N tokens with a label (a row's first is not predicted): predicted_at and predicted, as in `PairCollator`.
+    """
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.collate(rows)
+        labels = batch["labels"]
+        row, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
+        at = torch.stack([row, column - labels.shape[1]])
+        return {**batch, "predicted_at": at, "predicted": labels[row, column + 1]}
+
+
+def _pad(rows: list[list[int]], width: int, pad_token_id: int) -> Tensor:
+    return torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])

@@ -24,7 +24,6 @@ from resdpo_trl.losses import LogProbs
 from resdpo_trl.metrics import preference_metrics, training_figures
 from resdpo_trl.scorer import score_rows
 from resdpo_trl.text.attention import FLEX
-from resdpo_trl.text.batch import LabelCollator, PairCollator
 from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import tokenized_pairs
 from resdpo_trl.text.model import base_model, load_model, load_tokenizer
@@ -37,6 +36,7 @@ from resdpo_trl.text.reference_cache import (
     write_reference,
 )
 from resdpo_trl.text.scoring import add_response_head, check_adapters, pair_logps, predicted_logps
+from resdpo_trl.text.tokens import LabelCollator, PairCollator
 from resdpo_trl.training.arguments import preference_loss
 from resdpo_trl.training.callbacks import TIMINGS
 from resdpo_trl.training.processes import is_sharded, mean_over_processes, own_rows

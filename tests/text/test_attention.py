@@ -6,7 +6,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from resdpo_trl.text import attention as module
 from resdpo_trl.text.attention import ATTENTION, _Attention, attention, block_mask
-from resdpo_trl.text.batch import PairCollator
+from resdpo_trl.text.tokens import PairCollator
 from tests.conftest import Operators, random_pairs, tiny_model
 
 

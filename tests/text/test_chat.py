@@ -184,17 +184,23 @@ def test_the_oldest_turns_go_where_there_is_no_room(folders, capsys):
     while "no room" not in (said := capsys.readouterr().err):
         before = list(speaker.history)
         chat.ask("What is rain?")
-    assert "(first has no room for the 1 oldest messages and answers: they are dropped)" in said
-    assert speaker.history[:-1] == before[1:]
     turns = [turn for exchange in before for turn in exchange]
     whole = reading(speaker.tokenizer, [*turns, "What is rain?"], "Be brief.")
-    kept = reading(speaker.tokenizer, [*turns[2:], "What is rain?"], "Be brief.")
-    assert len(whole) > 120 >= len(kept)
+    system = len(reading(speaker.tokenizer, ["What is rain?"], "Be brief.")) - len(turn_of(speaker.tokenizer))
+    kept = next(
+        whole[:system] + whole[start:]
+        for start in range(system, len(whole))
+        if whole[start] == whole[0] and system + len(whole) - start <= 120
+    )
+    assert f"(first has no room for the oldest {len(whole) - len(kept)} tokens of the conversation; /reset" in said
     assert speaker.history[-1] == ("What is rain?", generated(speaker.path, kept, 8))
-    history = list(speaker.history)
-    with pytest.raises(UserError, match=r"the message has \d+ tokens, and first has room for 120 .*shorten it"):
-        chat.ask("rain " * 200)
-    assert speaker.history == history
+    assert speaker.history[:-1] == before
+
+
+def turn_of(tokenizer):
+    """The question's turn and what asks for an answer."""
+    text = "<|im_start|>user\nWhat is rain?<|im_end|>\n<|im_start|>assistant\n"
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_room_is_what_an_answer_leaves_of_the_positions(folders):

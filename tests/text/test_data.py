@@ -410,9 +410,13 @@ def test_a_template_that_refuses_what_came_before_only_keeps_turns_together(tmp_
     assert set(strict["header_end"]) == {0}
 
 
-def test_chitchat_is_in_hhs_form():
-    pairs = chitchat_pairs(seed=0)
-    rows = pairs["train"]
+@pytest.fixture(scope="module")
+def chitchat():
+    return chitchat_pairs()
+
+
+def test_chitchat_is_in_hhs_form(chitchat):
+    rows = chitchat["train"]
     assert len(rows) > 5000
     assert rows[:50] == chitchat_pairs(seed=0)["train"][:50]
     assert rows[:50] != chitchat_pairs(seed=1)["train"][:50]
@@ -430,11 +434,10 @@ def test_chitchat_is_in_hhs_form():
     assert sum(abs(a - b) <= 10 for a, b in lengths) > 0.95 * len(lengths)
 
 
-def test_no_chitchat_reply_is_chosen_in_one_split_and_rejected_in_another():
+def test_no_chitchat_reply_is_chosen_in_one_split_and_rejected_in_another(chitchat):
     """A test reply that training had learned as chosen would look good for that alone."""
-    pairs = chitchat_pairs()
-    test, train = pairs["test"], pairs["train"]
-    groups = [set(rows["group"]) for rows in pairs.values()]
+    test, train = chitchat["test"], chitchat["train"]
+    groups = [set(rows["group"]) for rows in chitchat.values()]
     assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
     learned = set(train["chosen"])
     shared = sum(text in learned for text in test["rejected"])

@@ -134,8 +134,6 @@ def test_answers_end_with_the_end_of_text(tokenizer):
     [
         ({"model": None}, "--model"),
         ({"reference": None}, "--reference"),
-        ({"beta": 0.0}, "--beta"),
-        ({"max_length": 8}, "--max_length"),
         ({"batch_size": 0}, "--batch_size"),
     ],
 )

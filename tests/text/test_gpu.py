@@ -16,12 +16,11 @@ from transformers import LlamaForSequenceClassification
 from resdpo_trl.errors import UserError
 from resdpo_trl.image.config import ImageDPOConfig
 from resdpo_trl.text import scoring
-from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextRewardConfig, TextSFTConfig
 from resdpo_trl.text.model import load_model
 from resdpo_trl.text.reward import TextRewardTrainer, reward_rows
 from resdpo_trl.text.scoring import add_response_head, pair_logps
-from resdpo_trl.text.tokens import sft_rows
+from resdpo_trl.text.tokens import PairCollator, sft_rows
 from resdpo_trl.text.trainer import TextDPOTrainer, TextSFTTrainer
 from resdpo_trl.training.arguments import cuda_precision, has_bfloat16
 from tests.conftest import Operators, random_pairs, save_model, tiny_model

@@ -10,8 +10,7 @@ from datasets import Dataset, DatasetDict
 from trl.data_utils import apply_chat_template, extract_prompt
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.data import SPLITS, TextDataConfig, load_preferences
-from resdpo_trl.text.layouts import recognize
+from resdpo_trl.text.data import SPLITS, TextDataConfig, load_preferences, recognize
 
 FILES = Path(__file__).parent / "layouts"
 QUESTION, GOOD, BAD = "What is a comet?", "A ball of ice and dust.", "A kind of star."
@@ -203,5 +202,6 @@ def test_a_shared_system_message_is_no_conversation(chat_tokenizer):
 
 def test_a_column_of_nulls_is_no_column(chat_tokenizer):
     rows = Dataset.from_dict({"system": [None], "prompt": ["p"], "chosen": ["a"], "rejected": ["b"]})
-    found, kind, layout = recognize(rows, {}, True, "x")
+    found, kind, layout, unread = recognize(rows, {}, chat_tokenizer, "x")
     assert (kind, layout, found.column_names) == ("prompt", "TRL's plain texts", ["prompt", "chosen", "rejected"])
+    assert unread == set()

@@ -6,10 +6,10 @@ from peft import AdamssConfig, LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.config import TextRewardConfig
 from resdpo_trl.text.reward import TextRewardTrainer
 from resdpo_trl.text.scoring import BEFORE_THE_ROW, PER_TOKEN, add_response_head, check_adapters, pair_logps
+from resdpo_trl.text.tokens import PairCollator
 from resdpo_trl.text.trainer import TextDPOTrainer
 from tests.conftest import random_pairs, tiny_model
 from tests.text.test_trainer import config, tokenized, train_losses, trl_losses

@@ -9,8 +9,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from resdpo_trl.errors import UserError
 from resdpo_trl.text import scoring
 from resdpo_trl.text.attention import ATTENTION, FLEX
-from resdpo_trl.text.batch import PairCollator
 from resdpo_trl.text.scoring import _LogProbs, add_response_head, pair_logps
+from resdpo_trl.text.tokens import PairCollator
 from tests.conftest import random_pairs, tiny_model
 
 KINDS = ("gpt2", "llama", "qwen3")

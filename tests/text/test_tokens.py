@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -28,7 +29,6 @@ from tests.conftest import (
     SENTENCEPIECE,
     TURNS,
     sentencepiece_tokenizer,
-    tiny_model,
     train_tokenizer,
     write_pairs,
 )
@@ -217,7 +217,7 @@ def test_a_beginning_that_a_template_wrote_stays_in_front(tokenizer):
         (capped,) = tokenize(rows, tokenizer, max_length, ends_turns=True)
         assert capped["prompt_ids"] == kept
         assert capped["prompt_tokens_dropped"] == len(whole) - len(kept)
-        (asked,), (lost,) = tokenize_prompts([row["prompt"]], [starts], [0], tokenizer, max_length - 10, True)
+        (asked,), (lost,) = tokenize_prompts([(row["prompt"], starts, 0)], tokenizer, max_length - 10, True)
         assert (asked, lost) == (kept, len(whole) - len(kept))
 
 
@@ -286,9 +286,8 @@ def test_a_truncated_prompt_is_the_rendering_of_the_turns_that_are_left(
         assert kept == stays + whole[len(whole) - (budget - len(stays)) :]
         assert len(kept) == budget
     assert capped["prompt_tokens_dropped"] == len(whole) - len(kept)
-    (asked,), (lost,) = tokenize_prompts(
-        rows["prompt"][:], rows["turn_starts"][:], rows["header_end"][:], tokenizer, budget, True
-    )
+    prompt = (rows[0]["prompt"], rows[0]["turn_starts"], rows[0]["header_end"])
+    (asked,), (lost,) = tokenize_prompts([prompt], tokenizer, budget, True)
     assert (asked, lost) == (kept, len(whole) - len(kept))
 
 
@@ -335,10 +334,10 @@ TOKENIZERS = {
 def trl_rows(rows, tokenizer, folder):
     """(prompt, chosen, rejected) ids of rows, as TRL's trainer makes them."""
     args = DPOConfig(str(folder), report_to="none", use_cpu=True, bf16=False, max_length=None)
-    model, model_copy = (tiny_model("gpt2", vocab_size=len(tokenizer), n_layer=1) for _ in range(2))
-    trained = DPOTrainer(model, model_copy, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SimpleNamespace(_tokenizer=tokenizer)  # all that the method reads of a trainer
+    prepared = DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, args, "train")
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return {tuple(tuple(row[name]) for name in columns) for row in trained.train_dataset}
+    return {tuple(tuple(row[name]) for name in columns) for row in prepared}
 
 
 def our_rows(rows, tokenizer, folder):
