@@ -1,4 +1,4 @@
-"""The options of the image recipes. The data's stand in `resdpo_trl.image.data`, the augmentation's in `.augment`."""
+"""The options of the image recipes. `resdpo_trl.image.data` has those of the data and of the augmentation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLING = ("random", "uniform", "hard", "all")  # of the rejected classes, `tra
 # `TrainingArguments` fields that these trainers do not honour: value that means "not asked for", and what to do instead
 REFUSED: dict[str, tuple[Any, str]] = {
     "train_sampling_strategy": ("random", "each epoch has an order of its own, drawn by --seed"),
-    "neftune_noise_alpha": (None, "images have no embeddings; see --color_jitter and --affine_degrees"),
+    "neftune_noise_alpha": (None, "images have no embeddings; see --crop_padding and --flip"),
     "use_liger_kernel": (False, "its kernels are language models'; see --torch_compile"),
     "include_num_input_tokens_seen": ("no", "images have no tokens"),
 } | {
@@ -56,7 +56,7 @@ class ImageModelConfig:
     )
     pretrained_weights: str | None = field(
         default=None,
-        metadata={"help": "torchvision's ImageNet weights: a name (DEFAULT, IMAGENET1K_V2) or a local file."},
+        metadata={"help": "torchvision's ImageNet weights: a name (DEFAULT, IMAGENET1K_V2) or a .safetensors file."},
     )
 
     def __post_init__(self) -> None:
