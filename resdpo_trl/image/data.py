@@ -273,7 +273,7 @@ def _columns(rows: datasets.Dataset, config: ImageDataConfig) -> list[str]:
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = named if len(named) == 1 else [name for name in features if name == "label"]
-    columns = []
+    columns: list[Any] = []
     for what, allowed, usual in (("image", images, images), ("label", list(features), labels)):
         asked = getattr(config, f"{what}_column")
         column = asked or (usual[0] if len(usual) == 1 else None)
@@ -311,7 +311,7 @@ def _labels(
         named |= dict.fromkeys(names)
         values = rows[column][:]
         if names:
-            name_of = {**dict(enumerate(names)), **{name: name for name in names}}
+            name_of: dict[Any, Any] = dict(enumerate(names)) | {name: name for name in names}
         else:  # in most data sets a number below 0 says that there is no label
             name_of = {each: each for each in set(values) if isinstance(each, str) or (each is not None and each >= 0)}
         found[split] = [name_of.get(value) for value in values]
@@ -372,7 +372,7 @@ def _decode_one(image: dict[str, Any] | None, place: str, config: ImageDataConfi
         raise UserError(f"{place} has no image{', and its path is no file' if path else ''}; drop the row")
     place = f"{path} ({place})" if path else place
     try:
-        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as opened:
+        with Image.open(path or "" if content is None else io.BytesIO(content), formats=FORMATS) as opened:
             picture = ImageOps.exif_transpose(opened)
     except Exception as error:  # Pillow's readers raise anything at damaged bytes
         raise UserError(f"{place}: the image does not decode ({first_line(error)}); fix it or drop the row") from None

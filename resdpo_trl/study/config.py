@@ -23,8 +23,8 @@ class CompareConfig:
     prompts: str | None = field(
         default=None,
         metadata={
-            "help": "A .jsonl or .jsonl.gz file with a prompt a row (text or messages; HH's pairs lend theirs), or a "
-            ".txt file with a question a line. Default: held-out prompts of the quickstart."
+            "help": "A .jsonl or .jsonl.gz file with a prompt per row (text or messages, or HH's pairs), or a .txt "
+            "file with a question per line. Default: held-out prompts of the quickstart."
         },
     )
     max_prompts: int | None = field(
@@ -41,13 +41,6 @@ class CompareConfig:
     )
     beta: float | None = field(
         default=None, metadata={"help": "β of these rewards, above 0; by default that of the models' training, or 0.1."}
-    )
-    baseline: str | None = field(
-        default=None,
-        metadata={
-            "help": "A NAME: words are marked and wins are counted against this model alone. By default words against "
-            "the first, wins of every pair."
-        },
     )
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
     max_length: int = field(
@@ -68,17 +61,8 @@ class CompareConfig:
         default=None, metadata={"help": "A reward model (resdpo-trl reward): scores every answer and judges."}
     )
     best_of_n: int | None = field(
-        default=None, metadata={"help": "One more model: the best of so many samples by --reward_model."}
-    )
-    best_of_n_model: str | None = field(
-        default=None, metadata={"help": "The NAME that these samples are drawn from; the first of --models by default."}
-    )
-    judge: str | None = field(
         default=None,
-        metadata={
-            "help": "MODULE:CLASS, a judge with the interface of TRL's pairwise judges, of the working directory or "
-            "installed. Its code is run."
-        },
+        metadata={"help": "One more model: the best of so many samples of the first of --models by --reward_model."},
     )
     judge_url: str | None = field(
         default=None,
@@ -92,7 +76,6 @@ class CompareConfig:
         default='{"temperature": 0}', metadata={"help": "Further fields of the request to --judge_url, as JSON."}
     )
     judge_workers: int = field(default=8, metadata={"help": "Questions that --judge_url is asked at once."})
-    judge_timeout_seconds: float = field(default=60.0, metadata={"help": "How long a reply of --judge_url may take."})
     seed: int = field(default=42, metadata={"help": "Draws the answers."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
     resume_from_checkpoint: str | None = field(
@@ -105,24 +88,17 @@ class CompareConfig:
     )
 
     def __post_init__(self) -> None:
-        names = list(named_models(self.models))
-        for flag in ("baseline", "best_of_n_model"):
-            asked = getattr(self, flag)
-            if asked is not None and asked not in names:
-                raise UserError(f"--{flag} {asked}: not one of --models ({', '.join(names)})")
+        named_models(self.models)  # raises
         if self.best_of_n is not None and self.reward_model is None:
             raise UserError("--best_of_n needs a reward model to choose by: pass --reward_model (resdpo-trl reward)")
-        if self.best_of_n is not None and self.best_of_n < 2:
-            raise UserError(f"--best_of_n {self.best_of_n}: must be at least 2")
-        if self.best_of_n is None and self.best_of_n_model is not None:
-            raise UserError("--best_of_n_model needs --best_of_n, the number of samples")
         if (self.judge_url is None) != (self.judge_model is None):
             raise UserError("--judge_url and --judge_model belong together: pass both")
         if self.beta is not None and not self.beta > 0:
             raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
-        for flag in ("max_new_tokens", "batch_size", "judge_workers", "max_prompts"):
-            if getattr(self, flag) is not None and getattr(self, flag) < 1:
-                raise UserError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        for flag in ("max_new_tokens", "batch_size", "judge_workers", "max_prompts", "best_of_n"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} {value}: must be at least 1")
         if self.max_length < self.max_new_tokens + SHORTEST // 2:
             raise UserError(
                 f"--max_length {self.max_length}: must leave {SHORTEST // 2} tokens of the prompt next to "
@@ -130,7 +106,5 @@ class CompareConfig:
             )
         if not self.temperature > 0 or not 0 < self.top_p <= 1:
             raise UserError("--temperature must be above 0 and --top_p in (0, 1]")
-        if not self.judge_timeout_seconds > 0:
-            raise UserError(f"--judge_timeout_seconds {self.judge_timeout_seconds}: must be above 0")
         if self.bf16 is None:
             self.bf16 = has_bfloat16()
