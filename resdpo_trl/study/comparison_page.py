@@ -192,7 +192,7 @@ def _answers(run: Run) -> dict[str, Any] | None:
             answers.append({"name": name, "pieces": marked if text else [], "notes": said})
         prompt = row["prompt"]
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        shown = {"title": f"{place}. {short_text(last)}", "prompt": shown_text(prompt_text(prompt))}
+        shown: dict[str, Any] = {"title": f"{place}. {short_text(last)}", "prompt": shown_text(prompt_text(prompt))}
         shown |= {"answers": answers, "outcomes": _outcomes(row)}
         size += len(html.escape(str(shown)).encode())
         if size > PAGE_BYTES:
