@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from resdpo_trl.image.data import LabelledImages
 
 FAST = "fast"
-PROCESSOR_FILE = "preprocessor_config.json"
 
 
 class ImageClassifierConfig(PreTrainedConfig):
@@ -227,13 +226,11 @@ def build_classifier(
     return model
 
 
-def load_classifier(name: str, flag: str, revision: str = "main") -> ImageClassifier:
+def load_classifier(name: str, flag: str) -> ImageClassifier:
     """A saved classifier, from a folder or the Hub."""
     check_model_folder(name, flag)
     try:
-        model = AutoModelForImageClassification.from_pretrained(
-            name, revision=revision, use_safetensors=True, trust_remote_code=False
-        )
+        model = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{flag} {name}: can't be loaded ({first_line(error)})") from None
     if not isinstance(model, ImageClassifier):
@@ -241,12 +238,12 @@ def load_classifier(name: str, flag: str, revision: str = "main") -> ImageClassi
     return model
 
 
-def load_processor(name: str, flag: str, revision: str = "main") -> ViTImageProcessor:
+def load_processor(name: str, flag: str) -> ViTImageProcessor:
     """The preprocessing that was saved with a classifier."""
     try:
-        return ViTImageProcessor.from_pretrained(name, revision=revision)
+        return ViTImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name}: its {PROCESSOR_FILE} can't be loaded ({first_line(error)})") from None
+        raise UserError(f"{flag} {name}: its preprocessor_config.json can't be loaded ({first_line(error)})") from None
 
 
 def as_numbered_by(model: ImageClassifier, images: LabelledImages, flag: str, name: str) -> LabelledImages:

@@ -158,7 +158,7 @@ def points_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[
         digits = digits_of(row["accuracy_low"], row["accuracy_high"])
         share, low, high = (number(row[f"accuracy{side}"], digits) for side in ("", "_low", "_high"))
         figures[1] = f"{share} ({low} to {high})"
-        epochs = (f"{row[name]:g}" if row[name] != "" else "–" for name in ("best_epoch", "kept_epoch"))
+        epochs = (f"{row[column]:g}" if row[column] != "" else "–" for column in ("best_epoch", "kept_epoch"))
         cells.append([name, *figures, *epochs])
     return [*head, "least loss at", "kept"], cells
 
