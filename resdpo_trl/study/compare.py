@@ -65,9 +65,8 @@ class Comparison:
         self.prompts, self.counts = load_prompts(config.prompts, config.max_prompts)
         # name -> (path, flag) of every model that is loaded; the reference may be one of --models, or another one
         self.places = {name: (path, f"--models {name}") for name, path in self.models.items()}
-        self.reference = config.reference
-        if self.reference is not None:
-            self.places.setdefault(self.reference, (self.reference, "--reference"))
+        if config.reference is not None:
+            self.places.setdefault(config.reference, (config.reference, "--reference"))
         self.tokenizers = {
             name: load_tokenizer(path, model, config.trust_remote_code, flag)
             for name, (path, flag) in self.places.items()
@@ -100,7 +99,7 @@ class Comparison:
         named = [self.places[name] for name in self.models]
         known = [read_facts(local_model(path, flag), self.model.model_revision, flag) for path, flag in named]
         betas = sorted({loss_of(as_trained(facts, {}, {})).beta for facts in known if "beta" in facts})
-        if len(betas) > 1 and self.reference is not None:
+        if len(betas) > 1 and self.config.reference is not None:
             raise UserError(f"--models: trained with β {', '.join(map(str, betas))}: pass one --beta for all")
         return next(iter(betas), 0.1)
 
@@ -128,11 +127,9 @@ class Comparison:
         device = self.state.device.type
         threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         counts = self.counts
-        skipped = "".join(
-            f", {counts[name]} {name.replace('_', ' ')}" for name in ("empty_lines", "repeated") if counts[name]
-        )
         self.say(
-            f"{len(self.models)} models on {counts['used']} prompts ({counts['source']}{skipped}): "
+            f"{len(self.models)} models on {counts['used']} prompts ({counts['source']}; {counts['empty_lines']} empty "
+            f"lines and {counts['repeated']} repeated prompts skipped): "
             f"{', '.join(self.models)}\n{device}{threads}, {self.state.num_processes} process(es); "
             f"files go to {self.run.path}"
         )
@@ -157,10 +154,7 @@ class Comparison:
         (Stiennon et al. 2020, "Learning to summarize from human feedback", https://arxiv.org/abs/2009.01325, whose
         footnote bounds its KL from π: log n − (n−1)/n).
         """
-        count = self.config.best_of_n
-        if count is None:
-            return
-        source = next(iter(self.models))
+        count, source = self.config.best_of_n or 1, next(iter(self.models))
         name = f"{source}, best of {count}"
         repeated = [prompt for prompt in self.prompts for _ in range(count)]
         prompts, _ = self._prompt_ids(repeated, self.tokenizers[source])
@@ -195,13 +189,14 @@ class Comparison:
         """The reward model's score of every answer, best-of-n with it, and the implicit rewards."""
         if self.config.reward_model is not None:
             reward_model = RewardModel(self.config.reward_model, self.model, self.config.trust_remote_code)
-            self.add_best_of_n(reward_model)
+            if self.config.best_of_n:
+                self.add_best_of_n(reward_model)
             for answers in self.answers.values():
                 for one, score in zip(answers, self._scores(reward_model, self.prompts, answers), strict=True):
                     one.score = score
             del reward_model
-        if self.reference is not None:
-            self._implicit_rewards(self.reference)
+        if self.config.reference is not None:
+            self._implicit_rewards(self.config.reference)
         self._write_samples()
 
     def _scores(self, reward_model: RewardModel, prompts: list[Prompt], answers: list[Answer]) -> list[float]:
@@ -267,21 +262,21 @@ class Comparison:
         """Every pair of models, judged in both orders; each verdict is in verdicts.jsonl as soon as it is there."""
         if not self.state.is_main_process:
             return
+        pairs, judges = list(itertools.combinations(self.answers, 2)), {}
         if self.config.reward_model is not None:
             scores = {name: np.array([one.score for one in found]) for name, found in self.answers.items()}
-            for first, second in self._pairs():
+            for first, second in pairs:
                 better = np.sign(scores[first] - scores[second])
                 self.outcomes["reward model", first, second] = ((1 + better) / 2).tolist()
-        judges = {}
         if self.endpoint is not None:
             name = self.endpoint.model
-            found = self._ask(name, self.endpoint)
+            found = self._ask(name, self.endpoint, pairs)
             judges[name] = {
                 "asked": len(found),
                 "verdicts": dict(Counter(str(verdict.choice) for verdict in found.values())),
                 "no_verdict_because": dict(Counter(verdict.reason for verdict in found.values() if verdict.reason)),
             }
-            for first, second in self._pairs():
+            for first, second in pairs:
                 both = zip(self._questions(first, second), self._questions(second, first), strict=True)
                 self.outcomes[name, first, second] = [
                     0.5 if given.first == given.second else both_orders(found[given].choice, found[swapped].choice)
@@ -294,14 +289,14 @@ class Comparison:
         ]
         self.run.summarize(win_rates=rates, judges=judges)
 
-    def _ask(self, name: str, judge: EndpointJudge) -> dict[Question, Verdict]:
+    def _ask(self, name: str, judge: EndpointJudge, pairs: list[tuple[str, str]]) -> dict[Question, Verdict]:
         """The verdict on every question: a final one of an earlier run, or what the judge says."""
         path = self.run.path / "verdicts.jsonl"
         rows = [row for _, row in read_jsonl(path, torn_lines=[])] if path.exists() else []
         self.run.write_rows(path.name, rows)  # without a torn end that the next line would be joined to
         kept = {row["key"]: Verdict(row["verdict"], row["reason"]) for row in rows if row["judge"] == name}
         asked: dict[Question, dict[str, Any]] = {}
-        for pair in self._pairs():
+        for pair in pairs:
             for first, second in (pair, pair[::-1]):
                 for place, question in enumerate(self._questions(first, second)):
                     if question.first != question.second:  # equal answers are a tie that nobody needs to judge
@@ -318,10 +313,6 @@ class Comparison:
                 file.write(to_json(row) + "\n")
                 file.flush()
         return found
-
-    def _pairs(self) -> list[tuple[str, str]]:
-        """The pairs of models that are judged."""
-        return list(itertools.combinations(self.answers, 2))
 
     def _questions(self, first: str, second: str) -> list[Question]:
         """Of every prompt, which of two models' answers is better."""
@@ -342,7 +333,7 @@ class Comparison:
             self.run.summarize(
                 comparison={
                     "models": dict(self.models),
-                    "reference": self.reference,
+                    "reference": self.config.reference,
                     "beta": self.beta,
                     "reward_model": self.config.reward_model,
                     "answers": {name: self._answer_figures(found) for name, found in self.answers.items()},
@@ -369,27 +360,27 @@ class Comparison:
         }
 
     def _write_samples(self) -> None:
-        kind = "sampled" if self.config.do_sample else "greedy"
+        drawn = "sampled" if self.config.do_sample else "greedy"
+        kinds = {name: drawn if name in self.models else "best_of_n" for name in self.answers}
         rows = []
         for place, prompt in enumerate(self.prompts):
             found = {name: answers[place] for name, answers in self.answers.items()}
-            rows.append(
-                {
-                    "prompt": prompt,
-                    "answers": {
-                        name: {kind if name in self.models else "best_of_n": one.text} for name, one in found.items()
-                    },
-                    "answer_ids": {name: one.ids for name, one in found.items()},
-                    "rewards": {
-                        name: {policy: values[name][place] for policy, values in self.rewards.items()} for name in found
-                    },
-                    "reward_model": {name: one.score for name, one in found.items() if one.score is not None},
-                    "outcomes": [
-                        {"judge": judge, "model": first, "against": second, "outcome": outcomes[place]}
-                        for (judge, first, second), outcomes in self.outcomes.items()
-                    ],
-                }
-            )  # fmt: skip
+            of_policies = {
+                name: {policy: values[name][place] for policy, values in self.rewards.items()} for name in found
+            }
+            outcomes = [
+                {"judge": judge, "model": first, "against": second, "outcome": outcomes[place]}
+                for (judge, first, second), outcomes in self.outcomes.items()
+            ]
+            row = {
+                "prompt": prompt,
+                "answers": {name: {kinds[name]: one.text} for name, one in found.items()},
+                "answer_ids": {name: one.ids for name, one in found.items()},
+                "rewards": of_policies,
+                "reward_model": {name: one.score for name, one in found.items() if one.score is not None},
+                "outcomes": outcomes,
+            }
+            rows.append(row)
         self.run.write_rows("samples.jsonl", rows)
 
     def _load(self, name: str) -> Any:

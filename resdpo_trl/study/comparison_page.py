@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from resdpo_trl.metrics import flaw, number, percent, shown, table
 from resdpo_trl.run.report import (
-    GREY,
     PALETTE,
     Plots,
     Run,
@@ -127,10 +126,10 @@ def _intervals(plots: Plots, name: str, caption: str, rows: list[dict[str, Any]]
         for place, row in enumerate(reversed(rows)):
             axes.plot([100 * bound for bound in row["interval_95"]], [place, place], color=PALETTE[0], linewidth=2.2)
             axes.plot([100 * row["win_rate"]], [place], "o", color=PALETTE[0])
-        labels = [f"{_clip(row['model'])} : {_clip(row['against'])}" for row in reversed(rows)]
+        labels = [f"{row['model'][:24]} : {row['against'][:24]}" for row in reversed(rows)]
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.axvline(50, color=GREY, linestyle=":", linewidth=1)
+        axes.axvline(50, color="gray", linestyle=":", linewidth=1)
         axes.set_xlim(-2, 102)
 
     return plots.draw(name, caption, paint, "", "win rate, %")
@@ -231,7 +230,3 @@ def _outcomes(row: dict[str, Any]) -> list[str]:
     for one in row["outcomes"]:
         said.setdefault(one["judge"], []).append(f"{one['model']} {words[one['outcome']]} {one['against']}")
     return [f"{judge}: {'; '.join(found)}" for judge, found in said.items()]
-
-
-def _clip(name: str) -> str:
-    return name if len(name) <= 22 else name[:21] + "…"

@@ -23,8 +23,8 @@ class CompareConfig:
     prompts: str | None = field(
         default=None,
         metadata={
-            "help": "A .jsonl or .jsonl.gz file with a prompt per row (text or messages, or HH's pairs), or a .txt "
-            "file with a question per line. Default: held-out prompts of the quickstart."
+            "help": "A .jsonl or .jsonl.gz file (rows with prompt, or HH's pairs) or a .txt file with a question per "
+            "line; by default held-out prompts of the quickstart."
         },
     )
     max_prompts: int | None = field(
@@ -33,11 +33,7 @@ class CompareConfig:
     )
     output_dir: str = field(default="runs/compare_hh", metadata={"help": "The comparison's folder."})
     reference: str | None = field(
-        default=None,
-        metadata={
-            "help": "A NAME of --models, a folder or a Hub id: gives every answer's implicit reward "
-            "β·log(π/π_ref) under each policy."
-        },
+        default=None, metadata={"help": "A NAME of --models, a folder or a Hub id: adds β·log(π/π_ref) of answers."}
     )
     beta: float | None = field(
         default=None, metadata={"help": "β of these rewards, above 0; by default that of the models' training, or 0.1."}
@@ -65,11 +61,7 @@ class CompareConfig:
         metadata={"help": "One more model: the best of so many samples of the first of --models by --reward_model."},
     )
     judge_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "An OpenAI-compatible endpoint (http://localhost:8000/v1) whose model judges; its key comes from "
-            "the environment variable JUDGE_API_KEY."
-        },
+        default=None, metadata={"help": "An OpenAI-compatible endpoint that judges; JUDGE_API_KEY has its key."}
     )
     judge_model: str | None = field(default=None, metadata={"help": "The model's name at --judge_url."})
     judge_options: str = field(
@@ -80,11 +72,7 @@ class CompareConfig:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={
-            "nargs": "?",
-            "const": "last",
-            "help": "Continue the comparison in --output_dir: answers and verdicts that are there are kept.",
-        },
+        metadata={"nargs": "?", "const": "last", "help": "Continue in --output_dir: the verdicts there are kept."},
     )
 
     def __post_init__(self) -> None:

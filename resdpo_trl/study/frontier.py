@@ -57,11 +57,10 @@ class Frontier:
                     if place == 0:
                         rows.append(self._open(reference, point, known))
                     start = _row(point.name, point)
-                    if point.name in failures:
-                        rows.append(start | {"status": f"failed: {failures[point.name]}"})
+                    why = failures.get(point.name) or "no checkpoint in it; keep them with --save_strategy"
+                    if point.name in failures or not checkpoints[point]:
+                        rows.append(start | {"status": f"failed: {why}"})
                         continue
-                    if not checkpoints[point]:
-                        rows.append(start | {"status": "failed: no checkpoint in it; keep them with --save_strategy"})
                     for folder, step, epoch in checkpoints[point]:
                         at = start | {"step": step, "epoch": epoch}
                         try:

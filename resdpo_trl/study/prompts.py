@@ -18,8 +18,7 @@ def load_prompts(path: str | None, limit: int | None) -> tuple[list[Prompt], dic
     """Distinct prompts, and counts of what the file holds.
 
     Args:
-        path: a .txt file (a question per line), or a .jsonl or .jsonl.gz file (rows with `prompt`, or with `chosen` and
-            `rejected` dialogues in HH's format); None for held-out prompts of the quickstart.
+        path: a .txt, .jsonl or .jsonl.gz file as `--prompts` takes it; None for held-out prompts of the quickstart.
         limit: the number of prompts to use, at most.
 
     Raises:

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -69,8 +68,8 @@ class SweepConfig:
     reward_model: str | None = field(
         default=None,
         metadata={
-            "help": "A reward model (reward_hh.py makes one): measures every checkpoint's reward and KL from the "
-            "reference; may be added to a finished sweep with --resume_from_checkpoint."
+            "help": "A reward model: measures every checkpoint's reward and KL from the reference. It may be added to "
+            "a finished sweep with --resume_from_checkpoint."
         },
     )
     frontier_samples: int = field(
@@ -188,10 +187,7 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
     A failure does not end the others. A point's output goes to its log.txt. SIGTERM and Ctrl-C are passed on, and no
     further point starts.
     """
-    gpus = _gpus()
-    free: SimpleQueue[str] = SimpleQueue()  # a GPU for each point that runs; more points than GPUs share them
-    for job in range(jobs if gpus else 0):
-        free.put(gpus[job % len(gpus)])
+    gpus, slot, numbers = _gpus(), threading.local(), itertools.count()
     failures: dict[str, str] = {}
     running: list[subprocess.Popen[bytes]] = []
     stopped = threading.Event()
@@ -203,21 +199,21 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
             pass  # a sweep that was killed has left the point running
         if stopped.is_set() or has_ended(point.folder):
             return
-        gpu = free.get() if gpus else None
-        own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-        try:
-            with open(point.folder / "log.txt", "ab") as log:
-                environment = os.environ | (own if gpu or jobs > 1 else {})
-                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # noqa: S603  (our own)
-                running.append(process)
-                if status := process.wait():
-                    failures[point.name] = _why(point.folder / "log.txt", status)
-        finally:
-            if gpu:
-                free.put(gpu)
+        own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+        if gpus:
+            own = {"CUDA_VISIBLE_DEVICES": slot.gpu}
+        with open(point.folder / "log.txt", "ab") as log:
+            process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)  # noqa: S603  (our own)
+            running.append(process)
+            if status := process.wait():
+                failures[point.name] = _why(point.folder / "log.txt", status)
+
+    def begin() -> None:
+        """Give a thread its GPU; more threads than GPUs share them."""
+        slot.gpu = gpus[next(numbers) % len(gpus)] if gpus else None
 
     with (
-        ThreadPoolExecutor(max_workers=jobs) as pool,
+        ThreadPoolExecutor(max_workers=jobs, initializer=begin) as pool,
         tqdm(total=len(points), desc="Points", delay=0, leave=True) as bar,
     ):
         try:
@@ -279,10 +275,8 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of table.csv or frontier.csv with numbers as numbers; none if there is no such file.
-
-    Raises:
-        UserError: the file can't be read, or lacks a column, or a cell that should be a number or empty is neither.
+    """The rows of table.csv or frontier.csv with numbers as numbers; none if there is no such file. A UserError names a
+    file with other columns, or with a cell that should be a number or empty and is neither.
     """
     if not path.exists():
         return []

@@ -55,13 +55,7 @@ class Sweep:
 
 
 def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path) -> Path:
-    """Write the page of a sweep, and PNG copies of its plots in plots/ next to it.
-
-    Args:
-        folders: the points that have ended.
-        sweep: the tables.
-        target: the page.
-    """
+    """Write the page of a sweep, whose finished points are in `folders`, and PNG copies of its plots in plots/."""
     runs, plots = [load_run(folder) for folder in folders], Plots(target.parent / "plots")
     points = {row["point"]: row for row in sweep.rows}
     for run in runs:
@@ -204,9 +198,8 @@ def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
     text = (
         f"Each dot is one checkpoint: the mean reward of its sampled answers to {counts} held-out prompts by the "
         "trained reward model, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. A "
-        "line joins a point's epochs (the last is numbered); thin bars are 95% intervals of the reward. "
-        "Higher at the same KL is better: the figure of the DPO paper (Figure 2, left). Its rows, with both "
-        "intervals, are in frontier.csv."
+        "line joins a point's epochs (the last is numbered); thin bars are 95% intervals of the reward. Higher at the "
+        "same KL is better (Figure 2, left, of the DPO paper). The rows, with both intervals, are in frontier.csv."
     )
     plot = plots.draw("frontier", caption, paint, "reward", "KL(policy‖reference), nats per answer", legend_below=True)
     return section_of("frontier", "Reward and KL", text=text, plots=[plot])

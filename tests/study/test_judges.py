@@ -76,8 +76,13 @@ def endpoint(behave):
         server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(judges, "PAUSES", (0.01, 30.0))
+
+
 def judge(url, **changes):
-    options = {"model": "m", "backoff_seconds": 0.01, "timeout_seconds": 5.0, "workers": 2}
+    options = {"model": "m", "timeout_seconds": 5.0, "workers": 2}
     return EndpointJudge(url, **options | changes)
 
 
@@ -149,13 +154,15 @@ def test_an_endpoint_that_never_answers_gives_no_verdict(status, body, attempts,
     assert verdict.final == (reason == UNCLEAR)
 
 
-def test_retry_after_is_waited_for_and_bounded():
+def test_retry_after_is_waited_for_and_bounded(monkeypatch):
+    monkeypatch.setattr(judges, "PAUSES", (0.01, 0.4))
+
     def behave(number, content):
         return (429, {"Retry-After": "3600"}, "") if number == 1 else (200, {}, reply("A"))
 
     with endpoint(behave) as (url, _):
         started = time.monotonic()
-        ((_, verdict),) = judge(url, longest_pause_seconds=0.4).verdicts(QUESTIONS[:1])
+        ((_, verdict),) = judge(url).verdicts(QUESTIONS[:1])
     assert verdict.choice == "first"
     assert 0.4 <= time.monotonic() - started < 4
 
