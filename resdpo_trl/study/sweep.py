@@ -275,9 +275,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of table.csv or frontier.csv with numbers as numbers; none if there is no such file. A UserError names a
-    file with other columns, or with a cell that should be a number or empty and is neither.
-    """
+    """The rows of table.csv or frontier.csv, numbers as numbers; a UserError names a damaged file."""
     if not path.exists():
         return []
     try:
@@ -285,8 +283,11 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
             reader = csv.DictReader(file, strict=True)
             if list(reader.fieldnames or ()) != list(columns):
                 raise ValueError("columns are missing, or others")
-            return [
-                {name: cell if name in TEXTS or cell == "" else float(cell) for name, cell in row.items()}
+            return [  # None is a missing cell, which float refuses
+                {
+                    name: float(cell) if cell is None or (cell and name not in TEXTS) else cell
+                    for name, cell in row.items()
+                }
                 for row in reader
             ]
     except (OSError, ValueError, TypeError, csv.Error) as error:
