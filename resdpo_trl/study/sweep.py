@@ -63,7 +63,7 @@ class SweepConfig:
         default=None, metadata={"help": "Values of --seed for DPO; its own by default. All points share one SFT."}
     )
     sft_epochs_list: list[float] | None = field(
-        default=None, metadata={"help": "Values of --sft_epochs; its own by default. One SFT per value."}
+        default=None, metadata={"help": "Values of --sft_epochs; its own by default. One SFT a value."}
     )
     reward_model: str | None = field(
         default=None,
