@@ -54,7 +54,7 @@ SHOWN = (
     "reward_model", "loss_type", "reference_update", "rejected_sampling", "compare_modes",
     "compare_cross_entropy", "prefer", "use_peft", "merge_adapter", "dialogue_format", "max_train_samples",
     "max_eval_samples", "max_test_samples", "select", "gradient_checkpointing", "num_samples", "max_new_tokens",
-    "do_sample", "temperature", "judge", "judge_url", "best_of_n", "test_time_views", "jobs", "seed", "report_to",
+    "do_sample", "temperature", "judge_url", "best_of_n", "test_time_views", "jobs", "seed", "report_to",
     "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub", "hub_model_id",
     "verbose", "help_all",
 )  # fmt: skip

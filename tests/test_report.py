@@ -311,7 +311,7 @@ def test_a_browser_shows_it_without_errors(tmp_path, page_of, width, scheme):
         sections = ("results", "curves", "margins", "extremes", "answers", "run")
     else:
         paths, sweep = sweep_of(tmp_path / "s")
-        path, title = write_sweep_page(paths, sweep, tmp_path / "s" / "report.html"), "Sweep s: 3 points"
+        path, title = write_sweep_page(paths, sweep, tmp_path / "s" / "report.html"), "Sweep of 3 points: s"
         sections = ("points", "frontier", "curves", "run")
     said = []
     with sync_playwright() as playwright:

@@ -211,10 +211,10 @@ def test_a_name_of_the_hub_that_leaves_the_folder(recipe, tmp_path):  # noqa: F8
     assert not (tmp_path / "run").exists()
 
 
-def test_torch_reads_no_code_from_a_file_of_weights(tmp_path):
+def test_a_pickle_of_weights_is_not_read(tmp_path):
     from resdpo_trl.image.model import ImageClassifierConfig, build_classifier
 
     torch.save(Bomb(tmp_path / "bomb"), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"--pretrained_weights .*can't be read"):
+    with pytest.raises(UserError, match=r"--pretrained_weights .*name a \.safetensors file"):
         build_classifier(ImageClassifierConfig(num_labels=3), 0, pretrained_weights=str(tmp_path / "weights.pth"))
     assert not (tmp_path / "bomb").exists()

@@ -120,11 +120,19 @@ def test_comparisons():
         named = {"model": "policy", "against": "reference", "judge": "reward model", "n": 50}
         return named | {"win_rate": rate, "interval_95": [low, high]}
 
-    assert of_comparison({"win_rates": [row(0.7, 0.56, 0.81)]})[0].endswith("(95% interval 56% to 81%): better.")
-    assert of_comparison({"win_rates": [row(0.3, 0.2, 0.44)]})[0].endswith(": worse.")
+    assert of_comparison({"win_rates": [row(0.7, 0.56, 0.81)]}) == [
+        "policy wins 70% of 50 prompts against reference, judged by reward model (95% interval 56% to 81%)."
+    ]
+    assert of_comparison({"win_rates": [row(0.3, 0.2, 0.44)]}) == [
+        "reference wins 70% of 50 prompts against policy, judged by reward model (95% interval 56% to 80%)."
+    ]
     assert of_comparison({"win_rates": [row(0.5, 0.37, 0.63)]})[0].endswith("no difference is shown; ask more prompts.")
     assert of_comparison({"win_rates": [row(None, None, None) | {"n": 0}]})[0].endswith("no verdict.")
-    assert of_comparison({})[0].startswith("Nobody judged")
+    answers = {"reference": {"cut": 0.5, "n": 32}, "policy": {"cut": 0.25, "n": 32}}
+    assert of_comparison({"comparison": {"answers": answers}}) == [
+        "Of 32 answers per model, these end by themselves: reference 50%, policy 75%.",
+        "No judge compared the answers: pass --reward_model or --judge_url for win rates.",
+    ]
 
 
 def test_a_whole_run():

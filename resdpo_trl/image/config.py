@@ -1,4 +1,4 @@
-"""The options of the image recipes. The data's are in `resdpo_trl.image.data`, the augmentation's in `.augment`."""
+"""The options of the image recipes. `resdpo_trl.image.data` has those of the data and of the augmentation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAMPLING = ("random", "uniform", "hard", "all")  # of the rejected classes, `tra
 # fields of `TrainingArguments` that these trainers do not honor, and what to do instead
 REFUSED = arguments.REFUSED | {
     "train_sampling_strategy": "each epoch has an order of its own, drawn by --seed",
-    "neftune_noise_alpha": "images have no embeddings; see --color_jitter and --affine_degrees",
+    "neftune_noise_alpha": "images have no embeddings; see --crop_padding and --flip",
     "use_liger_kernel": "its kernels are language models'; see --torch_compile",
     "include_num_input_tokens_seen": "images have no tokens",
     **dict.fromkeys(
@@ -41,7 +41,7 @@ class ImageModelConfig:
     dropout: float = option(0.1, "Probability of the dropout head.")
     widths: list[int] = option([64, 128, 256], "Channels of the stages of --arch fast.")
     pretrained_weights: str | None = option(
-        None, "torchvision's ImageNet weights: a name (DEFAULT, IMAGENET1K_V2) or a local file."
+        None, "torchvision's ImageNet weights: a name (DEFAULT, IMAGENET1K_V2) or a .safetensors file."
     )
 
     def __post_init__(self) -> None:

@@ -6,26 +6,27 @@ its position among the class names, which the saved model carries.
 
 `Augmentation` transforms whole batches. torchvision's random transforms draw once per call, so that every image of a
 batch is cropped alike. Here each image has its own crop and flip, a function of (seed, epoch, image) alone: they do not
-depend on its batch, the number of workers or the number of processes. torchvision.transforms.v2 moves the pixels.
+depend on its batch, the number of workers or the number of processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional
+from tqdm.auto import tqdm
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.sources import (
@@ -39,16 +40,15 @@ from resdpo_trl.sources import (
     load_rows,
 )
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from PIL import Image
-
 QUICKSTART = "digits"
-TORCHVISION_FOLDER = "cifar-10-batches-py"
 DECODED_TOGETHER = 256  # images that one thread decodes at a time
-LARGEST_IMAGE = 64_000_000  # pixels; 192 MB decoded
-# what Pillow may take a file for: some of its readers run other programs
+# Pillow's other readers are rare, and some of them run other programs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# flags of no use to images whose columns and classes are known
+OF_COLUMNS = (
+    "dataset_data_dir", "dataset_revision", "dataset_train_split", "dataset_validation_split", "dataset_test_split",
+    "image_column", "label_column", "class_names",
+)  # fmt: skip
 
 
 @dataclass
@@ -60,8 +60,8 @@ class ImageDataConfig(DatasetConfig):
     dataset_name: str = field(
         default=QUICKSTART,
         metadata={
-            "help": "Labelled images: a Hub id (uoft-cs/cifar10), a folder of parquet files or of one folder of images "
-            "a class, torchvision's CIFAR-10 folder, or 'digits', the quickstart's, which need no network."
+            "help": "Labelled images: a Hub id (uoft-cs/cifar10), a folder of parquet files, a folder with one folder "
+            "of images per class, torchvision's CIFAR-10 folder, or 'digits', the quickstart's, which need no network."
         },
     )
     validation_fraction: float = field(
@@ -81,7 +81,7 @@ class ImageDataConfig(DatasetConfig):
         default=None, metadata={"help": "Resize every image to this height and width (pixels)."}
     )
     convert_rgb: bool = field(
-        default=False, metadata={"help": "Turn greyscale, palette and other images into RGB instead of refusing them."}
+        default=False, metadata={"help": "Convert grayscale, palette and other images to RGB instead of refusing them."}
     )
 
     def __post_init__(self) -> None:
@@ -102,6 +102,10 @@ class Images:
 
     def __getitem__(self, rows: Any) -> Images:
         return Images(self.pixels[rows], self.labels[rows])
+
+    def take(self, places: np.ndarray) -> Images:
+        """The images at these places; without a copy where they are all images in their order."""
+        return self if np.array_equal(places, np.arange(len(self))) else self[torch.from_numpy(places)]
 
     def digests(self) -> list[str]:
         """(N,) a digest of each image's pixels, whatever its label."""
@@ -149,16 +153,15 @@ def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImag
     limits = {"test": config.max_test_samples, "validation": config.max_eval_samples}
     counts = {"source": config.dataset_name, **notes, "classes": len(names), "class_names": names}
     if held_out and (len(sources) == 1 or "test" in sources):
-        images = sources["test"] if "test" in sources else next(iter(sources.values()))
-        place = _limited(np.arange(len(images)), limits["test"])
-        test = images if len(place) == len(images) else images[torch.from_numpy(place)]
+        images = sources.get("test", next(iter(sources.values())))
+        test = images.take(_limited(np.arange(len(images)), limits["test"]))
         counts |= {"image_size": list(test.pixels.shape[2:]), "test": len(test)}
         return LabelledImages({"test": test}, names, counts)
     shares = {"test": config.test_fraction, "validation": config.validation_fraction}
     images = sources["train"]
     digests = {split: np.array(rows.digests()) for split, rows in sources.items()}
     drawn = np.random.default_rng(0).permutation(len(images))
-    # the same, with an image's copies behind it: they go into one split
+    # the same order, with an image's copies right after it: they go into one split
     _, first, copy_of = np.unique(digests["train"][drawn], return_index=True, return_inverse=True)
     order = drawn[np.argsort(first[copy_of], kind="stable")]
     places: dict[str, np.ndarray] = {}  # of each split's images in its source
@@ -166,22 +169,21 @@ def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImag
     for split in ("test", "validation"):
         if split in sources:
             places[split] = np.arange(len(sources[split]))
-            continue
-        wanted = held_out_size(len(images), shares[split], limits[split])
-        places[split] = order[taken : taken + wanted]
-        taken += wanted
+        else:
+            wanted = held_out_size(len(images), shares[split], limits[split])
+            places[split] = order[taken : taken + wanted]
+            taken += wanted
     places["train"] = drawn[~np.isin(drawn, order[:taken])]
-    found = {split: digests.get(split, digests["train"])[places[split]] for split in SPLITS}
-    kept, copies = held_out_first({split: rows.tolist() for split, rows in found.items()})
+    kept, copies = held_out_first(
+        {split: digests.get(split, digests["train"])[places[split]].tolist() for split in SPLITS}
+    )
     splits: dict[str, Images] = {}
     for split in SPLITS:
         place = places[split][kept[split]]
         place = place[: config.max_train_samples] if split == "train" else _limited(place, limits[split])
-        source = sources.get(split, images)
-        whole = len(place) == len(source) and split != "train"
-        splits[split] = source if whole else source[torch.from_numpy(place)]
+        splits[split] = sources.get(split, images).take(place)
     counts |= {"copies_removed": copies, "image_size": list(images.pixels.shape[2:])}
-    counts |= {split: len(splits[split]) for split in SPLITS}
+    counts |= {split: len(rows) for split, rows in splits.items()}
     check_not_empty(counts)
     trained = splits["train"].labels.unique().tolist()
     counts["classes_without_training_images"] = [name for at, name in enumerate(names) if at not in trained]
@@ -194,65 +196,49 @@ def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImag
     return LabelledImages(splits, names, counts)
 
 
-def _limited(place: np.ndarray, limit: int | None) -> np.ndarray:
-    """As many of the places as the limit allows; the first ones would not do, for a folder's images come a class at a
-    time."""
-    if limit is None or limit >= len(place):
-        return place
-    return np.sort(np.random.default_rng(0).permutation(place)[:limit])
+def _limited(places: np.ndarray, limit: int | None) -> np.ndarray:
+    """At most `limit` of the places. A folder's images come class by class, so the first ones would be of one class."""
+    if limit is None or limit >= len(places):
+        return places
+    return np.sort(np.random.default_rng(0).permutation(places)[:limit])
+
+
+def _sources(config: ImageDataConfig, held_out: bool) -> tuple[dict[str, Images], list[str], dict[str, Any]]:
+    """Decoded images of the data's own splits by `SPLITS`, the names of the classes, and what was left out."""
+    place = f"--dataset_name {config.dataset_name}"
+    notes: dict[str, Any] = {"splits_left_out": [], "classes_without_images": []}
+    folder = Path(config.dataset_name)
+    root = folder.parent if folder.name == CIFAR10.base_folder else folder
+    if config.dataset_name == QUICKSTART or (root / CIFAR10.base_folder).is_dir():
+        for flag in OF_COLUMNS:
+            if getattr(config, flag) is not None:
+                raise UserError(f"--{flag} is of no use with {place}, whose columns and classes are known: drop it")
+        if config.dataset_name == QUICKSTART:
+            return {"train": _digits(config)}, [str(digit) for digit in range(10)], notes
+        return *_torchvision_cifar10(root, config), notes
+    found = load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
+    used, notes["splits_left_out"] = choose_splits(found, config, held_out)
+    rows = {name: found[name] for own in used.values() for name in own}
+    image_column, label_column = _columns(next(iter(rows.values())), config)
+    for name, part in rows.items():
+        if {image_column, label_column} - set(part.column_names):
+            raise UserError(f"{place}: split {name} lacks {image_column} or {label_column}")
+    names, notes["classes_without_images"], labels = _labels(rows, label_column, config)
+    parts = {name: Images(_decode(part, image_column, name, config), labels[name]) for name, part in rows.items()}
+    if len({part.pixels.shape[2:] for part in parts.values()}) > 1:
+        raise UserError(f"{place}: splits of different sizes: pass --image_size 32")
+    return {split: _joined([parts.pop(name) for name in own]) for split, own in used.items()}, names, notes
 
 
 def _joined(parts: list[Images]) -> Images:
-    """All the parts' images; a single part is not copied."""
+    """All images of the parts; a single part is not copied."""
     if len(parts) == 1:
         return parts[0]
     return Images(torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts]))
 
 
-def _sources(config: ImageDataConfig, held_out: bool) -> tuple[dict[str, Images], list[str], dict[str, Any]]:
-    """Decoded images of the data's own splits by `SPLITS`, the names of the classes, and what was left out."""
-    notes: dict[str, Any] = {"splits_left_out": [], "classes_without_images": []}
-    if config.dataset_name == QUICKSTART:
-        _refuse_column_flags(config)
-        return {"train": _digits(config)}, [str(digit) for digit in range(10)], notes
-    folder = Path(config.dataset_name)
-    if folder.name == TORCHVISION_FOLDER or (folder / TORCHVISION_FOLDER).is_dir():
-        _refuse_column_flags(config)
-        sources, names = _torchvision_cifar10(folder.parent if folder.name == TORCHVISION_FOLDER else folder, config)
-        return sources, names, notes
-    rows = load_rows(config.dataset_name, config.dataset_data_dir, config.dataset_revision, QUICKSTART)
-    used, notes["splits_left_out"] = choose_splits(rows, config, held_out)
-    rows = {name: rows[name] for own in used.values() for name in own}
-    image_column, label_column = _columns(next(iter(rows.values())), config)
-    for name, part in rows.items():
-        if {image_column, label_column} - set(part.column_names):
-            raise UserError(
-                f"--dataset_name {config.dataset_name}: split {name} lacks {image_column} or {label_column}"
-            )
-    names, notes["classes_without_images"], labels = _labels(rows, label_column, config)
-    parts: dict[str, Images] = {}
-    for name, part in rows.items():
-        parts[name] = Images(_decode(part, image_column, name, config), labels[name])
-        if parts[name].pixels.shape[2:] != next(iter(parts.values())).pixels.shape[2:]:
-            raise UserError(f"--dataset_name {config.dataset_name}: splits of different sizes: pass --image_size 32")
-    return {split: _joined([parts.pop(name) for name in own]) for split, own in used.items()}, names, notes
-
-
-def _refuse_column_flags(config: ImageDataConfig) -> None:
-    """Raise a UserError for a flag that is of no use to images whose columns and classes are known."""
-    for flag in (
-        "dataset_data_dir", "dataset_revision", "dataset_train_split", "dataset_validation_split",
-        "dataset_test_split", "image_column", "label_column", "class_names",
-    ):  # fmt: skip
-        if getattr(config, flag) is not None:
-            raise UserError(
-                f"--{flag} is of no use with --dataset_name {config.dataset_name}, whose columns and classes are "
-                "known: drop it"
-            )
-
-
 def _digits(config: ImageDataConfig) -> Images:
-    """scikit-learn's handwritten digits, 8×8 grey levels of 0 to 16, as RGB of --image_size, or 32×32."""
+    """scikit-learn's handwritten digits, 8×8 gray levels of 0 to 16, as RGB of --image_size, or 32×32."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -266,91 +252,77 @@ def _digits(config: ImageDataConfig) -> Images:
 
 
 def _torchvision_cifar10(root: Path, config: ImageDataConfig) -> tuple[dict[str, Images], list[str]]:
-    """torchvision's CIFAR-10, whose files are unpickled only where their checksums are the published ones."""
-    from PIL import Image
-    from torchvision.datasets import CIFAR10
-
-    sources, size = {}, config.image_size or 32
+    """torchvision's CIFAR-10, whose files are unpickled only if their checksums are the published ones."""
+    sources = {}
     for split in ("train", "test"):
         try:
             data = CIFAR10(str(root), train=split == "train", download=False)
         except RuntimeError:
             raise UserError(
-                f"--dataset_name {root}: {TORCHVISION_FOLDER} lacks files or holds others than the published ones (by "
-                "their checksums), and pickles of unknown origin are not read: unpack cifar-10-python.tar.gz anew"
+                f"--dataset_name {root}: {CIFAR10.base_folder} lacks files or holds others than the published ones (by "
+                "their checksums), and pickles of unknown origin are not read: unpack cifar-10-python.tar.gz again"
             ) from None
-        rows = data.data
-        if size != 32:
-            rows = np.stack([np.asarray(_resized(Image.fromarray(row), size)) for row in rows])
-        pixels = torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
-        sources[split] = Images(pixels, torch.tensor(data.targets))
+        rows = np.stack([np.asarray(_resized(Image.fromarray(row), config.image_size)) for row in data.data])
+        sources[split] = Images(torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
     return sources, list(data.classes)
 
 
-def _columns(rows: Dataset, config: ImageDataConfig) -> tuple[str, str]:
-    from datasets import ClassLabel, Image
-
-    found = ", ".join(f"{name}: {type(kind).__name__}" for name, kind in rows.features.items()) or "none"
-    for flag in ("image_column", "label_column"):
-        asked = getattr(config, flag)
-        if asked is not None and asked not in rows.column_names:
-            raise UserError(f"--{flag} {asked}: no such column (found: {found})")
-    images = [name for name, kind in rows.features.items() if isinstance(kind, Image)]
-    classes = [name for name, kind in rows.features.items() if isinstance(kind, ClassLabel)]
-    image = config.image_column or (images[0] if len(images) == 1 else None)
-    label = config.label_column or (classes[0] if len(classes) == 1 else "label" if "label" in rows.features else None)
-    for column, flag, what in ((image, "image_column", "images"), (label, "label_column", "labels")):
-        if column is None:
-            raise UserError(
-                f"--dataset_name {config.dataset_name}: no one column of {what} (found: {found}); name it with --{flag}"
-            )
-    assert image is not None and label is not None
-    if not isinstance(rows.features[image], Image):
-        raise UserError(f"--image_column {image}: holds {type(rows.features[image]).__name__}, not images ({found})")
-    return image, label
+def _columns(rows: datasets.Dataset, config: ImageDataConfig) -> list[str]:
+    """The columns of images and of labels: those of the flags, or the only ones."""
+    features = rows.features
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels = named if len(named) == 1 else [name for name in features if name == "label"]
+    columns: list[Any] = []
+    for what, allowed, usual in (("image", images, images), ("label", list(features), labels)):
+        asked = getattr(config, f"{what}_column")
+        column = asked or (usual[0] if len(usual) == 1 else None)
+        if column not in allowed:
+            said = f"--{what}_column {asked}" if asked else f"--dataset_name {config.dataset_name}"
+            found = ", ".join(f"{name}: {type(kind).__name__}" for name, kind in features.items()) or "none"
+            raise UserError(f"{said}: no single column of {what}s (found: {found}); name it with --{what}_column")
+        columns.append(column)
+    return columns
 
 
 def _labels(
-    parts: dict[str, Dataset], column: str, config: ImageDataConfig
+    parts: dict[str, datasets.Dataset], column: str, config: ImageDataConfig
 ) -> tuple[list[str], list[str], dict[str, Tensor]]:
     """The classes that images have, and each split's labels.
 
-    The classes come in the order of their names, of the data or of --class_names; where there are none they are the
-    labels in rising order, numbers as numbers. A name that no image has is no class: a wrong class drawn among such
-    names would teach nothing, and be ranked right for nothing.
+    The classes come in the order of their names, of the data or of --class_names. Without names they are the labels in
+    rising order, numbers as numbers. A name that no image has is no class: a wrong class drawn among such names would
+    teach nothing, and would always be ranked right.
 
     Returns:
         The names of the classes, the names that no image has, and (N,) class numbers of each split.
     """
-    place = f"--dataset_name {config.dataset_name}"
-    kinds = {split: _label_kind(rows, column) for split, rows in parts.items()}
-    if len(set(kinds.values())) > 1:
-        described = ", ".join(f"{kind} in {split}" for split, kind in kinds.items())
-        raise UserError(f"--label_column {column}: {described}; give every split the same kind of labels")
-    if config.class_names is not None and len(set(config.class_names)) < len(config.class_names):
-        raise UserError("--class_names: two classes have one name")
+    kinds = {split: _label_kind(rows.features[column]) for split, rows in parts.items()}
+    if len(set(kinds.values())) > 1 or None in kinds.values():
+        described = ", ".join(f"{kind or parts[split].features[column]} in {split}" for split, kind in kinds.items())
+        raise UserError(f"--label_column {column}: {described}; needs class names, whole numbers or texts, of one kind")
     found: dict[str, list[Any]] = {}
     named: dict[Any, None] = {}  # a set that keeps its order
     for split, rows in parts.items():
-        values = rows[column][:]
         own = getattr(rows.features[column], "names", None)
-        if own is not None and config.class_names is not None and len(own) != len(config.class_names):
-            raise UserError(f"--class_names: {len(config.class_names)} names for {len(own)} classes")
-        names = config.class_names or own
-        named |= dict.fromkeys(names or ())
-        for row, value in enumerate(values):
-            if isinstance(value, str):
-                known = not names or value in named
-            else:  # a number below 0 says in most data sets that there is no label
-                known = value is not None and 0 <= value < (len(names) if names else math.inf)
-            if not known:
-                raise UserError(
-                    f"{place}: {split} row {row} has label {value!r}"
-                    + (f", outside the {len(names)} classes" if names else ", which is no class")
-                    + "; fix it, drop the row, or name the classes with --class_names"
-                )
-        found[split] = [names[value] if names and not isinstance(value, str) else value for value in values]
-    occur = {value for values in found.values() for value in values}
+        names = config.class_names or own or []
+        if own and len(own) != len(names):
+            raise UserError(f"--class_names: {len(names)} names for {len(own)} classes")
+        named |= dict.fromkeys(names)
+        values = rows[column][:]
+        if names:
+            name_of: dict[Any, Any] = dict(enumerate(names)) | {name: name for name in names}
+        else:  # in most data sets a number below 0 says that there is no label
+            name_of = {each: each for each in set(values) if isinstance(each, str) or (each is not None and each >= 0)}
+        found[split] = [name_of.get(value) for value in values]
+        if None in found[split]:
+            row = found[split].index(None)
+            raise UserError(
+                f"--dataset_name {config.dataset_name}: {split} row {row} has label {values[row]!r}"
+                + (f", outside the {len(names)} classes" if names else ", which is no class")
+                + "; fix it, drop the row, or name the classes with --class_names"
+            )
+    occur = set().union(*found.values())
     classes = [name for name in (named or sorted(occur)) if name in occur]
     number = {name: at for at, name in enumerate(classes)}
     labels = {
@@ -359,105 +331,67 @@ def _labels(
     return [str(name) for name in classes], [str(name) for name in named if name not in occur], labels
 
 
-def _label_kind(rows: Dataset, column: str) -> str:
-    from datasets import ClassLabel, Value
-
-    kind = rows.features[column]
-    if isinstance(kind, ClassLabel):
+def _label_kind(kind: Any) -> str | None:
+    """What a column of labels holds, in words; None where it holds something else."""
+    if isinstance(kind, datasets.ClassLabel):
         return "class names"
-    for word, described in (("int", "whole numbers"), ("string", "texts")):
-        if isinstance(kind, Value) and word in kind.dtype:
-            return described
-    raise UserError(f"--label_column {column}: holds {kind}, not class labels, whole numbers or names")
+    dtype = kind.dtype if isinstance(kind, datasets.Value) else ""
+    return "whole numbers" if "int" in dtype else "texts" if "string" in dtype else None
 
 
-def _decode(rows: Dataset, column: str, split: str, config: ImageDataConfig) -> Tensor:
+def _decode(rows: datasets.Dataset, column: str, split: str, config: ImageDataConfig) -> Tensor:
     """(N, 3, H, W) uint8; a UserError with the row of the first image that does not decode or fit."""
-    from datasets import Image
-    from tqdm.auto import tqdm
-
-    encoded = rows.cast_column(column, Image(decode=False)).select_columns([column])  # each {"bytes", "path"}
-    place = f"--dataset_name {config.dataset_name}: {split} row"
-
-    def decode(start: int) -> list[np.ndarray]:
-        batch = encoded[start : start + DECODED_TOGETHER][column]
-        return [_decode_one(image, f"{place} {start + k}", config) for k, image in enumerate(batch)]
-
-    pixels: np.ndarray | None = None
-    starts = range(0, len(encoded), DECODED_TOGETHER)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # PIL lets go of the interpreter while it decodes
-        done = pool.map(decode, starts)
-        for start, images in zip(starts, tqdm(done, "Decoding", len(starts), leave=False, delay=2), strict=True):
-            for row, image in enumerate(images, start):
-                if pixels is None:
-                    pixels = np.empty((len(encoded), 3, *image.shape[:2]), dtype=np.uint8)
-                if image.shape[:2] != pixels.shape[2:]:
-                    raise UserError(
-                        f"{place} {row} is {image.shape[1]}×{image.shape[0]} pixels, row 0 {pixels.shape[3]}×"
-                        f"{pixels.shape[2]}: pass --image_size {min(pixels.shape[2:])} to resize every image"
-                    )
-                pixels[row] = image.transpose(2, 0, 1)
-    if pixels is None:
+    encoded = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])  # {"bytes", "path"} each
+    if not len(encoded):
         raise UserError(f"--dataset_name {config.dataset_name}: split {split} has no rows")
+    place = f"--dataset_name {config.dataset_name}: {split} row"
+    height, width = _decode_one(encoded[0][column], f"{place} 0", config).shape[:2]
+    pixels = np.empty((len(encoded), 3, height, width), dtype=np.uint8)
+
+    def decode(start: int) -> None:
+        for row, image in enumerate(encoded[start : start + DECODED_TOGETHER][column], start):
+            decoded = _decode_one(image, f"{place} {row}", config)
+            if decoded.shape[:2] != (height, width):
+                raise UserError(
+                    f"{place} {row} is {decoded.shape[1]}×{decoded.shape[0]} pixels, row 0 {width}×{height}: pass "
+                    f"--image_size {min(height, width)} to resize every image"
+                )
+            pixels[row] = decoded.transpose(2, 0, 1)
+
+    starts = range(0, len(encoded), DECODED_TOGETHER)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow releases the interpreter while it decodes
+        for _ in tqdm(pool.map(decode, starts), "Decoding", len(starts), leave=False, delay=2):
+            pass
     return torch.from_numpy(pixels)
 
 
 def _decode_one(image: dict[str, Any] | None, place: str, config: ImageDataConfig) -> np.ndarray:
-    """(H, W, 3) uint8, turned as the EXIF tag says."""
-    from PIL import Image, ImageOps
-
-    if not image or (image.get("bytes") is None and image.get("path") is None):
-        raise UserError(f"{place} has no image; drop the row")
-    if image.get("bytes") is None and not Path(image["path"]).is_file():  # a device or a pipe may never end
-        raise UserError(f"{place}: its path is no file; drop the row")
-    if image.get("path"):
-        place = f"{image['path']} ({place})"
-    source = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
+    """(H, W, 3) uint8, rotated according to the EXIF tag."""
+    content, path = (image[name] for name in ("bytes", "path")) if image else (None, None)
+    if content is None and not Path(path or "").is_file():  # reading a device or a pipe may never end
+        raise UserError(f"{place} has no image{', and its path is no file' if path else ''}; drop the row")
+    place = f"{path} ({place})" if path else place
     try:
-        with Image.open(source, formats=FORMATS) as opened:
-            if opened.width * opened.height > LARGEST_IMAGE:
-                raise UserError(
-                    f"{place} is {opened.width}×{opened.height} pixels, more than {LARGEST_IMAGE:,}; shrink it or drop "
-                    "the row"
-                )
-            opened.load()
-            whitest = _whitest(opened, place)
+        with Image.open(path or "" if content is None else io.BytesIO(content), formats=FORMATS) as opened:
             picture = ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise anything at damaged bytes
         raise UserError(f"{place}: the image does not decode ({first_line(error)}); fix it or drop the row") from None
+    if picture.mode.startswith(("I", "F")):  # Pillow would cut them off at 255
+        raise UserError(
+            f"{place}: mode {picture.mode} has more than 8 bits per channel; save it with 8 bits, or drop the row"
+        )
     if picture.mode != "RGB" and not config.convert_rgb:
         raise UserError(f"{place} has mode {picture.mode}, not RGB: pass --convert_rgb to convert such images")
-    if whitest is not None:
-        picture = Image.fromarray(np.round(np.asarray(picture) * (255 / whitest)).astype(np.uint8))
-    if "transparency" in picture.info:  # of a palette: Pillow warns where it goes in one step
+    if "transparency" in picture.info:  # of a palette: Pillow warns if it goes in one step
         picture = picture.convert("RGBA")
     picture = picture.convert("RGB")  # without opacity, as `transformers.pipeline` reads an image
-    return np.asarray(_resized(picture, config.image_size) if config.image_size else picture)
+    return np.asarray(_resized(picture, config.image_size))
 
 
-def _whitest(picture: Image.Image, place: str) -> int | None:
-    """What a pixel of more than 8 bits has where it is white; None for 8 bits, which Pillow converts as they are.
-
-    Pillow gives such pixels as the file has them, and its own conversion cuts them off at 255.
-    """
-    if not picture.mode.startswith(("I", "F")):
-        return None
-    if picture.format in ("PNG", "PPM") and picture.mode != "F":  # what a PGM's own maximum is, Pillow scales to this
-        return 65535
-    tags = getattr(picture, "tag_v2", {})
-    bits, white_is_zero = tags.get(258, (0,))[0], tags.get(262) == 0  # BitsPerSample, PhotometricInterpretation
-    if picture.mode.startswith("I;16") and not white_is_zero:
-        return int(2**bits - 1)
-    raise UserError(
-        f"{place}: a {picture.format} of mode {picture.mode}, of which nothing says what value is white; save it with "
-        "8 bits a channel, or drop the row"
-    )
-
-
-def _resized(picture: Image.Image, size: int) -> Image.Image:
-    from PIL import Image
-
-    return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BILINEAR)
+def _resized(picture: Image.Image, size: int | None) -> Image.Image:
+    if size is None or picture.size == (size, size):
+        return picture
+    return picture.resize((size, size), Image.Resampling.BILINEAR)
 
 
 # --- augmentation ---------------------------------------------------------------------------------------------------
@@ -479,14 +413,10 @@ class AugmentConfig:
             "(https://arxiv.org/abs/2404.00498)."
         },
     )
-    affine_degrees: float = field(default=0.0, metadata={"help": "Rotate by up to this many degrees; 0 for none."})
-    color_jitter: float = field(
-        default=0.0, metadata={"help": "Change brightness, contrast and saturation by up to this share; 0 for none."}
-    )
 
     def __post_init__(self) -> None:
-        if self.crop_padding < 0 or self.affine_degrees < 0 or not 0 <= self.color_jitter < 1:
-            raise UserError("--crop_padding and --affine_degrees must be at least 0, --color_jitter in [0, 1)")
+        if self.crop_padding < 0:
+            raise UserError(f"--crop_padding {self.crop_padding}: must be at least 0")
 
 
 class Augmentation:
@@ -496,7 +426,7 @@ class Augmentation:
         config: what to do.
         count: images in the data set.
         seed: with the epoch and an image's number it determines what happens to the image.
-        device: where the images will be; the numbers wait there, so that no step waits for a copy.
+        device: where the images are. The drawn numbers are there too, so that no step waits for a copy.
     """
 
     def __init__(self, config: AugmentConfig, count: int, seed: int, device: torch.device | str = "cpu"):
@@ -505,67 +435,25 @@ class Augmentation:
 
     def set_epoch(self, epoch: int) -> None:
         """Draw every image's numbers of this epoch."""
-        padding = self.config.crop_padding
-        first = torch.Generator().manual_seed(self.seed)
-        flips = torch.rand(self.count, generator=first) < 0.5
+        flips = torch.rand(self.count, generator=torch.Generator().manual_seed(self.seed)) < 0.5
+        self._flip = ((flips ^ bool(epoch % 2)) & self.config.flip).to(self.device)
         generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch, "augment"))
-        shift = torch.randint(0, 2 * padding + 1, (self.count, 2), generator=generator)
-        angle = (torch.rand(self.count, generator=generator) * 2 - 1) * math.radians(self.config.affine_degrees)
-        jitter = 1 + (torch.rand(3, self.count, generator=generator) * 2 - 1) * self.config.color_jitter
-        self._shift, self._flip = shift.to(self.device), (flips ^ bool(epoch % 2)).to(self.device)
-        self._angle, self._jitter = angle.to(self.device), jitter.to(self.device)
+        places = 2 * self.config.crop_padding + 1
+        self._shift = torch.randint(0, places, (self.count, 2), generator=generator).to(self.device)
 
     def __call__(self, pixels: Tensor, index: Tensor) -> Tensor:
-        """Augment `pixels`, the images numbered `index` (B,); uint8, or float where rotated or jittered."""
-        pixels = self._crop_and_flip(pixels, index)
-        if self.config.affine_degrees or self.config.color_jitter:
-            pixels = pixels.float()
-        if self.config.affine_degrees:
-            pixels = rotate(pixels, self._angle[index])
-        if self.config.color_jitter:
-            pixels = jitter(pixels, *self._jitter[:, index])
-        return pixels
-
-    def _crop_and_flip(self, pixels: Tensor, index: Tensor) -> Tensor:
-        padding, flips = self.config.crop_padding, self.config.flip
-        if not padding and not flips:
-            return pixels
+        """Augment `pixels`, the images numbered `index` (B,)."""
         height, width = pixels.shape[2:]
-        if padding:
-            pixels = functional.pad(pixels, [padding], padding_mode="reflect")
+        if self.config.crop_padding:
+            pixels = functional.pad(pixels, [self.config.crop_padding], padding_mode="reflect")
         # where a pixel comes from: (B, H) rows and (B, W) columns
         rows = torch.arange(height, device=self.device) + self._shift[index, 0, None]
         columns = torch.arange(width, device=self.device) + self._shift[index, 1, None]
-        if flips:
-            columns = torch.where(self._flip[index, None], columns.flip(1), columns)
+        columns = torch.where(self._flip[index, None], columns.flip(1), columns)
         batch = torch.arange(len(pixels), device=self.device)[:, None, None]
-        taken = pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3), one gather
-        return taken.permute(0, 3, 1, 2)
+        return pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def hash_seed(seed: int, epoch: int, purpose: str) -> int:
     """A seed of its own for each purpose in each epoch."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {purpose}".encode(), digest_size=7).digest(), "little")
-
-
-def rotate(pixels: Tensor, angles: Tensor) -> Tensor:
-    """Rotate (B, 3, H, W) float images counter-clockwise by (B,) radians; the border is reflected."""
-    cosine, sine = angles.cos(), angles.sin()
-    zero = torch.zeros_like(angles)
-    matrices = torch.stack([torch.stack([cosine, -sine, zero], 1), torch.stack([sine, cosine, zero], 1)], 1)
-    grid = F.affine_grid(matrices, list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-
-
-def jitter(pixels: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
-    """Scale brightness, contrast and saturation of (B, 3, H, W) float images in [0, 255] by (B,) factors each.
-
-    As torchvision's adjust_brightness, adjust_contrast and adjust_saturation, in this order, with a factor an image.
-    """
-
-    def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
-        return (factor[:, None, None, None] * images + (1 - factor)[:, None, None, None] * other).clamp(0, 255)
-
-    pixels = blend(pixels, 0.0, brightness)
-    pixels = blend(pixels, functional.rgb_to_grayscale(pixels).mean(dim=(1, 2, 3), keepdim=True), contrast)
-    return blend(pixels, functional.rgb_to_grayscale(pixels), saturation)

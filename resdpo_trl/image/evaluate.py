@@ -83,9 +83,8 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
     """
     use_the_cores()
     assert config.model is not None
-    known = [read_facts(config.model, None, "--model")]
-    if config.reference:
-        known.append(read_facts(config.reference, None, "--reference"))
+    named = {"--model": config.model} | ({"--reference": config.reference} if config.reference else {})
+    known = [read_facts(name, None, flag) for flag, name in named.items()]
     asked = {
         "beta": config.beta,
         "loss_type": config.loss_type,
@@ -93,12 +92,10 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
     }
     settings = as_trained(known[0], asked, {})
     bf16 = settings["precision"][0] == "bfloat16"
-    loss = loss_of(settings)
-    model, processor = load_classifier(config.model, "--model"), load_processor(config.model, "--model")
-    reference = load_classifier(config.reference, "--reference") if config.reference else None
-    held_out = config.split == "test"
-    images = as_numbered_by(model, load_images(data, held_out), "--model", config.model)
-    if reference is not None and reference.config.id2label != model.config.id2label:
+    models = {flag: load_classifier(name, flag) for flag, name in named.items()}
+    processor, held_out = load_processor(config.model, "--model"), config.split == "test"
+    images = as_numbered_by(models["--model"], load_images(data, held_out), "--model", config.model)
+    if len({str(model.config.id2label) for model in models.values()}) > 1:
         raise UserError(
             f"--reference {config.reference}: its classes are not those of --model {config.model}, or have another "
             "order: name the reference that it was trained from"
@@ -107,8 +104,7 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
     kept, left_out = unseen(rows.digests(), known if held_out else (), f"--dataset_name {data.dataset_name}")
     split = rows[kept]
     how = (split, processor, config.batch_size, bf16, config.test_time_views)
-    logps = image_logps(model, *how)
-    ref_logps = image_logps(reference, *how) if reference else None
+    logps = {flag: image_logps(model, *how) for flag, model in models.items()}
     figures = {
         "model": config.model,
         "reference": config.reference,
@@ -117,10 +113,10 @@ def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
         "left_out": left_out,
         "settings": {name: {"value": value, "from": origin} for name, (value, origin) in settings.items()},
         "test_time_views": config.test_time_views,
-        **classification_figures(logps, split.labels, images.label_names),
+        **classification_figures(logps["--model"], split.labels, images.label_names),
     }
-    if ref_logps is not None:
-        found = classifier_metrics(logps, ref_logps, split.labels, loss)
+    if config.reference:
+        found = classifier_metrics(logps["--model"], logps["--reference"], split.labels, loss_of(settings))
         figures["dpo"] = with_intervals(found)
     if config.output:
         write_figures(config.output, figures)
@@ -162,9 +158,8 @@ def _views(images: Tensor, count: int) -> list[tuple[float, Tensor]]:
 
 
 def classification_figures(logps: Tensor, labels: Tensor, names: list[str]) -> dict[str, Any]:
-    """Loss and accuracy with intervals, accuracy by class, confusion matrix, expected calibration error.
-
-    The calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599) is over 15 bins of equal width.
+    """Loss and accuracy with intervals, accuracy by class, confusion matrix, and the expected calibration error over
+    bins of equal width (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
     """
     classes = len(names)
     by_class = multiclass_accuracy(logps, labels, num_classes=classes, average=None)

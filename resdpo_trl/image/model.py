@@ -11,14 +11,15 @@ takes a PIL image, and `AutoModelForImageClassification.from_pretrained(FOLDER)`
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision import models
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from resdpo_trl.image.data import LabelledImages
 
 FAST = "fast"
-PROCESSOR_FILE = "preprocessor_config.json"
 
 
 class ImageClassifierConfig(PreTrainedConfig):
@@ -52,23 +52,12 @@ class ImageClassifierConfig(PreTrainedConfig):
 
     model_type = "resdpo_image_classifier"
 
-    def __init__(
-        self,
-        arch: str = "resnet18",
-        stem: str = "cifar",
-        head: str = "linear",
-        dropout: float = 0.1,
-        widths: list[int] | tuple[int, ...] = (64, 128, 256),
-        image_size: int = 32,
-        **kwargs: Any,
-    ):
-        self.arch = arch
-        self.stem = stem
-        self.head = head
-        self.dropout = dropout
-        self.widths = list(widths)
-        self.image_size = image_size
-        super().__init__(**kwargs)
+    arch: str = "resnet18"
+    stem: str = "cifar"
+    head: str = "linear"
+    dropout: float = 0.1
+    widths: list[int] = field(default_factory=lambda: [64, 128, 256])
+    image_size: int = 32
 
 
 class ImageClassifier(PreTrainedModel):
@@ -136,8 +125,8 @@ class Whitening(nn.Module):
         """Set the weights from (N, 3, H, W) normalized images; `epsilon` is added to the variance of each direction."""
         patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12).double()
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))
-        # grey images vary along four of the twelve; a channel that never varies would come out of a batch norm with a
-        # gradient 300 times as large, at each norm anew, so the directions that vary take the others' places
+        # gray images vary along four of the twelve; a batch norm would multiply the gradient of a channel that never
+        # varies by 300, so the directions that vary take the others' places
         varying = torch.nonzero(values >= 1e-6 * values[-1]).flatten()
         kept = varying[torch.arange(12) % len(varying)]
         values, vectors = values[kept], vectors[:, kept]
@@ -163,8 +152,7 @@ class _Stage(nn.Module):
 
 def _identity_convolution(inputs: int, outputs: int) -> nn.Conv2d:
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-    if convolution.weight.device.type != "meta":
-        nn.init.dirac_(convolution.weight[:inputs])
+    nn.init.dirac_(convolution.weight[:inputs])
     return convolution
 
 
@@ -178,36 +166,19 @@ class _FastNorm(nn.BatchNorm2d):
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Replace every batch norm, in place, by torch's SyncBatchNorm: its statistics are over all processes' images.
+    """Make every batch norm, in place, torch's SyncBatchNorm: its statistics are over all processes' images.
 
-    It trains on GPUs only. The state dict stays as it was.
+    It trains on GPUs only. The state dict stays as it was. `SyncBatchNorm.convert_sync_batchnorm` would make the frozen
+    scale of `_FastNorm` a parameter.
     """
-    for parent in list(model.modules()):
-        for name, norm in list(parent.named_children()):
-            if not isinstance(norm, nn.BatchNorm2d):
-                continue
-            synced = nn.SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
-            if isinstance(norm, _FastNorm):
-                del synced.weight
-                synced.register_buffer("weight", norm.weight)
-            else:
-                synced.weight = norm.weight
-            synced.bias = norm.bias
-            for statistic in ("running_mean", "running_var", "num_batches_tracked"):
-                setattr(synced, statistic, getattr(norm, statistic))
-            setattr(parent, name, synced.train(norm.training))
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.__class__, norm.process_group = nn.SyncBatchNorm, None  # type: ignore[assignment]
 
 
 def architectures() -> list[str]:
     """What `arch` may be."""
-    from torchvision import models
-
-    resnets = [
-        name
-        for name in models.list_models(module=models)
-        if models.get_model_builder(name).__module__.endswith("resnet")
-    ]
-    return [FAST, *(name for name in resnets if not name.startswith("quantized"))]
+    return [FAST, *models.list_models(models, include=("*resnet*", "resnext*"))]
 
 
 def check_architecture(arch: str) -> None:
@@ -229,8 +200,8 @@ def build_classifier(
         config: its architecture, with label names.
         seed: draws the weights.
         images: (N, 3, H, W) normalized training images, from which `fast` fits its whitening.
-        pretrained_weights: a name of torchvision's (`IMAGENET1K_V2`, `DEFAULT`) or a local .safetensors or .pth file;
-            what has another shape (a CIFAR stem, the head) stays new.
+        pretrained_weights: a name of torchvision's (`IMAGENET1K_V2`, `DEFAULT`) or a .safetensors file; what has
+            another shape (a CIFAR stem, the head) stays new.
 
     Raises:
         UserError: images too small for `fast`, or weights that are not there or of another architecture.
@@ -248,22 +219,18 @@ def build_classifier(
     if config.arch == FAST:
         if pretrained_weights:
             raise UserError("--pretrained_weights: torchvision has none for --arch fast; name a ResNet")
-        if images is None:
-            raise ValueError("fast needs training images for its whitening")
-        assert isinstance(model.network, FastNet)
+        assert images is not None and isinstance(model.network, FastNet)
         model.network.whitening.fit(images)
     elif pretrained_weights:
-        _load_torchvision_weights(model, config.arch, pretrained_weights)
+        _load_weights(model.network, config.arch, pretrained_weights)
     return model
 
 
-def load_classifier(name: str, flag: str, revision: str = "main") -> ImageClassifier:
+def load_classifier(name: str, flag: str) -> ImageClassifier:
     """A saved classifier, from a folder or the Hub."""
     check_model_folder(name, flag)
     try:
-        model = AutoModelForImageClassification.from_pretrained(
-            name, revision=revision, use_safetensors=True, trust_remote_code=False
-        )
+        model = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{flag} {name}: can't be loaded ({first_line(error)})") from None
     if not isinstance(model, ImageClassifier):
@@ -271,25 +238,19 @@ def load_classifier(name: str, flag: str, revision: str = "main") -> ImageClassi
     return model
 
 
-def load_processor(name: str, flag: str, revision: str = "main") -> ViTImageProcessor:
+def load_processor(name: str, flag: str) -> ViTImageProcessor:
     """The preprocessing that was saved with a classifier."""
     try:
-        return ViTImageProcessor.from_pretrained(name, revision=revision)
+        return ViTImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name}: its {PROCESSOR_FILE} can't be loaded ({first_line(error)})") from None
+        raise UserError(f"{flag} {name}: its preprocessor_config.json can't be loaded ({first_line(error)})") from None
 
 
 def as_numbered_by(model: ImageClassifier, images: LabelledImages, flag: str, name: str) -> LabelledImages:
-    """The images with a loaded classifier's classes, numbered as it does; the data may lack some of them.
-
-    Args:
-        model: the classifier.
-        images: labelled images of one size.
-        flag: the flag that names it, for the message.
-        name: its value.
+    """The images with their classes numbered as a loaded classifier numbers them; the data may lack some of them.
 
     Raises:
-        UserError: a class that it does not know, or images of another size.
+        UserError: a class that the classifier does not know, or images of another size; `flag` and `name` name it.
     """
     own = [label for _, label in sorted((model.config.id2label or {}).items())]
     unknown = [label for label in images.label_names if label not in own]
@@ -319,13 +280,10 @@ def image_processor(image_size: int, mean: list[float], std: list[float]) -> ViT
 
 def _torchvision_resnet(config: ImageClassifierConfig) -> tuple[nn.Module, int]:
     """torchvision's network without its last layer, and the width of its features."""
-    from torchvision import models
-
     network = models.get_model(config.arch, weights=None)
     if config.stem == "cifar":
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        if network.conv1.weight.device.type != "meta":
-            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
     width = network.fc.in_features
     network.fc = nn.Identity()
@@ -345,25 +303,21 @@ def _head(config: ImageClassifierConfig, width: int) -> nn.Module:
     )
 
 
-def _load_torchvision_weights(model: ImageClassifier, arch: str, weights: str) -> None:
-    from torchvision import models
-
-    path = Path(weights)
-    if path.suffix in (".safetensors", ".pth", ".pt") or path.exists():
-        state = _read_weights(path)
-    else:
-        known = {member.name: member for member in models.get_model_weights(arch)} | {
-            "DEFAULT": models.get_model_weights(arch).DEFAULT
-        }
-        if weights not in known:
-            raise UserError(f"--pretrained_weights {weights}: {arch} has {', '.join(known)}; or name a local file")
-        try:
-            state = known[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
-        except OSError as error:
+def _load_weights(network: nn.Module, arch: str, weights: str) -> None:
+    """Load torchvision's weights of that name, or those of a .safetensors file, where their shapes fit."""
+    known = models.get_model_weights(arch).__members__
+    try:
+        if weights in known:
+            state = known[weights].get_state_dict(check_hash=True, weights_only=True)
+        elif weights.endswith(".safetensors"):
+            state = load_file(weights)
+        else:
             raise UserError(
-                f"--pretrained_weights {weights}: torchvision can't download it ({error}); name a local file"
-            ) from None
-    own = model.network.state_dict()
+                f"--pretrained_weights {weights}: {arch} has {', '.join(known)}; or name a .safetensors file"
+            )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--pretrained_weights {weights}: can't be loaded ({first_line(error)})") from None
+    own = network.state_dict()
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     missing = set(own) - set(fitting)
     if missing - {"conv1.weight"}:
@@ -371,22 +325,7 @@ def _load_torchvision_weights(model: ImageClassifier, arch: str, weights: str) -
             f"--pretrained_weights {weights}: not the weights of {arch} ({len(missing)} of {len(own)} tensors are "
             f"missing or of another shape, {sorted(missing)[0]} first)"
         )
-    model.network.load_state_dict(fitting, strict=False)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    import pickle
-
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)  # tensors alone: nothing else is unpickled
-    except FileNotFoundError:
-        raise UserError(f"--pretrained_weights {path}: no such file") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"--pretrained_weights {path}: can't be read ({first_line(error)})") from None
+    network.load_state_dict(fitting, strict=False)
 
 
 AutoConfig.register(ImageClassifierConfig.model_type, ImageClassifierConfig)

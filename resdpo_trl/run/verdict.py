@@ -230,18 +230,25 @@ def of_comparison(summary: dict[str, Any]) -> list[str]:
     """The sentences of a comparison, from its summary.json."""
     rates = summary.get("win_rates") or []
     if not rates:
-        return ["Nobody judged the answers: pass --reward_model or --judge_url for win rates."]
+        answers = summary["comparison"]["answers"]
+        ended = [f"{name} {percent(1 - found['cut'], found['n'])}" for name, found in answers.items()]
+        return [
+            f"Of {next(iter(answers.values()))['n']} answers per model, these end by themselves: {', '.join(ended)}.",
+            "No judge compared the answers: pass --reward_model or --judge_url for win rates.",
+        ]
     said = []
     for row in rates:
-        who = f"{row['model']} against {row['against']}, judged by {row['judge']}"
-        if not row["n"]:
-            said.append(f"{who}: no verdict.")
+        model, against, n = row["model"], row["against"], row["n"]
+        if not n:
+            said.append(f"{model} against {against}, judged by {row['judge']}: no verdict.")
             continue
-        low, high = row["interval_95"]
-        bounds = f"95% interval {percent(low, row['n'])} to {percent(high, row['n'])}"
-        rate = f"wins {percent(row['win_rate'], row['n'])} of {row['n']} ({bounds})"
-        shown = "better" if low > 0.5 else "worse" if high < 0.5 else "no difference is shown; ask more prompts"
-        said.append(f"{who}: {rate}: {shown}.")
+        shares = (row["win_rate"], *row["interval_95"])
+        if row["win_rate"] < 0.5:
+            model, against, shares = against, model, (1 - shares[0], 1 - shares[2], 1 - shares[1])
+        rate, low, high = (percent(share, n) for share in shares)
+        won = f"{model} wins {rate} of {n} prompts against {against}, judged by {row['judge']}"
+        shown = "" if shares[1] > 0.5 else ": no difference is shown; ask more prompts"
+        said.append(f"{won} (95% interval {low} to {high}){shown}.")
     return said
 
 

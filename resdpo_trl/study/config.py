@@ -23,8 +23,8 @@ class CompareConfig:
     prompts: str | None = field(
         default=None,
         metadata={
-            "help": "A .jsonl or .jsonl.gz file with a prompt a row (text or messages; HH's pairs lend theirs), or a "
-            ".txt file with a question a line. Default: held-out prompts of the quickstart."
+            "help": "A .jsonl or .jsonl.gz file (rows with prompt, or HH's pairs) or a .txt file with a question per "
+            "line; by default held-out prompts of the quickstart."
         },
     )
     max_prompts: int | None = field(
@@ -33,21 +33,10 @@ class CompareConfig:
     )
     output_dir: str = field(default="runs/compare_hh", metadata={"help": "The comparison's folder."})
     reference: str | None = field(
-        default=None,
-        metadata={
-            "help": "A NAME of --models, a folder or a Hub id: gives every answer's implicit reward "
-            "β·log(π/π_ref) under each policy."
-        },
+        default=None, metadata={"help": "A NAME of --models, a folder or a Hub id: adds β·log(π/π_ref) of answers."}
     )
     beta: float | None = field(
         default=None, metadata={"help": "β of these rewards, above 0; by default that of the models' training, or 0.1."}
-    )
-    baseline: str | None = field(
-        default=None,
-        metadata={
-            "help": "A NAME: words are marked and wins are counted against this model alone. By default words against "
-            "the first, wins of every pair."
-        },
     )
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
     max_length: int = field(
@@ -68,61 +57,36 @@ class CompareConfig:
         default=None, metadata={"help": "A reward model (resdpo-trl reward): scores every answer and judges."}
     )
     best_of_n: int | None = field(
-        default=None, metadata={"help": "One more model: the best of so many samples by --reward_model."}
-    )
-    best_of_n_model: str | None = field(
-        default=None, metadata={"help": "The NAME that these samples are drawn from; the first of --models by default."}
-    )
-    judge: str | None = field(
         default=None,
-        metadata={
-            "help": "MODULE:CLASS, a judge with the interface of TRL's pairwise judges, of the working directory or "
-            "installed. Its code is run."
-        },
+        metadata={"help": "One more model: the best of so many samples of the first of --models by --reward_model."},
     )
     judge_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "An OpenAI-compatible endpoint (http://localhost:8000/v1) whose model judges; its key comes from "
-            "the environment variable JUDGE_API_KEY."
-        },
+        default=None, metadata={"help": "An OpenAI-compatible endpoint that judges; JUDGE_API_KEY has its key."}
     )
     judge_model: str | None = field(default=None, metadata={"help": "The model's name at --judge_url."})
     judge_options: str = field(
         default='{"temperature": 0}', metadata={"help": "Further fields of the request to --judge_url, as JSON."}
     )
     judge_workers: int = field(default=8, metadata={"help": "Questions that --judge_url is asked at once."})
-    judge_timeout_seconds: float = field(default=60.0, metadata={"help": "How long a reply of --judge_url may take."})
     seed: int = field(default=42, metadata={"help": "Draws the answers."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={
-            "nargs": "?",
-            "const": "last",
-            "help": "Continue the comparison in --output_dir: answers and verdicts that are there are kept.",
-        },
+        metadata={"nargs": "?", "const": "last", "help": "Continue in --output_dir: the verdicts there are kept."},
     )
 
     def __post_init__(self) -> None:
-        names = list(named_models(self.models))
-        for flag in ("baseline", "best_of_n_model"):
-            asked = getattr(self, flag)
-            if asked is not None and asked not in names:
-                raise UserError(f"--{flag} {asked}: not one of --models ({', '.join(names)})")
+        named_models(self.models)  # raises
         if self.best_of_n is not None and self.reward_model is None:
             raise UserError("--best_of_n needs a reward model to choose by: pass --reward_model (resdpo-trl reward)")
-        if self.best_of_n is not None and self.best_of_n < 2:
-            raise UserError(f"--best_of_n {self.best_of_n}: must be at least 2")
-        if self.best_of_n is None and self.best_of_n_model is not None:
-            raise UserError("--best_of_n_model needs --best_of_n, the number of samples")
         if (self.judge_url is None) != (self.judge_model is None):
             raise UserError("--judge_url and --judge_model belong together: pass both")
         if self.beta is not None and not self.beta > 0:
             raise UserError(f"--beta {self.beta}: must be above 0 (0.1 to 0.5 are usual)")
-        for flag in ("max_new_tokens", "batch_size", "judge_workers", "max_prompts"):
-            if getattr(self, flag) is not None and getattr(self, flag) < 1:
-                raise UserError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        for flag in ("max_new_tokens", "batch_size", "judge_workers", "max_prompts", "best_of_n"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} {value}: must be at least 1")
         if self.max_length < self.max_new_tokens + SHORTEST // 2:
             raise UserError(
                 f"--max_length {self.max_length}: must leave {SHORTEST // 2} tokens of the prompt next to "
@@ -130,7 +94,5 @@ class CompareConfig:
             )
         if not self.temperature > 0 or not 0 < self.top_p <= 1:
             raise UserError("--temperature must be above 0 and --top_p in (0, 1]")
-        if not self.judge_timeout_seconds > 0:
-            raise UserError(f"--judge_timeout_seconds {self.judge_timeout_seconds}: must be above 0")
         if self.bf16 is None:
             self.bf16 = has_bfloat16()

@@ -3,14 +3,15 @@
 The figure by which the DPO paper compares methods (Figure 2, left, https://arxiv.org/abs/2305.18290): a policy is good
 that earns much reward for little divergence. Both coordinates come from the same sampled answers y ~ π(·|x) to
 held-out prompts: the mean reward of a trained reward model, and the mean of log π(y|x) − log π_ref(y|x), an unbiased
-estimate of KL(π‖π_ref) per answer, in nats. The reference itself stands at zero.
+estimate of KL(π‖π_ref) per answer, in nats. The reference itself is at zero.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tqdm.auto import tqdm
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.metrics import with_intervals
+from resdpo_trl.run.files import checkpoints_of, step_of
+from resdpo_trl.run.folder import read_object
 from resdpo_trl.study.sweep import AXES, FRONTIER_COLUMNS, Point, read_rows, write_rows
 from resdpo_trl.text.config import TextModelConfig
 from resdpo_trl.text.data import TextDataConfig, load_preferences
@@ -30,7 +33,7 @@ from resdpo_trl.text.tokens import tokenize
 
 
 class Frontier:
-    """Measures the points of a sweep, one row a checkpoint, into frontier.csv."""
+    """Measures the points of a sweep, one row per checkpoint, into frontier.csv."""
 
     def __init__(self, config: EvaluateConfig, data: TextDataConfig, model: TextModelConfig):
         """`config` names the reward model, the cap, the number of prompts and what is drawn; not yet the policies."""
@@ -46,22 +49,19 @@ class Frontier:
         A point that failed, or a checkpoint that can't be read, is a row that says so in `status`.
         """
         known = {row["key"]: row for row in read_rows(path, FRONTIER_COLUMNS) if row["status"] == "done"}
-        work: dict[Path, list[Point]] = {}
-        for point in points:
-            work.setdefault(point.reference, []).append(point)
-        todo = {point: _checkpoints(point) for point in points if point.name not in failures}
+        checkpoints = {point: _checkpoints(point) for point in points}
         rows: list[dict[str, Any]] = []
-        with tqdm(total=len(work) + sum(map(len, todo.values())), desc="Frontier") as bar:
-            for reference, its_points in work.items():
-                rows.append(self._open(reference, its_points[0], known))
-                bar.update()
-                for point in its_points:
+        with tqdm(total=sum(map(len, checkpoints.values())), desc="Frontier") as bar:
+            for reference, group in itertools.groupby(points, lambda point: point.reference):
+                for place, point in enumerate(group):
+                    if place == 0:
+                        rows.append(self._open(reference, point, known))
                     start = _row(point.name, point)
-                    if point.name in failures:
-                        rows.append(start | {"status": f"failed: {failures[point.name]}"})
-                    elif not todo[point]:
-                        rows.append(start | {"status": "failed: no checkpoint in it; keep them with --save_strategy"})
-                    for folder, step, epoch in todo.get(point, ()):
+                    why = failures.get(point.name) or "no checkpoint in it; keep them with --save_strategy"
+                    if point.name in failures or not checkpoints[point]:
+                        rows.append(start | {"status": f"failed: {why}"})
+                        continue
+                    for folder, step, epoch in checkpoints[point]:
                         at = start | {"step": step, "epoch": epoch}
                         try:
                             rows.append(at | self._figures(str(folder), known))
@@ -103,7 +103,7 @@ class Frontier:
         drawn = (config.max_new_tokens, self.max_length, config.seed, config.bf16)
         parts = (weights_digest(model), self._ref_weights, self._reward_weights, self.prompts, drawn)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        measured = ("kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high", "n", "status", "key")
+        measured = FRONTIER_COLUMNS[FRONTIER_COLUMNS.index("kl") :]
         if key in known:
             return {name: known[key][name] for name in measured}
         answers = answer(
@@ -128,10 +128,7 @@ def _row(name: str, point: Point) -> dict[str, Any]:
 def _checkpoints(point: Point) -> list[tuple[Path, int, float]]:
     """(folder, step, epoch) of every checkpoint of a point's DPO, oldest first."""
     found = []
-    for folder in (point.folder / "checkpoints" / "dpo").glob("checkpoint-*"):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((folder, int(state["global_step"]), float(state["epoch"])))
-        except (OSError, ValueError, KeyError):
-            continue  # torn: a crash while saving; a resumed run would not start from it either
-    return sorted(found, key=lambda row: row[1])
+    for folder in reversed(checkpoints_of(point.folder / "checkpoints" / "dpo")):
+        with suppress(OSError, ValueError):  # torn: a crash while saving; a resumed run would not start from it either
+            found.append((folder, step_of(folder), float(read_object(folder / "trainer_state.json")["epoch"])))
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.run.files import read_jsonl
-from resdpo_trl.text.data import MARKER, SPEAKERS, chitchat_pairs, parse_dialogue
+from resdpo_trl.text.data import SPEAKERS, chitchat_pairs, parse_dialogue
 from resdpo_trl.text.generate import Prompt
 
 QUICKSTART_PROMPTS = 32
@@ -18,8 +18,7 @@ def load_prompts(path: str | None, limit: int | None) -> tuple[list[Prompt], dic
     """Distinct prompts, and counts of what the file holds.
 
     Args:
-        path: a .txt file (a question per line), or a .jsonl or .jsonl.gz file (rows with `prompt`, or with `chosen` and
-            `rejected` dialogues in HH's format); None for held-out prompts of the quickstart.
+        path: a .txt, .jsonl or .jsonl.gz file as `--prompts` takes it; None for held-out prompts of the quickstart.
         limit: the number of prompts to use, at most.
 
     Raises:
@@ -62,21 +61,16 @@ def _prompt_of(row: dict[str, Any], place: str) -> Prompt:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(f"{place}: half of a surrogate pair (\\ud800 to \\udfff) is not text; fix the line") from None
-    prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
-    if prompt is None and isinstance(chosen, str):
-        if isinstance(rejected, str):
-            prompt = (parse_dialogue(chosen, rejected) or [None])[0]
-        elif MARKER in chosen:
-            prompt = chosen[: chosen.rfind(MARKER) + len(MARKER)]
-        if prompt is None:
-            raise UserError(f"{place}: the dialogue has no '\\n\\nAssistant:' after which a response begins")
+    prompt = row.get("prompt")
+    if prompt is None and isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
+        prompt = (parse_dialogue(row["chosen"], row["rejected"]) or [""])[0]
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(map(_is_message, prompt)):
         return [{"role": message["role"], "content": message["content"]} for message in prompt]
     raise UserError(
         f"{place}: needs 'prompt', a text or a list of messages with role (system, user, assistant) and content, or "
-        "HH's 'chosen' dialogue"
+        "'chosen' and 'rejected' dialogues in HH's format"
     )
 
 

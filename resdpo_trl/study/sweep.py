@@ -25,28 +25,28 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from resdpo_trl.errors import UserError
-from resdpo_trl.metrics import FIGURES, number, table
+from resdpo_trl.metrics import FIGURES, table
 from resdpo_trl.run.files import is_locked, write_whole
 from resdpo_trl.run.folder import read_object
 from resdpo_trl.run.verdict import of_sweep
 from resdpo_trl.sources import first_line
-from resdpo_trl.study.sweep_page import Sweep, write_sweep_page
+from resdpo_trl.study.sweep_page import AXES, Sweep, points_table, write_sweep_page
 
 FIGURE_OF = {figure.column: name for name, figure in FIGURES.items() if figure.column}  # of a column
 COLUMNS = (
-    "point", "beta", "learning_rate", "seed", "sft_epochs", "status", "best", "loss", "accuracy", "accuracy_low",
-    "accuracy_high", *list(FIGURE_OF)[2:], "n", "validation_loss", "validation_accuracy", "best_epoch", "kept_epoch",
-    "seconds", "folder",
+    "point", *AXES, "status", "best", "loss", "accuracy", "accuracy_low", "accuracy_high", *list(FIGURE_OF)[2:], "n",
+    "validation_loss", "validation_accuracy", "best_epoch", "kept_epoch", "seconds", "folder",
 )  # fmt: skip
-AXES = ("beta", "learning_rate", "seed", "sft_epochs")
 FRONTIER_COLUMNS = (
-    "point", "beta", "learning_rate", "seed", "sft_epochs", "epoch", "step", "kl", "kl_low", "kl_high", "reward",
-    "reward_low", "reward_high", "n", "status", "key",
+    "point", *AXES, "epoch", "step", "kl", "kl_low", "kl_high", "reward", "reward_low", "reward_high", "n", "status",
+    "key",
 )  # fmt: skip
+TEXTS = ("point", "status", "best", "folder", "key")  # columns that hold no numbers
 
 
 @dataclass
@@ -68,8 +68,8 @@ class SweepConfig:
     reward_model: str | None = field(
         default=None,
         metadata={
-            "help": "A reward model (reward_hh.py makes one): measures every checkpoint's reward and KL from the "
-            "reference; may be added to a finished sweep with --resume_from_checkpoint."
+            "help": "A reward model: measures every checkpoint's reward and KL from the reference. It may be added to "
+            "a finished sweep with --resume_from_checkpoint."
         },
     )
     frontier_samples: int = field(
@@ -125,7 +125,7 @@ def points_of(
 
     `learning_rate`, `seed` and `sft_epochs` are the values of axes that the configuration leaves out. The points of
     `sft_epochs` itself have names without it, so that the axis can be added to a sweep later. With a finished
-    `reference` there is no SFT to run.
+    `reference` no SFT is run.
     """
     if reference and config.sft_epochs_list:
         raise UserError("--sft_epochs_list runs SFT and --reference skips it: drop either")
@@ -154,14 +154,11 @@ def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
                 f"--output_dir {output_dir} already holds a sweep: continue it or add points with "
                 "--resume_from_checkpoint, or name another folder"
             )
-        try:
-            earlier = [str(flag) for flag in read_object(path)["flags"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} can't be read ({first_line(error)}): fix it, or name another folder") from None
-        if earlier != list(shared):
+        earlier = " ".join(read_object(path)["flags"])
+        if earlier != " ".join(shared):
             raise UserError(
-                f"--output_dir {output_dir} holds a sweep with other flags ({' '.join(earlier) or 'none'}): pass the "
-                "same ones, or name another folder"
+                f"--output_dir {output_dir} holds a sweep with other flags ({earlier or 'none'}): pass the same ones, "
+                "or name another folder"
             )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -190,48 +187,38 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
     A failure does not end the others. A point's output goes to its log.txt. SIGTERM and Ctrl-C are passed on, and no
     further point starts.
     """
-    from tqdm.auto import tqdm
-
-    waiting = [point for point in points if not has_ended(point.folder)]
-    gpus = _gpus()
-    free: SimpleQueue[str] = SimpleQueue()  # a GPU for each point that runs; more points than GPUs share them
-    for job in range(jobs if gpus else 0):
-        free.put(gpus[job % len(gpus)])
+    gpus, slot, numbers = _gpus(), threading.local(), itertools.count()
     failures: dict[str, str] = {}
     running: list[subprocess.Popen[bytes]] = []
     stopped = threading.Event()
 
-    def run(point: Point) -> tuple[Point, str | None]:
+    def run(point: Point) -> None:
         command = command_of(recipe, point, shared)
         point.folder.mkdir(parents=True, exist_ok=True)
         while is_locked(point.folder) and not stopped.wait(1):
             pass  # a sweep that was killed has left the point running
         if stopped.is_set() or has_ended(point.folder):
-            return point, None
-        environment = dict(os.environ)
+            return
+        own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
         if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu = free.get()
-        elif jobs > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-        try:
-            with open(point.folder / "log.txt", "ab") as log:
-                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # noqa: S603  (our own)
-                running.append(process)
-                status = process.wait()
-        finally:
-            if gpus:
-                free.put(gpu)
-        return point, None if status == 0 else _why(point.folder / "log.txt", status)
+            own = {"CUDA_VISIBLE_DEVICES": slot.gpu}
+        with open(point.folder / "log.txt", "ab") as log:
+            process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)  # noqa: S603  (our own)
+            running.append(process)
+            if status := process.wait():
+                failures[point.name] = _why(point.folder / "log.txt", status)
+
+    def begin() -> None:
+        """Give a thread its GPU; more threads than GPUs share them."""
+        slot.gpu = gpus[next(numbers) % len(gpus)] if gpus else None
 
     with (
-        ThreadPoolExecutor(max_workers=jobs) as pool,
-        tqdm(total=len(points), initial=len(points) - len(waiting), desc="Points", delay=0, leave=True) as bar,
+        ThreadPoolExecutor(max_workers=jobs, initializer=begin) as pool,
+        tqdm(total=len(points), desc="Points", delay=0, leave=True) as bar,
     ):
         try:
-            for future in [pool.submit(run, point) for point in waiting]:
-                point, wrong = future.result()
-                if wrong is not None:
-                    failures[point.name] = wrong
+            for future in [pool.submit(run, point) for point in points]:
+                future.result()
                 bar.update()
         except KeyboardInterrupt:
             stopped.set()
@@ -249,7 +236,7 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
         row |= {axis: getattr(point, axis) for axis in AXES}
         row["status"] = f"failed: {failures[point.name]}" if point.name in failures else "not run"
         if has_ended(point.folder):
-            summary = json.loads((point.folder / "summary.json").read_text(encoding="utf-8"))
+            summary = read_object(point.folder / "summary.json")
             dpo, test = summary["dpo"], summary["dpo"]["test"]
             row["status"] = "done"
             row |= {column: test[name] for column, name in FIGURE_OF.items()}
@@ -271,10 +258,10 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
 def write_sweep_report(output_dir: Path, output: str | None = None) -> Path:
     """The page of a sweep from its own files; report.html in its folder by default."""
     rows = read_rows(output_dir / "table.csv", COLUMNS)
+    frontier = read_rows(output_dir / "frontier.csv", FRONTIER_COLUMNS)
     done = [output_dir / "points" / row["point"] for row in rows if row["status"] == "done"]
     if not done:
         raise UserError(f"{output_dir}: no point of this sweep has ended; run it with --resume_from_checkpoint")
-    frontier = read_rows(output_dir / "frontier.csv", FRONTIER_COLUMNS)
     return write_sweep_page(done, Sweep(rows, frontier), Path(output or output_dir / "report.html"))
 
 
@@ -288,30 +275,24 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of table.csv or frontier.csv with numbers as numbers; none if there is no such file.
-
-    Raises:
-        UserError: the file can't be read, or lacks a column, or a cell that should be a number or empty is neither.
-    """
+    """The rows of table.csv or frontier.csv, numbers as numbers; a UserError names a damaged file."""
     if not path.exists():
         return []
-    texts = ("point", "status", "best", "folder", "key")
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            head, *lines = list(csv.reader(file, strict=True)) or [[]]
-        if head != list(columns) or any(len(line) != len(columns) for line in lines):
-            raise ValueError("columns are missing, or others")
-        return [
-            {
-                name: value if name in texts or not value else float(value)
-                for name, value in zip(columns, line, strict=True)
-            }
-            for line in lines
-        ]
-    except (OSError, ValueError, csv.Error) as error:
+            reader = csv.DictReader(file, strict=True)
+            if list(reader.fieldnames or ()) != list(columns):
+                raise ValueError("columns are missing, or others")
+            return [  # None is a missing cell, which float refuses
+                {
+                    name: float(cell) if cell is None or (cell and name not in TEXTS) else cell
+                    for name, cell in row.items()
+                }
+                for row in reader
+            ]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(
-            f"{path} can't be read ({first_line(error)}): delete it, and run the sweep with --resume_from_checkpoint, "
-            "which writes it anew"
+            f"{path} can't be read ({first_line(error)}): delete it, and run the sweep with --resume_from_checkpoint"
         ) from None
 
 
@@ -323,33 +304,20 @@ def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str
     """
     done = [row for row in rows if row["status"] == "done"]
     ended = [point.folder / "summary.json" for point in points if has_ended(point.folder)]
-    types = {tuple(json.loads(path.read_text(encoding="utf-8"))["dpo"]["loss_type"]) for path in ended}
-    if types == {("sigmoid",)}:
+    if all(read_object(path)["dpo"]["loss_type"] == ["sigmoid"] for path in ended):
         return min(done, key=lambda row: row["validation_loss"], default=None)
     return max(done, key=lambda row: row["validation_accuracy"], default=None)
 
 
 def describe(rows: Sequence[dict[str, Any]], output_dir: Path, seconds: float) -> str:
     """The verdict and the table for the terminal; the best point has a star."""
-    cells = [
-        [
-            f"{row['point']} *" if row["best"] else row["point"],
-            number(row["loss"], 4),
-            number(row["accuracy"]),
-            f"{number(row['accuracy_low'])} to {number(row['accuracy_high'])}",
-            *(number(row[name]) for name in ("margin", "reward_chosen", "reward_rejected")),
-            f"{row['kept_epoch']:g}" if isinstance(row["kept_epoch"], int | float) else "-",
-        ]
-        for row in rows
-        if row["status"] == "done"
-    ]
-    head = ("point", "loss", "accuracy", "95% interval", "margin", "chosen", "rejected", "epoch")
+    head, cells = points_table(rows, [f"{row['point']} *" if row["best"] else row["point"] for row in rows])
     lines = ["", *of_sweep(rows), "", table(cells, head)]
     lines += [f"  {row['point']}  {row['status']}" for row in rows if row["status"] != "done"]
-    counts = ", ".join(map(str, sorted({row["n"] for row in rows if row["n"] != ""}))) or "-"
+    counts = ", ".join(map(str, sorted({row["n"] for row in rows if row["n"] != ""}))) or "–"
     lines += [
         "",
-        f"  figures of the test pairs, n = {counts}; * best on validation; epoch: the one kept; {seconds:.0f} s",
+        f"  figures of the test pairs, n = {counts}; * best on validation; kept: the epoch; {seconds:.0f} s",
         *(f"  {path}" for name in ("table.csv", "frontier.csv") if (path := output_dir / name).exists()),
     ]
     return "\n".join([*lines, "", f"open {output_dir / 'report.html'}"])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resdpo_trl.errors import printable
 from resdpo_trl.metrics import FIGURES, digits_of, number
 from resdpo_trl.run.report import (
     GREY,
@@ -26,7 +25,7 @@ from resdpo_trl.run.report import (
 )
 from resdpo_trl.run.verdict import STAGES, of_sweep, test_of
 
-AXES = (("beta", "β "), ("learning_rate", "rate "), ("seed", "seed "), ("sft_epochs", "SFT epochs "))
+AXES = {"beta": "β", "learning_rate": "rate", "seed": "seed", "sft_epochs": "SFT epochs"}  # what points differ in
 
 
 @dataclass
@@ -38,9 +37,12 @@ class Sweep:
 
     def name_of(self, row: dict[str, Any], without: str = "") -> str:
         """A point by the axes on which the points differ, apart from the one named `without`."""
-        varied = [(axis, text) for axis, text in AXES if len({str(other[axis]) for other in self.rows}) > 1]
-        values = [(axis, text, row[axis]) for axis, text in varied if axis != without]
-        parts = [f"{text}{value if isinstance(value, str) else format(value, 'g')}" for _, text, value in values]
+        varied = [axis for axis in AXES if len({str(other[axis]) for other in self.rows}) > 1]
+        parts = [
+            f"{AXES[axis]} {row[axis] if isinstance(row[axis], str) else format(row[axis], 'g')}"
+            for axis in varied
+            if axis != without
+        ]
         return ", ".join(parts) or ("" if without else f"β {row['beta']}")
 
     @property
@@ -53,19 +55,12 @@ class Sweep:
 
 
 def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path) -> Path:
-    """Write the page of a sweep, and PNG copies of its plots in plots/ next to it.
-
-    Args:
-        folders: the points that have ended.
-        sweep: the tables.
-        target: the page.
-    """
+    """Write the page of a sweep, whose finished points are in `folders`, and PNG copies of its plots in plots/."""
     runs, plots = [load_run(folder) for folder in folders], Plots(target.parent / "plots")
     points = {row["point"]: row for row in sweep.rows}
     for run in runs:
         run.name = sweep.name_of(points[run.path.name])
     best = sweep.name_of(sweep.best) if sweep.best else None
-    title = run_title(runs[0])
     opening, *said = of_sweep(sweep.rows) or [""]
     if sweep.best:
         opening = opening.replace(sweep.best["point"], sweep.name_of(sweep.best))
@@ -73,9 +68,7 @@ def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path) -> Pat
     return write_page(
         target,
         {
-            "title": f"Sweep of {len(sweep.rows)} points: {title}"
-            if title
-            else f"Sweep {printable(target.parent.resolve().name)}: {len(sweep.rows)} points",
+            "title": f"Sweep of {len(sweep.rows)} points: {run_title(runs[0]) or target.parent.resolve().name}",
             "lead": opening,
             "verdict": said,
             "steps": _next_steps(runs, sweep),
@@ -145,32 +138,37 @@ def _failures(sweep: Sweep) -> list[str]:
     return notes
 
 
+def points_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the points' table, in the terminal and on the page; `names` are those of the rows."""
+    columns = [figure for figure in FIGURES.values() if figure.column]
+    head = ["", *(figure.column.replace("_", " ") + figure.label.removeprefix(figure.words) for figure in columns)]
+    head[2] += " (95% interval)"
+    cells = []
+    for name, row in zip(names, rows, strict=True):
+        if row["status"] != "done":
+            cells.append([name, row["status"].split(":")[0], *["–"] * (len(columns) + 1)])
+            continue
+        figures = [number(row[figure.column], figure.digits - 1) for figure in columns]
+        digits = digits_of(row["accuracy_low"], row["accuracy_high"])
+        share, low, high = (number(row[f"accuracy{side}"], digits) for side in ("", "_low", "_high"))
+        figures[1] = f"{share} ({low} to {high})"
+        epochs = (f"{row[column]:g}" if row[column] != "" else "–" for column in ("best_epoch", "kept_epoch"))
+        cells.append([name, *figures, *epochs])
+    return [*head, "least loss at", "kept"], cells
+
+
 def _points(sweep: Sweep) -> dict[str, Any]:
     """The table of the points, the best marked."""
-    columns = [figure for figure in FIGURES.values() if figure.column]
-    rows = []
-    for row in sweep.rows:
-        name = sweep.name_of(row) + (" — best" if row["best"] else "")
-        if row["status"] != "done":
-            rows.append([name, row["status"].split(":")[0], *["–"] * (len(columns) + 1)])
-            continue
-        cells = [number(row[figure.column], figure.digits - 1) for figure in columns]
-        low, high = row["accuracy_low"], row["accuracy_high"]
-        digits = digits_of(low, high)
-        cells[1] = f"{number(row['accuracy'], digits)} ({number(low, digits)} to {number(high, digits)})"
-        rows.append([name, *cells, *(f"{row[n]:g}" if row[n] != "" else "–" for n in ("best_epoch", "kept_epoch"))])
+    names = [sweep.name_of(row) + (" — best" if row["best"] else "") for row in sweep.rows]
+    head, rows = points_table(sweep.rows, names)
     counts = sorted({row["n"] for row in sweep.done})
-    names = [figure.column.replace("_", " ") + figure.label.removeprefix(figure.words) for figure in columns]
-    head = ["", *names, "least loss at", "kept"]
-    head[2] += " (95% interval)"
     text = (
         f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs. The best point was chosen on the validation "
         "pairs, and so was the epoch that each point kept; 'least loss at' is the epoch of least validation loss. "
         "Every figure is in table.csv."
     )
-    return section_of(
-        "points", "The points on the test pairs", text=text, tables=[{"head": head, "rows": rows, "numbers": True}]
-    )
+    tables = [{"head": head, "rows": rows, "numbers": True}]
+    return section_of("points", "The points on the test pairs", text=text, tables=tables)
 
 
 def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
@@ -200,9 +198,8 @@ def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
     text = (
         f"Each dot is one checkpoint: the mean reward of its sampled answers to {counts} held-out prompts by the "
         "trained reward model, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. A "
-        "line joins a point's epochs (the last is numbered); thin bars are 95% intervals of the reward. "
-        "Higher at the same KL is better: the figure of the DPO paper (Figure 2, left). Its rows, with both "
-        "intervals, are in frontier.csv."
+        "line joins a point's epochs (the last is numbered); thin bars are 95% intervals of the reward. Higher at the "
+        "same KL is better (Figure 2, left, of the DPO paper). The rows, with both intervals, are in frontier.csv."
     )
     plot = plots.draw("frontier", caption, paint, "reward", "KL(policy‖reference), nats per answer", legend_below=True)
     return section_of("frontier", "Reward and KL", text=text, plots=[plot])

@@ -1,10 +1,7 @@
-import math
-
-import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from resdpo_trl.image.data import Augmentation, AugmentConfig, jitter, rotate
+from resdpo_trl.image.data import Augmentation, AugmentConfig
 from tests.image.conftest import draw
 
 IMAGES = draw(40).pixels
@@ -27,15 +24,15 @@ def test_every_image_is_the_crop_and_flip_that_was_drawn_for_it():
 
 
 def test_the_same_image_whatever_its_batch_and_another_in_each_epoch():
-    config = AugmentConfig(crop_padding=2, affine_degrees=10, color_jitter=0.1)
+    config = AugmentConfig(crop_padding=2)
     first, second = (Augmentation(config, len(IMAGES), seed=3) for _ in range(2))
     together = first(IMAGES, torch.arange(40))
     alone = torch.cat([second(IMAGES[n : n + 1], torch.tensor([n])) for n in range(40)])
-    torch.testing.assert_close(together, alone)
+    assert torch.equal(together, alone)
     first.set_epoch(1)
-    assert not torch.allclose(first(IMAGES, torch.arange(40)), together)
+    assert not torch.equal(first(IMAGES, torch.arange(40)), together)
     first.set_epoch(0)
-    torch.testing.assert_close(first(IMAGES, torch.arange(40)), together)
+    assert torch.equal(first(IMAGES, torch.arange(40)), together)
 
 
 def test_flips_alternate():
@@ -53,21 +50,3 @@ def test_flips_alternate():
 def test_nothing_asked_is_nothing_done():
     augmentation = Augmentation(AugmentConfig(crop_padding=0, flip=False), len(IMAGES), seed=0)
     assert torch.equal(augmentation(IMAGES, torch.arange(40)), IMAGES)
-
-
-@pytest.mark.parametrize("degrees", [0.0, 7.0, -90.0])
-def test_rotation_is_torchvisions_inside_the_image(degrees):
-    pixels = functional.gaussian_blur(IMAGES[:3].float(), [5, 5])
-    ours = rotate(pixels, torch.full((3,), math.radians(degrees)))
-    theirs = functional.rotate(pixels, degrees, interpolation=functional.InterpolationMode.BILINEAR)
-    torch.testing.assert_close(ours[..., 5:11, 5:11], theirs[..., 5:11, 5:11], atol=0.5, rtol=0)
-
-
-def test_jitter_is_torchvisions_one_factor_an_image():
-    factors = torch.tensor([[0.9, 1.1, 1.0], [1.05, 0.8, 1.2], [1.1, 0.9, 1.3]])
-    ours = jitter(IMAGES[:3].float(), *factors)
-    for number, image in enumerate(IMAGES[:3].float() / 255):
-        expected = functional.adjust_brightness(image, factors[0, number].item())
-        expected = functional.adjust_contrast(expected, factors[1, number].item())
-        expected = functional.adjust_saturation(expected, factors[2, number].item())
-        torch.testing.assert_close(ours[number], expected * 255, atol=0.05, rtol=0)

@@ -1,5 +1,4 @@
 import io
-import struct
 
 import numpy as np
 import pytest
@@ -220,7 +219,7 @@ def test_splits_with_labels_of_different_kinds_are_refused(tmp_path):
         rows = {"img": [{"bytes": as_png(each), "path": None} for each in draw(10).pixels], "label": labels}
         splits[split] = Dataset.from_dict(rows, features=Features({"img": ImageFeature(), "label": kind}))
     DatasetDict(splits).save_to_disk(tmp_path / "e")
-    with pytest.raises(UserError, match="--label_column label: whole numbers in train, texts in test; give"):
+    with pytest.raises(UserError, match="--label_column label: whole numbers in train, texts in test; needs"):
         load(tmp_path / "e")
 
 
@@ -255,13 +254,11 @@ def as_file(picture, kind="png", **options) -> bytes:
 
 
 def grey_formats():
-    """The same grey picture in every format that Pillow reads: name -> (bytes, tolerance in grey levels)."""
-    grey, deep = Image.fromarray(GREY), Image.fromarray(GREY.astype(np.uint16) * 257)
+    """The same gray picture in every format that is read: name -> (bytes, tolerance in gray levels)."""
+    grey = Image.fromarray(GREY)
     rgba = grey.convert("RGB")
     rgba.putalpha(Image.fromarray(GREY[::-1].copy()))
     palette = grey.convert("P")
-    twelve_bits = tiff(np.frombuffer(twelve(GREY.astype(np.uint32) * 4095 // 255), np.uint8), bits=12)
-    pgm = b"P5\n16 16\n1023\n" + np.round(GREY * (1023 / 255)).astype(">u2").tobytes()
     return {
         "L": (as_file(grey), 0),
         "LA": (as_file(grey.convert("LA")), 0),
@@ -272,36 +269,7 @@ def grey_formats():
         "bmp": (as_file(grey, "bmp"), 0),
         "CMYK": (as_file(grey.convert("RGB").convert("CMYK"), "tiff"), 1),
         "YCbCr": (as_file(grey.convert("RGB").convert("YCbCr"), "tiff"), 1),
-        "16-bit PNG": (as_file(deep), 0),
-        "16-bit TIFF": (as_file(deep, "tiff"), 0),
-        "12-bit TIFF": (twelve_bits, 1),
-        "10-bit PGM": (pgm, 1),
-        "16-bit PGM": (as_file(deep, "ppm"), 0),
     }
-
-
-def twelve(values) -> bytes:
-    """Two 12-bit values in three bytes."""
-    first, second = values.reshape(-1, 2).T.astype(np.uint32)
-    both = first << 12 | second
-    return np.stack([both >> 16, both >> 8 & 255, both & 255], 1).astype(np.uint8).tobytes()
-
-
-def tiff(pixels, bits: int, white_is_zero: bool = False) -> bytes:
-    """A grey 16×16 TIFF without compression, written by hand: little-endian, one strip."""
-    raw = pixels.tobytes()
-    tags = [
-        (256, 16),
-        (257, 16),
-        (258, bits),
-        (259, 1),
-        (262, 0 if white_is_zero else 1),
-        (273, 8),
-        (277, 1),
-        (278, 16),
-    ]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (279, len(raw))])
-    return struct.pack("<2sHI", b"II", 42, 8 + len(raw)) + raw + struct.pack("<H", 9) + entries + bytes(4)
 
 
 @pytest.mark.parametrize("name", list(grey_formats()))
@@ -317,20 +285,20 @@ def test_every_pixel_format_keeps_its_range(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "mode"),
     [
-        (as_file(Image.fromarray(GREY.astype(np.float32) / 255), "tiff"), "TIFF of mode F"),
-        (as_file(Image.fromarray(GREY.astype(np.int32) * 1000), "tiff"), "TIFF of mode I"),
-        (b"Pf\n16 16\n-1.0\n" + (GREY / np.float32(255)).astype("<f4").tobytes(), "PPM of mode F"),
-        (tiff(GREY.astype("<u2") * 257, bits=16, white_is_zero=True), "TIFF of mode I;16"),
+        (as_file(Image.fromarray(GREY.astype(np.uint16) * 257)), "I;16"),
+        (as_file(Image.fromarray(GREY.astype(np.uint16) * 257), "tiff"), "I;16"),
+        (as_file(Image.fromarray(GREY.astype(np.uint16) * 257), "ppm"), "I"),
+        (as_file(Image.fromarray(GREY.astype(np.float32) / 255), "tiff"), "F"),
     ],
-    ids=["float", "integer", "pfm", "white is zero"],
+    ids=["png", "tiff", "pgm", "float"],
 )
-def test_a_pixel_format_of_unknown_range_is_refused_by_its_files_name(tmp_path, content, mode):
+def test_more_than_8_bits_are_refused_by_the_files_name(tmp_path, content, mode):
     place = tmp_path / "photos"
     for number, pixels in enumerate(draw(20).pixels):
         (place / f"class {number % 2}").mkdir(parents=True, exist_ok=True)
         (place / f"class {number % 2}" / f"{number:02}.png").write_bytes(as_png(pixels))
     (place / "class 0" / "scan 07.png").write_bytes(content)
-    with pytest.raises(UserError, match=rf"^.*class 0/scan 07.png \(.*\): a {mode}, of which nothing says .* 8 bits"):
+    with pytest.raises(UserError, match=rf"^.*class 0/scan 07.png \(.*\): mode {mode} has more than 8 bits"):
         load(place, convert_rgb=True)
     (place / "class 0" / "scan 07.png").write_bytes(png("L"))
     with pytest.raises(UserError, match=r"^.*class 0/scan 07.png \(.*\) has mode L, not RGB: pass --convert_rgb"):
@@ -442,10 +410,13 @@ def test_a_label_outside_the_classes_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_column": "picture"}, r"--image_column picture: no such column \(found: img: Image, label: ClassLabel"),
-        ({"image_column": "label"}, r"--image_column label: holds ClassLabel, not images"),
-        ({"label_column": "kind"}, r"--label_column kind: no such column"),
-        ({"label_column": "img"}, r"--label_column img: holds"),
+        (
+            {"image_column": "picture"},
+            r"--image_column picture: no single column of images \(found: img: Image, label:",
+        ),
+        ({"image_column": "label"}, r"--image_column label: no single column of images \(found: .*label: ClassLabel"),
+        ({"label_column": "kind"}, r"--label_column kind: no single column of labels"),
+        ({"label_column": "img"}, r"--label_column img: Image.* in train.*; needs class names"),
         ({"class_names": ["a"]}, r"--class_names: 1 names for 4 classes"),
     ],
 )
@@ -471,7 +442,7 @@ def test_one_class_is_refused(tmp_path):
 
 def test_no_image_column(tmp_path):
     Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(str(tmp_path / "a.parquet"))
-    with pytest.raises(UserError, match=r"no one column of images \(found: text: Value, label: Value\)"):
+    with pytest.raises(UserError, match=r"no single column of images \(found: text: Value, label: Value\)"):
         load(tmp_path / "a.parquet")
 
 

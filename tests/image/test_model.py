@@ -116,30 +116,16 @@ def test_the_seed_draws_the_weights_and_leaves_the_state_alone():
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-def test_pretrained_weights_from_a_local_file(tmp_path, suffix, stem):
+def test_pretrained_weights_by_name_and_from_a_file(tmp_path, monkeypatch, stem):
     state = models.resnet18().state_dict()
-    path = tmp_path / f"weights{suffix}"
-    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
-    model = build_classifier(config(arch="resnet18", stem=stem), seed=0, pretrained_weights=str(path))
-    own = model.network.state_dict()
-    assert torch.equal(own["layer3.0.conv1.weight"], state["layer3.0.conv1.weight"])
-    assert (own["conv1.weight"].shape == state["conv1.weight"].shape) == (stem == "imagenet")
-
-
-def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
-    import os
-    import pickle
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(UserError, match="can't be read"):
-        build_classifier(config(arch="resnet18"), seed=0, pretrained_weights=str(tmp_path / "evil.pth"))
-    assert not (tmp_path / "ran").exists()
+    save_file(state, tmp_path / "weights.safetensors")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **options: state)
+    for name in ("DEFAULT", str(tmp_path / "weights.safetensors")):
+        model = build_classifier(config(arch="resnet18", stem=stem), seed=0, pretrained_weights=name)
+        own = model.network.state_dict()
+        assert torch.equal(own["layer3.0.conv1.weight"], state["layer3.0.conv1.weight"])
+        assert (own["conv1.weight"].shape == state["conv1.weight"].shape) == (stem == "imagenet")
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -166,7 +152,8 @@ def test_the_fast_network_says_what_images_are_too_small(widths, least):
     [
         ("resnet18", "IMAGENET9", "resnet18 has IMAGENET1K_V1, DEFAULT"),
         ("fast", "DEFAULT", "torchvision has none for --arch fast"),
-        ("resnet18", "missing.pth", "no such file"),
+        ("resnet18", "weights.pth", "or name a .safetensors file"),
+        ("resnet18", "missing.safetensors", "can't be loaded .*No such file"),
     ],
 )
 def test_weights_that_are_not_there(arch, weights, message):

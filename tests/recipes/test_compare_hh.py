@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from resdpo_trl.metrics import percent
 from resdpo_trl.study.comparison_page import write_comparison_page
 from tests.conftest import TURNS, tiny_model
 from tests.recipes.conftest import rows_of
@@ -48,8 +49,9 @@ def test_a_comparison_with_a_judge_behind_an_address(recipe, models, tmp_path, m
     different = [row for row in rows if len({answer["greedy"].strip() for answer in row["answers"].values()}) == 2]
     assert len(verdicts) == 2 * len(different) == asked - 1
     assert rate["n"] == 4 and rate["no_verdict"] == 0
-    for line in (f"good against bad, by m: {rate['win_rate']:.3f}", "under good"):
-        assert line in said
+    won = percent(max(rate["win_rate"], 1 - rate["win_rate"]), 4)
+    assert f"wins {won} of 4 prompts against" in said and "judged by m (95% interval" in said
+    assert "under good" in said
     for request in seen:
         assert request["headers"]["Authorization"] == f"Bearer {SECRET}"
     for text in (said, wrong, again, wrong_again):
@@ -71,8 +73,10 @@ def test_a_comparison_with_a_judge_behind_an_address(recipe, models, tmp_path, m
         (["--models", "good=GOOD", "--prompts", "HERE/torn.jsonl"], "torn.jsonl, line 2: not JSON"),
         (["--models", "good=GOOD", "--reward_model", "GOOD"], "not a reward model"),
         (["--models", "good=GOOD", "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "m"], "unreachable"),
-        (["--models", "good=GOOD", "--judge", "nothing"], "--judge nothing: needs MODULE:CLASS"),
-        (["--models", "good=GOOD", "--judge_options", "{"], "--judge_options: not JSON"),
+        (
+            ["--models", "good=GOOD", "--judge_url", "http://h/v1", "--judge_model", "m", "--judge_options", "{"],
+            "--judge_options: needs a JSON object",
+        ),
         (["--model", "good=GOOD"], "unknown flag --model; did you mean models?"),
     ],
 )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resdpo_trl.errors import UserError
-from resdpo_trl.image.data import LARGEST_IMAGE, ImageDataConfig, load_images
+from resdpo_trl.image.data import ImageDataConfig, load_images
 from resdpo_trl.run.files import read_jsonl
 from resdpo_trl.run.folder import RunFolder, to_json
 from resdpo_trl.text.data import MARKER, TextDataConfig, load_preferences, parse_dialogue
@@ -105,10 +105,9 @@ def parquet(path, images, labels):
     return ImageDataConfig(dataset_name=str(path))
 
 
-@pytest.mark.parametrize("size", [(30_000, 30_000), (9_000, 8_000), (LARGEST_IMAGE + 1, 1)])
-def test_an_image_of_too_many_pixels_is_refused_from_its_header(tmp_path, size):
-    config = parquet(tmp_path / "a.parquet", [{"bytes": png_of_size(*size), "path": None}] * 4, [0] * 4)
-    with pytest.raises(UserError, match=r"train row 0(:| is).*pixels"):
+def test_an_image_of_too_many_pixels_is_refused_from_its_header(tmp_path):
+    config = parquet(tmp_path / "a.parquet", [{"bytes": png_of_size(30_000, 30_000), "path": None}] * 4, [0] * 4)
+    with pytest.raises(UserError, match=r"train row 0:.*pixels"):
         load_images(config)
 
 
@@ -119,7 +118,7 @@ def test_a_path_in_the_data_that_is_no_file_is_refused(tmp_path):
     kind = table.schema.field("img").type
     named = pa.array([{"bytes": None, "path": str(tmp_path / "pipe")}] * 4, kind)
     pq.write_table(table.set_column(0, table.schema.field("img"), named), config.dataset_name)
-    with pytest.raises(UserError, match="train row 0: its path is no file"):
+    with pytest.raises(UserError, match="train row 0 has no image, and its path is no file"):
         load_images(config)
 
 
@@ -261,8 +260,3 @@ def test_a_resumed_run_reads_past_torn_lines_and_names_a_damaged_file(tmp_path):
         (run.path / "summary.json").write_text(damage)
         with pytest.raises(UserError, match=r"summary\.json can't be read .*--overwrite_output_dir"):
             RunFolder(run.path).open(resume=True)
-
-
-def test_the_limit_is_that_of_the_documentation():
-    page = (ROOT / "docs" / "reliability.md").read_text()
-    assert f"{LARGEST_IMAGE:,} pixels" in page

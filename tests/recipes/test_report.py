@@ -2,8 +2,7 @@
 
 import pytest
 
-from resdpo_trl.errors import UserError
-from resdpo_trl.study.sweep import COLUMNS, FRONTIER_COLUMNS, remember
+from resdpo_trl.study.sweep import COLUMNS, FRONTIER_COLUMNS
 from tests.test_report import make_run
 
 
@@ -59,12 +58,3 @@ def test_a_damaged_table_is_named(recipe, tmp_path, name, damage):
     status, said, err = recipe("report.py", tmp_path)
     assert (status, said) == (2, "") and len(err.splitlines()) == 1
     assert err.startswith(f"error: {path} can't be read (") and "delete it, and run the sweep with" in err
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flags": null}', '{"flags": 5}'])
-def test_a_damaged_list_of_flags_is_named(tmp_path, content):
-    (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(UserError, match=r"sweep\.json can't be read \(.*fix it, or name another folder"):
-        remember(tmp_path, [], resume=True)
-    with pytest.raises(UserError, match="already holds a sweep"):
-        remember(tmp_path, [], resume=False)
