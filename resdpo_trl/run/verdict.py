@@ -26,21 +26,23 @@ def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[
         summary: summary.json.
         metrics: the rows of metrics.jsonl.
     """
-    stage = stage_of(summary)
+    stage, test = stage_of(summary), test_of(summary)
     if stage is None:
-        return of_sft(summary.get("sft") or {})
+        return of_sft(summary.get("sft", {}))
     found = summary[stage]
-    test, data = found.get("test") or {}, summary.get("data") or {}
-    losses = _losses(metrics, stage)
-    start = _loss_before(stage, found, data, metrics)
-    diverged = of_divergence(test.get("loss"), start)
-    before = ((summary.get("reference") or {}).get("test") or {}).get("accuracy")
+    rows = found.get("validation", {}).get("n")
+    losses = [
+        (row["epoch"], row["loss"])
+        for row in metrics
+        if (row["stage"], row["split"]) == (stage, "validation") and row["epoch"] and row.get("loss") is not None
+    ]
+    diverged = of_divergence(test.get("loss"), _loss_before(stage, summary, metrics))
     return [
-        *of_the_test(test, before),
+        *of_the_test(test, summary.get("reference", {}).get("test", {}).get("accuracy")),
         *diverged,
         *([] if diverged or stage != "dpo" else of_the_margin(test)),
-        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo", (found.get("validation") or {}).get("n")),
-        *of_held_out((found.get("validation") or {}).get("n"), len(losses), test.get("n")),
+        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo", rows),
+        *of_held_out(rows, len(losses), test.get("n")),
     ]
 
 
@@ -51,14 +53,14 @@ def stage_of(summary: dict[str, Any]) -> str | None:
 
 def test_of(summary: dict[str, Any]) -> dict[str, Any]:
     """The test figures of a run; empty before it has any."""
-    return (summary.get(stage_of(summary) or "") or {}).get("test") or {}
+    return dict(summary.get(stage_of(summary) or "", {}).get("test", {}))
 
 
 def before_and_after(summary: dict[str, Any]) -> list[tuple[str, float, list[float], int]]:
     """(name, share, its 95% interval, n) of the reference and of the model that was trained."""
     test = test_of(summary)
     if "accuracy" in test:
-        before = (summary.get("reference") or {}).get("test") or {}
+        before = summary.get("reference", {}).get("test", {})
         sides = [("reference", before, "accuracy"), ("policy", test, "accuracy")]
     elif "reward" in summary:
         sides = [("reward model", test, "rewards/accuracies")]
@@ -87,10 +89,9 @@ def lead(summary: dict[str, Any]) -> str:
 
 
 def of_sft(sft: dict[str, Any]) -> list[str]:
-    losses = sft.get("validation") or {}
-    before: Any = losses.get("loss_before")
-    after: Any = losses.get("loss_after")
-    if not _known(before, after):
+    losses = sft.get("validation", {})
+    before, after = losses.get("loss_before"), losses.get("loss_after")
+    if before is None or after is None:
         return []
     change = f"the validation loss from {before:.3f} to {after:.3f} on {losses['n']} rows"
     if after < before:
@@ -105,23 +106,21 @@ def of_the_test(test: dict[str, Any], before: Any) -> list[str]:
         test: the figures with their intervals.
         before: of images, the accuracy of the reference on the same ones; None where it is not known.
     """
-    n: Any = test.get("n")
-    intervals = test.get("interval_95") or {}
-    if _known(test.get("accuracy")) and "accuracy" in intervals:  # images
-        low, high = intervals["accuracy"]
-        said = f"{percent(test['accuracy'], n)} of {n} unseen images are classified right (95% interval "
-        said += f"{percent(low, n)} to {percent(high, n)})"
-        if not _known(before):
+    for metric in ("accuracy", "rewards/accuracies"):
+        if metric in test.get("interval_95", {}):
+            n, (low, high) = test["n"], test["interval_95"][metric]
+            share, bounds = percent(test[metric], n), f"95% interval {percent(low, n)} to {percent(high, n)}"
+            break
+    else:
+        return []
+    if metric == "accuracy":  # images
+        said = f"{share} of {n} unseen images are classified right ({bounds})"
+        if before is None:
             return [f"{said}."]
         if low <= before <= high:
             return [f"{said}; the reference's {percent(before, n)} lies in this interval: no difference is shown."]
         return [f"{said}, {'more' if before < low else 'fewer'} than by the reference ({percent(before, n)})."]
-    accuracy: Any = test.get("rewards/accuracies")
-    if not _known(accuracy) or "rewards/accuracies" not in intervals:
-        return []
-    low, high = intervals["rewards/accuracies"]
-    bounds = f"95% interval {percent(low, n)} to {percent(high, n)}"
-    said = f"{percent(accuracy, n)} of {n} unseen pairs are ranked right ({bounds})"
+    said = f"{share} of {n} unseen pairs are ranked right ({bounds})"
     if low > 0.5:
         return [f"{said}, better than chance."]
     if high < 0.5:
@@ -142,9 +141,8 @@ def of_divergence(loss: float | None, start: float | None) -> list[str]:
 
 def of_the_margin(test: dict[str, Any]) -> list[str]:
     """A policy that is still its reference, and rewards that fall together."""
-    found: list[Any] = [test.get(f"rewards/{name}") for name in ("margins", "chosen", "rejected")]
-    margin, chosen, rejected = found
-    if not _known(margin, chosen, rejected):
+    margin, chosen, rejected = (test.get(f"rewards/{name}") for name in ("margins", "chosen", "rejected"))
+    if margin is None or chosen is None or rejected is None:
         return []
     if abs(margin) < BARELY_MOVED:
         return [
@@ -245,27 +243,11 @@ def of_comparison(summary: dict[str, Any]) -> list[str]:
     return said
 
 
-def _loss_before(
-    stage: str, found: dict[str, Any], data: dict[str, Any], metrics: Iterable[dict[str, Any]]
-) -> float | None:
+def _loss_before(stage: str, summary: dict[str, Any], metrics: Iterable[dict[str, Any]]) -> float | None:
     """The loss of a model that has learned nothing: by its formula, or the first that was logged."""
-    if stage == "reward" or found.get("loss_type") == ["sigmoid"]:
+    if stage == "reward" or summary[stage].get("loss_type") == ["sigmoid"]:
         return math.log(2)
-    if stage == "cross_entropy" and data.get("classes"):
-        return math.log(data["classes"])
-    logged = (row.get("loss") for row in metrics if row.get("stage") == stage and row.get("split") == "train")
-    return next((loss for loss in logged if _known(loss)), None)
-
-
-def _losses(metrics: Iterable[dict[str, Any]], stage: str) -> list[tuple[float, float]]:
-    return [
-        (row["epoch"], row["loss"])
-        for row in metrics
-        if (row.get("stage"), row.get("split")) == (stage, "validation")
-        and _known(row.get("epoch"), row.get("loss"))
-        and row["epoch"] > 0
-    ]
-
-
-def _known(*values: Any) -> bool:
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    if stage == "cross_entropy":
+        return math.log(summary["data"]["classes"])
+    logged = (row.get("loss") for row in metrics if (row["stage"], row["split"]) == (stage, "train"))
+    return next((loss for loss in logged if loss is not None), None)

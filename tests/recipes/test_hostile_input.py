@@ -75,7 +75,7 @@ def test_a_row_that_is_null_is_named(tmp_path, content):
     """pyarrow's reader of JSON ends the process where a block begins with one."""
     path = tmp_path / "p.jsonl"
     path.write_text(content.replace("{row}", json.dumps(write_pairs(1)[0])), encoding="utf-8")
-    with pytest.raises(UserError, match=r"p\.jsonl, (line|row) [12]: null is no row"):
+    with pytest.raises(UserError, match=r"p\.jsonl, (line|row) [12]: not a JSON object"):
         load_preferences(TextDataConfig(dataset_name=str(path)))
 
 
