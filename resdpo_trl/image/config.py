@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from resdpo_trl.errors import UserError, renamed
+from resdpo_trl.errors import UserError
 from resdpo_trl.training.arguments import OneMachine, ReferenceUpdate, check_positive, preference_loss, refuse
 
 SAMPLING = ("random", "uniform", "hard", "all")  # of the rejected classes, `trainer.RejectedClasses`
@@ -255,8 +255,3 @@ def reference_stage(dpo: ImageDPOConfig, stage: ReferenceStageConfig) -> ImageCr
         report_to=dpo.report_to or "none",
         **{name: getattr(dpo, name) for name in (*shared, *(chosen_by if known else ()))},
     )
-
-
-__getattr__ = renamed(
-    __name__, {"CrossEntropyConfig": "ImageCrossEntropyConfig", "ClassifierDPOConfig": "ImageDPOConfig"}
-)

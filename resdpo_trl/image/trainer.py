@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 from transformers import ViTImageProcessor
 from trl.trainer.utils import disable_dropout_in_model
 
-from resdpo_trl.errors import UserError, renamed
+from resdpo_trl.errors import UserError
 from resdpo_trl.image.config import ImageCrossEntropyConfig, ImageDPOConfig
 from resdpo_trl.image.data import Augmentation, AugmentConfig, Images, hash_seed
 from resdpo_trl.image.model import ImageClassifier, share_statistics
@@ -388,8 +388,3 @@ def _number(index: list[int]) -> dict[str, Tensor]:
 
 def _select(pairs: LogProbs, kept: Tensor) -> LogProbs:
     return LogProbs(pairs.chosen[kept], pairs.rejected[kept], pairs.ref_chosen[kept], pairs.ref_rejected[kept])
-
-
-__getattr__ = renamed(
-    __name__, {"ClassifierTrainer": "ImageCrossEntropyTrainer", "ClassifierDPOTrainer": "ImageDPOTrainer"}
-)

@@ -53,7 +53,7 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
     import jinja2
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    data, stage, options = run.summary["data"], stage_of(run.summary), run.config.get("data", {})
+    data, stage, options = run.summary["data"], stage_of(run.summary), run.facts["config"].get("data", {})
     images = "classes" in data
     library, tags = "transformers", ["resdpo-trl", *([] if images else ["trl"]), TAGS[stage]]
     task = "image-classification" if images else "text-classification" if stage == "reward" else "text-generation"
@@ -93,14 +93,14 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
             for name in names
         ],
     )
-    stages = [run.config.get(name, {}) for name in ("sft_stage", "reference_stage") if stage == "dpo"]
-    settings = dict(ChainMap(data.get("adapted", {}), run.config["training"], *stages))
+    stages = [run.facts["config"].get(name, {}) for name in ("sft_stage", "reference_stage") if stage == "dpo"]
+    settings = dict(ChainMap(data.get("adapted", {}), run.facts["config"]["training"], *stages))
     plots = {name: text for name, text in PLOTS.items() if (run.path / "plots" / f"{name}.png").is_file()}
     plots = dict(list(plots.items())[:3])
     for name in plots:
         (folder / "plots").mkdir(exist_ok=True)
         shutil.copyfile(run.path / "plots" / f"{name}.png", folder / "plots" / f"{name}.png")
-    script, *flags = run.command
+    script, *flags = run.facts["command"]
     environment = jinja2.Environment(  # noqa: S701  (Markdown: what others wrote goes through a filter)
         loader=jinja2.PackageLoader("resdpo_trl.run"), trim_blocks=True, keep_trailing_newline=True
     )
@@ -110,7 +110,7 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
         unit="images" if images else "pairs", lead=lead(run.summary), base_model=base_model, local=local,
         packaged=SMOLLM2_PACKAGE if packaged else None, adapter=library == "peft", plots=plots, question=QUESTION,
         arch=read_object(folder / "config.json") if images else None,
-        pretrained_weights=run.config.get("model", {}).get("pretrained_weights"),
+        pretrained_weights=run.facts["config"].get("model", {}).get("pretrained_weights"),
         prompt=_prompt(folder) if task == "text-generation" else "",
         rejected=options.get("prefer") == "rejected",
         unpleasant=_provokes(f"{data['source']} {options.get('dataset_data_dir') or ''}"),
@@ -120,7 +120,7 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
         samples=_samples(run.path / "samples.jsonl"),
         command=" ".join(["accelerate launch", f"recipes/{Path(script).name}", *map(_without_folders, flags)]),
         settings={name: settings[name] for name in SETTINGS if settings.get(name) not in (None, "", [])},
-        versions=", ".join(f"{name} {version}" for name, version in run.versions.items()),
+        versions=", ".join(f"{name} {version}" for name, version in run.facts["versions"].items()),
     )  # fmt: skip
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{content}").save(folder / "README.md")
 

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from resdpo_trl.errors import UserError, renamed
+from resdpo_trl.errors import UserError
 from resdpo_trl.sources import (
     READABLE,
     SPLITS,
@@ -945,6 +945,3 @@ def _spread(groups: np.ndarray) -> np.ndarray:
     _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
     place_in_group = np.arange(len(order)) - first[inverse]
     return order[np.argsort(place_in_group, kind="stable")]
-
-
-__getattr__ = renamed(__name__, {"DataConfig": "TextDataConfig"})
