@@ -74,6 +74,9 @@ def pair_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tenso
     return {name: value.detach() for name, value in figures.items()}
 
 
+PAIR_FIGURES = ("loss", *pair_figures(LogProbs(*torch.zeros(4, 1)), PreferenceLoss()))  # the names of an evaluation's
+
+
 def training_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tensor]:
     """`pair_figures` of a training step, and how hard the loss pushes each response."""
     chosen, rejected = loss.gradient_weights(pairs)

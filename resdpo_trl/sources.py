@@ -89,11 +89,9 @@ class DatasetConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: must be at least 1")
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
+        shares = self.validation_fraction, self.test_fraction
+        if min(shares) <= 0 or sum(shares) >= 1:
+            raise UserError("--validation_fraction and --test_fraction must be above 0 and leave rows to train on")
 
 
 def choose_splits(
@@ -172,19 +170,13 @@ def held_out_first(digests: Mapping[str, Sequence[Any]]) -> tuple[dict[str, np.n
 
 def describe_left_out(counts: dict[str, Any]) -> str:
     """A line on the data's own splits that are not used and the rows that two splits had, for the terminal; or none."""
-    parts = []
-    if counts["splits_left_out"]:
-        parts.append(
-            f"splits left out: {', '.join(counts['splits_left_out'])} (neither their names nor "
-            "--dataset_train_split say what they are for)"
-        )
-    copies = counts["copies_removed"]
+    names, copies, text = ", ".join(counts["splits_left_out"]), counts["copies_removed"], ""
+    if names:
+        text += f"\nsplits left out: {names} (neither their names nor --dataset_train_split say what they are for)"
     if any(copies.values()):
-        parts.append(
-            f"removed because a held-out split has them too: {copies['train']} from train, {copies['validation']} from "
-            "validation"
-        )
-    return "".join(f"\n{part}" for part in parts)
+        text += f"\nremoved because a held-out split has them too: {copies['train']} from train, "
+        text += f"{copies['validation']} from validation"
+    return text
 
 
 def check_not_empty(counts: dict[str, Any]) -> None:

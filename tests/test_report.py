@@ -238,20 +238,6 @@ def test_a_new_figure_is_one_row(tmp_path, monkeypatch):
     assert "sure" in runpy.run_module("resdpo_trl.study.sweep")["COLUMNS"]
 
 
-def test_accuracy_against_kl_of_an_image_run(tmp_path):
-    path = make_run(tmp_path)
-    rows = [
-        {"stage": stage, "split": "validation", "step": epoch, "epoch": float(epoch), "accuracy": 0.7 + epoch / 50,
-         "kl": 0.3 * epoch, "loss": 0.5}
-        for stage in ("dpo", "dpo-hard-polyak", "reference")
-        for epoch in (1, 2, 3)
-    ]  # fmt: skip
-    (path / "metrics.jsonl").write_text(lines(rows))
-    page = write_report([path]).read_text()
-    assert 'id="frontier"' in page and "hard/polyak" in page
-    assert (path / "plots" / "accuracy_kl.png").exists()
-
-
 def test_torn_and_missing_files_leave_a_note(tmp_path):
     path = make_run(tmp_path)
     with open(path / "metrics.jsonl", "a") as file:

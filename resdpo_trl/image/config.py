@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.metrics import PAIR_FIGURES
 from resdpo_trl.training.arguments import OneMachine, ReferenceUpdate, check_positive, preference_loss, refuse
 
 SAMPLING = ("random", "uniform", "hard", "all")  # of the rejected classes, `trainer.RejectedClasses`
@@ -168,10 +169,7 @@ class ImageDPOConfig(ReferenceUpdate, ImageTraining, TrainingArguments):  # type
     """DPO's options under the names of `trl.DPOConfig`, and training's."""
 
     _argument_group_name = "DPO and training"
-    figures = (
-        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-        "logps/rejected", "accuracy", "kl",
-    )  # fmt: skip
+    figures = (*PAIR_FIGURES, "accuracy", "kl")
 
     output_dir: str | None = field(default="runs/dpo_cifar", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of DPO."})

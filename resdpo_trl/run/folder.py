@@ -103,8 +103,6 @@ class RunFolder:
 
         if overwrite and resume:
             raise UserError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: choose one")
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output_dir {self.path}: a file is there; name a folder")
         held = [self.path / name for name in WRITTEN if (self.path / name).exists()]
         if held and not overwrite and not resume:
             raise UserError(
@@ -211,8 +209,7 @@ class RunFolder:
                 "--overwrite_output_dir or another --output_dir"
             )
         try:
-            for path in self._replaced if self.main_process else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _delete(self._replaced if self.main_process else [])
         except OSError as error:
             raise self._not_writable(error) from None
         self._started = True
@@ -243,8 +240,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Delete what this process has written: a run that trained no step has nothing to go on from."""
-        for path in [self.path / name for name in WRITTEN] if self._started else []:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _delete([self.path / name for name in WRITTEN] if self._started else [])
         if self._made:
             with contextlib.suppress(OSError):  # somebody else has put something into it
                 self.path.rmdir()
@@ -298,6 +294,11 @@ class RunFolder:
         if self.main_process:
             with self.writing(name):
                 write_whole(self.path / name, to_json(content, indent=2) + "\n")
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.metrics import PAIR_FIGURES
 from resdpo_trl.text.tokens import SHORTEST
 from resdpo_trl.training.arguments import (
     OneMachine,
@@ -245,10 +246,7 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
     """`trl.DPOConfig` with this project's defaults, and the sharing of the prompt."""
 
     _argument_group_name = "DPO and training"
-    figures = (
-        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-        "logps/rejected",
-    )  # fmt: skip
+    figures = PAIR_FIGURES
 
     output_dir: str | None = field(default="runs/dpo_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(
@@ -317,7 +315,7 @@ class TextRewardConfig(ShortDialogues, RewardConfig):  # type: ignore[misc]  # a
     """`trl.RewardConfig` with this project's defaults."""
 
     _argument_group_name = "reward model and training"
-    figures = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    figures = tuple(name for name in PAIR_FIGURES if not name.startswith("logps/"))
 
     output_dir: str | None = field(default="runs/reward_hh", metadata={"help": "The run's folder."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate; ten times that with --use_peft."})
