@@ -17,8 +17,8 @@ import mimetypes
 import re
 import shlex
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,7 +282,8 @@ def load_rows(
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(tuple(SUFFIXES)):
         raise UserError(f"{place}: no such file or folder")
     try:
-        loaded = load_dataset(name, name=subset, data_dir=data_dir, revision=revision)
+        with _without_log():
+            return dict(load_dataset(name, name=subset, data_dir=data_dir, revision=revision))
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, DatasetNotFoundError) as error:
         raise UserError(
             f"{place}: not a local path, and the Hub does not give it ({first_line(error)}); pass a folder, "
@@ -290,7 +291,6 @@ def load_rows(
         ) from None
     except Exception as error:  # a configuration that is not there, damaged files
         raise UserError(f"{place} can't be loaded ({first_line(error)})") from None
-    return dict(loaded)
 
 
 def _load(place: str, path: Path, options: dict[str, Any]) -> dict[str, Dataset]:
@@ -300,28 +300,38 @@ def _load(place: str, path: Path, options: dict[str, Any]) -> dict[str, Dataset]
     """
     from datasets import load_dataset, load_from_disk
     from datasets.config import HF_DATASETS_CACHE
-    from datasets.utils import logging
 
     content = _digest(path)
     cache = Path(HF_DATASETS_CACHE) / "resdpo_trl" / content[:32]
     if not cache.exists():
         _check_json(path, "*.jsonl*")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # the log says what the error says, with names as the file has them
+    loaded: Any
     try:
-        loaded: Any = load_from_disk(str(path)) if _is_saved(path) else load_dataset(**options, cache_dir=str(cache))
+        with _without_log():
+            loaded = load_from_disk(str(path)) if _is_saved(path) else load_dataset(**options, cache_dir=str(cache))
     except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
         _check_json(path, "*.json*")
         cause: BaseException = error
         while cause.__cause__ is not None:  # `datasets` wraps what pandas says of the line
             cause = cause.__cause__
         raise UserError(f"{place} can't be read ({first_line(cause)}): fix or convert it") from None
-    finally:
-        logging.set_verbosity(verbosity)
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     for split, rows in splits.items():
         rows._fingerprint = hashlib.sha256(f"{content} {split} {rows._fingerprint}".encode()).hexdigest()[:32]
     return dict(splits)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Silence the log of `datasets`: it says what the error says, with the names of columns as the file has them."""
+    from datasets.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _is_saved(path: Path) -> bool:

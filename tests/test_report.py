@@ -123,7 +123,8 @@ def test_the_page_opens_with_before_and_after_and_what_is_next(tmp_path):
     first = page[: page.index("<section")]
     for words in (
         "<title>DPO of tiny-model on plain text</title>",
-        "ranks 58% of 40 unseen pairs right; the reference&#39;s log-likelihood 50%.",
+        "ranks 58% of 40 unseen pairs right (95% interval 50% to 60%), which is not told from chance",
+        "; the reference&#39;s log-likelihood 50%.",
         'left: 50.00%; width: 10.00%"', "95% interval 35% to 65%",
         "policy — repeats itself", "people&#39;s answer", "People say so.",
         "resdpo-trl chat", "resdpo-trl sweep --betas 0.033 0.1 0.3 --max_length 64<", "resdpo-trl publish",
@@ -283,11 +284,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 )
 @pytest.mark.parametrize(
     ("page_of", "width", "scheme"),
-    [
-        *(("run", width, scheme) for width in (1200, 390) for scheme in ("light", "dark")),
-        ("sweep", 1200, "light"),
-        ("sweep", 390, "dark"),
-    ],
+    [("run", 1200, "light"), ("run", 390, "dark"), ("sweep", 390, "dark")],
 )
 def test_a_browser_shows_it_without_errors(tmp_path, page_of, width, scheme):
     from playwright.sync_api import sync_playwright

@@ -19,7 +19,7 @@ from resdpo_trl.metrics import FIGURES, shown
 from resdpo_trl.run.files import read_jsonl
 from resdpo_trl.run.folder import RunFolder, read_object
 from resdpo_trl.run.hub import ID
-from resdpo_trl.run.verdict import lead, stage_of
+from resdpo_trl.run.verdict import of_the_test, stage_of
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, source_name
 
 SETTINGS = (
@@ -98,7 +98,8 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
     environment.filters |= {"plain": _plain, "fenced": _fenced, "link": _link}
     content = environment.get_template("model_card.md").render(
         title=title, how=how, stage=stage, found=found, data=data, source=source, task=task, id=ID, test=test,
-        lead=lead(run.summary), base_model=base_model, local=local, adapter=adapter, question=QUESTION,
+        lead="".join(of_the_test(run.summary)[:1]), base_model=base_model, local=local, adapter=adapter,
+        question=QUESTION,
         packaged=SMOLLM2_PACKAGE if packaged else None, unit="images" if images else "pairs",
         plots={name: PLOTS[name] for name in pictures},
         arch=read_object(folder / "config.json") if images else None,

@@ -25,7 +25,6 @@ import ctypes
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -311,7 +310,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON with floats at full precision; what is not finite becomes null."""
-    return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+    # the name of a file may hold bytes that are no UTF-8
+    return json.dumps(plain, indent=indent, ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of a set, of a number of numpy or torch, or of anything else."""
+    if isinstance(value, set | frozenset):
+        return list(value)
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def redacted(text: str) -> str:
@@ -370,22 +378,6 @@ def trim_heap() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_strict(str(key)): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_strict(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):  # the name of a file may hold bytes that are no UTF-8
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if value is None or isinstance(value, int | bool):
-        return value
-    if hasattr(value, "item"):  # a numpy or torch number
-        return _strict(value.item())
-    return str(value)
 
 
 def _without_secrets(config: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from resdpo_trl.errors import UserError, printable
 from resdpo_trl.metrics import FIGURES, flaw, number, percent, shown
 from resdpo_trl.run.files import read_jsonl, write_whole
 from resdpo_trl.run.folder import read_object
-from resdpo_trl.run.verdict import STAGES, before_and_after, lead, test_of, verdict
+from resdpo_trl.run.verdict import STAGES, before_and_after, test_of, verdict
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, source_name
 
 INK = "#010203"  # what plots are drawn with; in the page it becomes the color of the text, light or dark
@@ -103,18 +103,18 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     plots = Plots(target.parent / "plots")
     there = {row["stage"] for run in runs for row in run.metrics}
     stage = next((name for name in STAGES if name in there), "sft")
+    losses = [run.summary["dpo"] for run in runs if "dpo" in run.summary]
     page: dict[str, Any] = {
         "title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
-        "subtitle": "; ".join(dict.fromkeys(filter(None, map(_subtitle, runs)))),
+        "subtitle": "; ".join(dict.fromkeys(f"{' + '.join(dpo['loss_type'])}, β {dpo['beta']}" for dpo in losses)),
         "notes": [note for run in runs for note in run.notes],
     }
     sections = [_results(runs), _comparison(runs)]
     over_epochs = curves(runs, stage, plots)
     if len(runs) == 1:
         (run,) = runs
-        bars = _bars(run.summary)
-        said = verdict(run.summary, run.metrics)[bool(bars) :]  # the bars are its first sentence
-        page |= {"title": run_title(run) or run.name, "lead": lead(run.summary), "bars": bars, "verdict": said}
+        first, *said = verdict(run.summary, run.metrics) or [""]
+        page |= {"title": run_title(run) or run.name, "lead": first, "bars": _bars(run.summary), "verdict": said}
         page |= {"first": _first_answers(run), "steps": _next_steps(run)}
         sections = [over_epochs, _margins(run, plots), *sections]
         sections += [_extremes(run), _pictures(run), _cuts(run), _samples(run)]
@@ -162,14 +162,6 @@ def run_title(run: Run) -> str | None:
     model = model or config.get("sft_stage", {}).get("reference") or SMOLLM2
     model = SMOLLM2_ID if model == SMOLLM2 else model
     return f"{what} of {Path(model).name} on {source_name(run.summary['data']['source'])}"
-
-
-def _subtitle(run: Run) -> str:
-    """The loss and the data."""
-    dpo = run.summary.get("dpo")
-    parts = [f"DPO, {' + '.join(dpo['loss_type'])}, β {dpo['beta']}"] if dpo else []
-    parts += ["reward model, Bradley–Terry"] if "reward" in run.summary else []
-    return "; ".join(parts + ([source_name(run.summary["data"]["source"])] if "data" in run.summary else []))
 
 
 def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -281,32 +273,28 @@ def mark_end(axes: Any, x: Sequence[float], y: Sequence[float], color: str, text
 def curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -> dict[str, Any] | None:
     """Every figure against the epoch, SFT's loss first. Of several runs the one named `best` is drawn thicker."""
     single = len(runs) == 1 and best is None
-    drawn = []
+    drawn, looks = [], styles([run.name for run in runs])
     wanted = [(stage, name, figure.words) for name, figure in FIGURES.items()]
     if single and stage != "sft":
         wanted.insert(0, ("sft", "loss", "SFT loss, nats per token"))
     for of, name, words in wanted:
-        series = []  # (run's name, split, epochs, values)
+        lines = []  # (epochs, values, how matplotlib draws them)
         for run in runs:
             for split, least in (("train", 2), ("validation", 1)):
+                how = {"linewidth": 1.1 if single else 0.8, "alpha": 0.85 if single else 0.5, **looks[run.name]}
+                if split == "validation":
+                    how |= {"linewidth": 1.8, "alpha": 1, "marker": "o", "markersize": 4.5, "label": run.name}
+                    how |= {"linewidth": 3.0, "zorder": 3, "label": f"{run.name} (best)"} if run.name == best else {}
+                how |= {"color": PALETTE[split == "validation"], "label": split} if single else {}
                 epochs, values = run.curve(of, split, name)
                 every = max(1, len(values) // SHOWN_POINTS)
-                if len(values) >= least:
-                    series.append((run.name, split, epochs[::every], values[::every]))
-        if not series:
+                lines += [(epochs[::every], values[::every], how)] if len(values) >= least else []
+        if not lines:
             continue
 
-        def paint(axes: Any, series: Any = series, name: str = name, of: str = of) -> None:
-            of_a_run = styles([run.name for run in runs])
-            for label, split, epochs, values in series:
-                line: dict[str, Any] = {"linewidth": 1.1 if single else 0.8, "alpha": 0.85 if single else 0.5}
-                text = split if single else None
-                if split == "validation":
-                    line = {"linewidth": 1.8, "marker": "o", "markersize": 4.5}
-                    line |= {"linewidth": 3.0, "zorder": 3} if label == best else {}
-                    text = text or (f"{label} (best)" if label == best else label)
-                look = {"color": PALETTE[split == "validation"]} if single else of_a_run[label]
-                axes.plot(epochs, values, label=text, **look, **line)
+        def paint(axes: Any, lines: Any = lines, name: str = name, of: str = of) -> None:
+            for epochs, values, how in lines:
+                axes.plot(epochs, values, **how)
             kept = runs[0].summary.get(of, {}).get("kept_epoch")
             if single and kept is not None:
                 axes.axvline(kept, color=GREY, linestyle="--", linewidth=1, label="epoch kept")

@@ -38,7 +38,7 @@ def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[
     ]
     diverged = of_divergence(test.get("loss"), _loss_before(stage, summary, metrics))
     return [
-        *of_the_test(test, summary.get("reference", {}).get("test", {}).get("accuracy")),
+        *of_the_test(summary),
         *diverged,
         *([] if diverged or stage != "dpo" else of_the_margin(test)),
         *of_epochs(losses, found.get("kept_epoch"), stage == "dpo", rows),
@@ -73,21 +73,6 @@ def before_and_after(summary: dict[str, Any]) -> list[tuple[str, float, list[flo
     ]
 
 
-def lead(summary: dict[str, Any]) -> str:
-    """One sentence on unseen rows, before and after training; empty without test figures."""
-    found = {name: percent(share, n) for name, share, _, n in before_and_after(summary)}
-    if not found:
-        return ""
-    test = test_of(summary)
-    (name, after), before = list(found.items())[-1], found.get("reference")
-    if "accuracy" in test:
-        said = f"The {name} classifies {after} of {test['n']} unseen images right"
-        return said + (f"; the reference {before}." if before else ".")
-    what = "The policy's implicit reward" if name == "policy" else f"The {name}"
-    said = f"{what} ranks {after} of {test['n']} unseen pairs right"
-    return said + (f"; the reference's log-likelihood {before}." if before else ".")
-
-
 def of_sft(sft: dict[str, Any]) -> list[str]:
     losses = sft.get("validation", {})
     before, after = losses.get("loss_before"), losses.get("loss_after")
@@ -99,33 +84,33 @@ def of_sft(sft: dict[str, Any]) -> list[str]:
     return [f"SFT did not help: it changed {change}. Try a lower learning rate."]
 
 
-def of_the_test(test: dict[str, Any], before: Any) -> list[str]:
-    """What the held-out rows say of the model, and whether their interval excludes that nothing changed.
+def of_the_test(summary: dict[str, Any]) -> list[str]:
+    """What the held-out rows say before and after training, and whether the interval excludes that nothing changed.
 
-    Args:
-        test: the figures with their intervals.
-        before: of images, the accuracy of the reference on the same ones; None where it is not known.
+    The first sentence is the lead of the page and of the model card.
     """
-    for metric in ("accuracy", "rewards/accuracies"):
-        if metric in test.get("interval_95", {}):
-            n, (low, high) = test["n"], test["interval_95"][metric]
-            share, bounds = percent(test[metric], n), f"95% interval {percent(low, n)} to {percent(high, n)}"
-            break
-    else:
+    sides = before_and_after(summary)
+    if not sides:
         return []
-    if metric == "accuracy":  # images
-        said = f"{share} of {n} unseen images are classified right ({bounds})"
+    name, share, (low, high), n = sides[-1]
+    before = sides[0][1] if len(sides) > 1 else None
+    said = f"{percent(share, n)} of {n} unseen {{}} right (95% interval {percent(low, n)} to {percent(high, n)})"
+    if "accuracy" in test_of(summary):
+        said = f"The {name} classifies {said.format('images')}"
         if before is None:
             return [f"{said}."]
         if low <= before <= high:
             return [f"{said}; the reference's {percent(before, n)} lies in this interval: no difference is shown."]
-        return [f"{said}, {'more' if before < low else 'fewer'} than by the reference ({percent(before, n)})."]
-    said = f"{share} of {n} unseen pairs are ranked right ({bounds})"
+        return [f"{said}, {'more' if before < low else 'fewer'} than the reference ({percent(before, n)})."]
+    who = "The policy's implicit reward" if name == "policy" else f"The {name}"
+    said = f"{who} ranks {said.format('pairs')}"
+    known = "" if before is None else f"; the reference's log-likelihood {percent(before, n)}"
     if low > 0.5:
-        return [f"{said}, better than chance."]
+        return [f"{said}, better than chance{known}."]
     if high < 0.5:
-        return [f"{said}, worse than chance: look at a few pairs; chosen and rejected may be swapped (--prefer)."]
-    return [f"{said}: not told from chance, which is 50%. Use more test pairs, or train on more."]
+        advice = "Look at a few pairs: chosen and rejected may be swapped (--prefer)."
+        return [f"{said}, worse than chance{known}.", advice]
+    return [f"{said}, which is not told from chance{known}.", "Use more test pairs, or train on more."]
 
 
 def of_divergence(loss: float | None, start: float | None) -> list[str]:
