@@ -231,7 +231,7 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
 def flaw(text: str) -> str | None:
     """What is wrong with an answer that a reader would skip: it `ends at once` or `repeats itself`.
 
-    It repeats itself if the same words stand `REPEATS` times in a row, six words in all at least, or if one sentence
+    It repeats itself if the same words occur `REPEATS` times in a row, at least six words in all, or if one sentence
     occurs `REPEATS` times.
     """
     words = text[:READ].split()

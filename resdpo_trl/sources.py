@@ -210,7 +210,7 @@ def check_model_folder(name: str, flag: str) -> None:
     weights = ("adapter_model.safetensors",) if adapter else ("*.safetensors", "*.safetensors.index.json")
     if not any(any(path.glob(pattern)) for pattern in weights):
         raise UserError(
-            f"{flag} {name}: no safetensors weights in the folder; pickled ones are not loaded: save it anew with "
+            f"{flag} {name}: no safetensors weights in the folder; pickled ones are not loaded: save it again with "
             "save_pretrained"
         )
 
@@ -342,7 +342,7 @@ def _is_saved(path: Path) -> bool:
 def _digest(path: Path) -> str:
     """A digest of a local data set's files, by name and content.
 
-    Image files are left out, which are read anew each time, and so is what `datasets` itself keeps in a folder.
+    Image files are left out, because they are decoded each time, and so is what `datasets` itself keeps in a folder.
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):

@@ -1,4 +1,4 @@
-"""Each rule of the verdict: a case in which it speaks, and one just beside it in which it does not."""
+"""Each rule of the verdict: a case in which it speaks, and a close one in which it does not."""
 
 import math
 

@@ -7,12 +7,12 @@
       reward_model/   (reward_hh.py) the trained reward model and its model card
       compared/       (images) the models that the policy is compared with
       answers/        (comparisons) token ids of every model's answers
-      checkpoints/    one folder a stage, one checkpoint a save
-      metrics.jsonl   one line a log: {"stage", "split", "step", "epoch", metric: value…}
+      checkpoints/    one folder per stage, one checkpoint per save
+      metrics.jsonl   one line per log: {"stage", "split", "step", "epoch", metric: value…}
       summary.json    the final figures
       samples.jsonl   (text) prompts and every model's answers
-      scores.jsonl    one line a test pair or image: rewards and margin; the most wrong and most right ones with content
-      verdicts.jsonl  (comparisons) one line a question that a judge was asked
+      scores.jsonl    one line per test pair or image: rewards and margin; the extreme ones have their content
+      verdicts.jsonl  (comparisons) one line per question that a judge was asked
       report.html     one self-contained page; plots/ has its plots as PNG
 
 Only the main process writes. JSON is strict: a value that is not finite is written as null.
@@ -153,7 +153,7 @@ class RunFolder:
                 raise UserError(
                     f"--{name} was {before} when the run in {self.path} began and is {value} now"
                     + (f" ({part})" if part else "")
-                    + ": pass what it was, or start anew with --overwrite_output_dir or another --output_dir"
+                    + ": pass what it was, or start again with --overwrite_output_dir or another --output_dir"
                 )
 
     @contextlib.contextmanager
@@ -174,12 +174,12 @@ class RunFolder:
         return self.path / "checkpoints" / stage
 
     def last_checkpoint(self, stage: str) -> Path | None:
-        """The newest whole checkpoint of a stage, or None; newer ones that are not whole are said and passed over."""
+        """The newest whole checkpoint of a stage, or None; newer ones that are not whole are skipped with a warning."""
         for folder in checkpoints_of(self.checkpoints(stage)):
             reason = torn(folder)
             if reason is None:
                 return folder
-            logger.warning(f"{folder} is passed over: {reason}")
+            logger.warning(f"{folder} is skipped: {reason}")
         return None
 
     def set_aside(self, stage: str, after_step: int) -> None:
@@ -204,7 +204,7 @@ class RunFolder:
 
         if self.earlier.get("data_fingerprint", data_fingerprint) != data_fingerprint:
             raise UserError(
-                f"the data have changed since the run in {self.path} began: bring them back, or start anew with "
+                f"the data have changed since the run in {self.path} began: bring them back, or start again with "
                 "--overwrite_output_dir or another --output_dir"
             )
         try:

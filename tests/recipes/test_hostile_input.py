@@ -66,7 +66,7 @@ def test_a_row_that_is_null_is_named(tmp_path, content):
 
 
 def test_two_dialogues_of_a_hundred_thousand_markers_are_parted_at_once():
-    """Comparing them anew at every marker took time that grows with its square."""
+    """Comparing them again at every marker took time that grows with its square."""
     import time
 
     started = time.perf_counter()
