@@ -48,7 +48,7 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
     import jinja2
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    data, config, stage = run.summary["data"], run.facts["config"], stage_of(run.summary) or "sft"
+    data, config, stage = run.summary["data"], run.config, stage_of(run.summary) or "sft"
     options, found, (how, tag) = config.get("data", {}), run.summary[stage], STAGES[stage]
     test = found["test"] if stage != "sft" else {"loss": found.get("validation", {}).get("loss_after")}
     images, adapter = "classes" in data, (folder / "adapter_config.json").is_file()

@@ -234,6 +234,11 @@ class RunFolder:
         self.facts.update(facts)
         self._write("run.json", self.facts)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration, without secrets."""
+        return dict(self.facts["config"])
+
     def end(self) -> None:
         self.record(ended=_now())
 

@@ -106,7 +106,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     losses = [run.summary["dpo"] for run in runs if "dpo" in run.summary]
     page: dict[str, Any] = {
         "title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
-        "subtitle": "; ".join(dict.fromkeys(f"{' + '.join(dpo['loss_type'])}, β {dpo['beta']}" for dpo in losses)),
+        "subtitle": "; ".join(dict.fromkeys(f"loss {' + '.join(dpo['loss_type'])}, β {dpo['beta']}" for dpo in losses)),
         "notes": [note for run in runs for note in run.notes],
     }
     sections = [_results(runs), _comparison(runs)]

@@ -575,7 +575,7 @@ def merge_run(path: Path) -> None:
     """The adapter of a finished run becomes a full model, with its card; a run that has a full model stays as it is."""
     run = RunFolder(path)
     run.open(resume=True)
-    folder, config = run.trained, run.facts["config"]
+    folder, config = run.trained, run.config
     if not (folder / "adapter_config.json").is_file():
         return
     model, stage = TextModelConfig(**config["model"]), config.get("sft_stage", {})
