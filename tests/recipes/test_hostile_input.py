@@ -170,7 +170,7 @@ def test_names_of_classes_are_printed_without_control_characters():
 
 
 @given(st.text())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_text_becomes_strict_json(text):
     told = to_json({text: [text, float("nan"), {"a": text}]})
     told.encode("utf-8")
