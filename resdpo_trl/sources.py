@@ -132,7 +132,7 @@ def choose_splits(
             if name not in names:
                 raise UserError(f"--dataset_{split}_split {name}: no such split (found: {', '.join(names)})")
             if flagged.count(name) > 1:
-                raise UserError(f"--dataset_{split}_split {name}: two flags name this split; drop one of them")
+                raise UserError(f"--dataset_{split}_split {name}: drop it from one of the two flags that name it")
     free = [name for name in names if name not in flagged]
     used: dict[str, list[str]] = {}
     for split, words in SPLIT_NAMES.items():

@@ -177,8 +177,8 @@ def test_splits_of_unknown_names_are_not_trained_on(tmp_path):
     ("flags", "message"),
     [
         ({"dataset_test_split": "heldout"}, r"--dataset_test_split heldout: no such split \(found: train, test\)"),
-        ({"dataset_train_split": ["test"], "dataset_test_split": "test"}, "--dataset_train_split test: .* two flags"),
-        ({"dataset_train_split": ["test", "test"]}, "--dataset_train_split test: .* two flags"),
+        ({"dataset_train_split": ["test"], "dataset_test_split": "test"}, "--dataset_train_split test: .*two flags"),
+        ({"dataset_train_split": ["test", "test"]}, "--dataset_train_split test: .*two flags"),
         ({"dataset_test_split": "train"}, "no training split"),
     ],
 )
