@@ -1,8 +1,5 @@
 """Errors that a user can fix, a run that has nothing to do, and text from elsewhere that is safe to show."""
 
-from collections.abc import Callable
-from typing import NoReturn
-
 
 class UserError(Exception):
     """Bad input: a flag, a file, a row. The message is one line that names the place and the fix.
@@ -19,14 +16,3 @@ def printable(text: str, kept: str = "") -> str:
     """Text of a file, a model or a flag without control characters, which a terminal would obey, and without marks that
     turn its direction; `kept` are left in."""
     return "".join(character if character.isprintable() or character in kept else "�" for character in text)
-
-
-def renamed(module: str, names: dict[str, str]) -> Callable[[str], NoReturn]:
-    """A module's `__getattr__`, which answers an old name with an ImportError that gives the new one."""
-
-    def missing(name: str) -> NoReturn:
-        if name in names:
-            raise ImportError(f"{module}.{name} has a new name: {module}.{names[name]}")
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-
-    return missing

@@ -1,7 +1,7 @@
 """Figures of preference pairs: what they are called, how they are computed per pair, and their means with intervals.
 
-A new figure is a row of `FIGURES` and a value that `preference_metrics`, `classifier_metrics` or
-`cross_entropy_metrics` returns. Terminal tables, curves, the report, the model card and table.csv take it from there.
+A new figure is a row of `FIGURES` and a value that `pair_figures`, `classifier_metrics` or `cross_entropy_metrics`
+returns. metrics.jsonl, terminal tables, curves, the report, the model card and table.csv take it from there.
 """
 
 from __future__ import annotations
@@ -57,40 +57,41 @@ FIGURES = {
 }
 
 
-def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray]:
-    """Per-pair figures under TRL's metric names, each (N,) float64.
+def pair_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tensor]:
+    """Figures of each pair under TRL's names, without gradient, each in the shape of the pairs.
 
-    `rewards/accuracies` is 1 where the chosen reward is the larger. `loss` is over all N pairs at once.
+    `rewards/accuracies` is 1 where the chosen reward is the larger.
     """
-    values: dict[str, Any] = {name: _float64(value) for name, value in vars(pairs).items()}
-    pairs = LogProbs(**values)
     chosen, rejected = loss.rewards(pairs)
     figures = {
-        "loss": loss(pairs),
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).double(),
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
     }
-    return {name: value.detach().cpu().numpy() for name, value in figures.items()}
+    return {name: value.detach() for name, value in figures.items()}
+
+
+PAIR_FIGURES = ("loss", *pair_figures(LogProbs(*torch.zeros(4, 1)), PreferenceLoss()))  # the names of an evaluation's
 
 
 def training_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tensor]:
-    """Figures of a training step's pairs under TRL's names, without gradient, each in the shape of the pairs."""
-    chosen, rejected = loss.rewards(pairs)
-    weights_chosen, weights_rejected = loss.gradient_weights(pairs)
-    return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "logps/chosen": pairs.chosen.detach(),
-        "logps/rejected": pairs.rejected.detach(),
-        "gradient_weights/chosen": weights_chosen,
-        "gradient_weights/rejected": weights_rejected,
+    """`pair_figures` of a training step, and how hard the loss pushes each response."""
+    chosen, rejected = loss.gradient_weights(pairs)
+    return {**pair_figures(pairs, loss), "gradient_weights/chosen": chosen, "gradient_weights/rejected": rejected}
+
+
+def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray]:
+    """`pair_figures` and the loss of evaluated pairs, each (N,) float64. The loss is over all N pairs at once."""
+    values: dict[str, Any] = {
+        name: value.detach().double() if isinstance(value, torch.Tensor) else value
+        for name, value in vars(pairs).items()
     }
+    pairs = LogProbs(**values)
+    figures = {"loss": loss(pairs), **pair_figures(pairs, loss)}
+    return {name: value.cpu().numpy() for name, value in figures.items()}
 
 
 def raw_accuracy(pairs: LogProbs) -> dict[str, np.ndarray]:
@@ -162,8 +163,8 @@ def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
 
-    Unlike a bootstrap it does not shrink to a point at 0 or 1: 30 of 30 is 0.89 to 1. A tie that counts as half a win
-    varies less than p(1−p), so that with ties the interval is too wide rather than too narrow.
+    Unlike a bootstrap it does not shrink to a point at 0 or 1: 30 of 30 is 0.89 to 1. With ties that count as half a
+    win it is too wide.
     """
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -230,7 +231,7 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
 def flaw(text: str) -> str | None:
     """What is wrong with an answer that a reader would skip: it `ends at once` or `repeats itself`.
 
-    It repeats itself if the same words stand `REPEATS` times in a row, six words in all at least, or if one sentence
+    It repeats itself if the same words occur `REPEATS` times in a row, at least six words in all, or if one sentence
     occurs `REPEATS` times.
     """
     words = text[:READ].split()
@@ -353,7 +354,3 @@ class RunningMeans:
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         self._names = state["names"]
         self._sums = [torch.tensor(row, dtype=torch.float32, device=device) for row in state["sums"]]
-
-
-def _float64(value: torch.Tensor | int) -> torch.Tensor | int:
-    return value.detach().double() if isinstance(value, torch.Tensor) else value

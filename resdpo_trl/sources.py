@@ -11,6 +11,7 @@ import csv
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import mimetypes
 import re
@@ -88,11 +89,9 @@ class DatasetConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: must be at least 1")
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise UserError("--validation_fraction and --test_fraction leave nothing to train on: lower them")
+        shares = self.validation_fraction, self.test_fraction
+        if min(shares) <= 0 or sum(shares) >= 1:
+            raise UserError("--validation_fraction and --test_fraction must be above 0 and leave rows to train on")
 
 
 def choose_splits(
@@ -117,22 +116,23 @@ def choose_splits(
         UserError: no split to train on, several for one purpose, or a flag names one that is not there or is in use.
     """
     names, place = list(found), f"--dataset_name {config.dataset_name}"
+    asked = {
+        "train": config.dataset_train_split or [],
+        "validation": [config.dataset_validation_split] if config.dataset_validation_split else [],
+        "test": [config.dataset_test_split] if config.dataset_test_split else [],
+    }
     if held_out:
-        asked_for = config.dataset_test_split
-        tests = [name for name in names if name == (asked_for or name) and (asked_for or len(names) == 1)]
-        tests = tests or [name for name in names if not asked_for and name.lower() in SPLIT_NAMES["test"]]
+        tests = names if len(names) == 1 else [name for name in names if name.lower() in SPLIT_NAMES["test"]]
+        tests = [name for name in asked["test"] or tests if name in names][:1]
         if tests:
-            return {"test": tests[:1]}, [name for name in names if name != tests[0]]
-    asked: dict[str, list[str]] = {"train": config.dataset_train_split or []}
-    for split, name in (("validation", config.dataset_validation_split), ("test", config.dataset_test_split)):
-        asked[split] = [name] if name else []
+            return {"test": tests}, [name for name in names if name not in tests]
     flagged = [name for each in asked.values() for name in each]
-    for name in flagged:
-        flag = next(split for split, each in asked.items() if name in each)
-        if name not in names:
-            raise UserError(f"--dataset_{flag}_split {name}: no such split (found: {', '.join(names)})")
-        if flagged.count(name) > 1:
-            raise UserError(f"--dataset_{flag}_split {name}: a split serves one purpose, and two flags name this one")
+    for split, each in asked.items():
+        for name in each:
+            if name not in names:
+                raise UserError(f"--dataset_{split}_split {name}: no such split (found: {', '.join(names)})")
+            if flagged.count(name) > 1:
+                raise UserError(f"--dataset_{split}_split {name}: drop it from one of the two flags that name it")
     free = [name for name in names if name not in flagged]
     used: dict[str, list[str]] = {}
     for split, words in SPLIT_NAMES.items():
@@ -147,7 +147,7 @@ def choose_splits(
         raise UserError(
             f"{place}: no training split (found: {', '.join(names)}): name what to train on with --dataset_train_split"
         )
-    left_out = [name for name in names if not any(name in each for each in used.values())]
+    left_out = [name for name in names if name not in itertools.chain(*used.values())]
     return {split: each for split, each in used.items() if each}, left_out
 
 
@@ -170,19 +170,13 @@ def held_out_first(digests: Mapping[str, Sequence[Any]]) -> tuple[dict[str, np.n
 
 def describe_left_out(counts: dict[str, Any]) -> str:
     """A line on the data's own splits that are not used and the rows that two splits had, for the terminal; or none."""
-    parts = []
-    if counts["splits_left_out"]:
-        parts.append(
-            f"splits left out: {', '.join(counts['splits_left_out'])} (neither their names nor "
-            "--dataset_train_split say what they are for)"
-        )
-    copies = counts["copies_removed"]
+    names, copies, text = ", ".join(counts["splits_left_out"]), counts["copies_removed"], ""
+    if names:
+        text += f"\nsplits left out: {names} (neither their names nor --dataset_train_split say what they are for)"
     if any(copies.values()):
-        parts.append(
-            f"removed because a held-out split has them too: {copies['train']} from train, {copies['validation']} from "
-            "validation"
-        )
-    return "".join(f"\n{part}" for part in parts)
+        text += f"\nremoved because a held-out split has them too: {copies['train']} from train, "
+        text += f"{copies['validation']} from validation"
+    return text
 
 
 def check_not_empty(counts: dict[str, Any]) -> None:
@@ -216,7 +210,7 @@ def check_model_folder(name: str, flag: str) -> None:
     weights = ("adapter_model.safetensors",) if adapter else ("*.safetensors", "*.safetensors.index.json")
     if not any(any(path.glob(pattern)) for pattern in weights):
         raise UserError(
-            f"{flag} {name}: no safetensors weights in the folder; pickled ones are not loaded: save it anew with "
+            f"{flag} {name}: no safetensors weights in the folder; pickled ones are not loaded: save it again with "
             "save_pretrained"
         )
 
@@ -256,7 +250,7 @@ def load_rows(
 
     Args:
         name: a file, a folder or a Hub id; several files as `shlex.join` writes them, which become one split.
-        data_dir: folder inside a Hub data set.
+        data_dir: folder inside a data set.
         revision: of a Hub data set.
         quickstart: the name that needs no network, for the message.
         subset: the configuration of a Hub data set (`datasets.load_dataset`'s second argument).
@@ -265,58 +259,90 @@ def load_rows(
     Raises:
         UserError: nothing there, or it can't be read; for JSON with the first bad line.
     """
-    from datasets import DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+    from datasets import concatenate_datasets, load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    place = f"{flag} {name}"
-    path = Path(name)
-    files = named_files(name)
-    if files:
-        rows = [_read_file(Path(file), flag) for file in files]
+    place, path = f"{flag} {name}", Path(name)
+    if files := named_files(name):
+        rows = [_load(f"{flag} {file}", Path(file), _reader(Path(file), flag))["train"] for file in files]
         try:
             return {"train": concatenate_datasets(rows)}
         except ValueError as error:  # columns of different types
             raise UserError(f"{place}: the files do not fit together ({first_line(error)})") from None
-    if not path.is_dir() and (
-        name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(tuple(SUFFIXES))
-    ):
+    if path.is_dir():
+        if _is_saved(path) and data_dir is not None:
+            raise UserError(f"--dataset_data_dir {data_dir}: {name} is what save_to_disk wrote, in one piece; drop it")
+        where: dict[str, Any] = {"path": name, "data_dir": data_dir}
+        if glob.has_magic(str(full := path.resolve() / (data_dir or ""))):
+            # `datasets` takes a path for a pattern; but only the folder inside a data set may be written as one
+            above = next(folder for folder in full.parents if not glob.has_magic(str(folder)))
+            where = {"path": str(above), "data_dir": glob.escape(str(full.relative_to(above)))}
+        return _load(place, path, where | {"name": subset})
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(tuple(SUFFIXES)):
         raise UserError(f"{place}: no such file or folder")
-    for file in sorted(path.rglob("*.json*")) if path.is_dir() else ():
-        _check_lines(file)
-    saved_whole = path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists())
-    if saved_whole and data_dir is not None:
-        raise UserError(f"--dataset_data_dir {data_dir}: {name} is what save_to_disk wrote, in one piece; drop it")
-    content = _content(path) if path.is_dir() else ""
     try:
-        if saved_whole:
-            loaded = load_from_disk(str(path))
-        else:
-            with _quiet():
-                where: dict[str, Any] = {"path": name, "data_dir": data_dir}
-                if path.is_dir() and glob.has_magic(str(full := path.resolve() / (data_dir or ""))):
-                    # `datasets` takes a path for a pattern; but only the folder inside a data set may be written as one
-                    above = next(folder for folder in full.parents if not glob.has_magic(str(folder)))
-                    where = {"path": str(above), "data_dir": glob.escape(str(full.relative_to(above)))}
-                cache = _cache_of(content) if content else None
-                loaded = load_dataset(**where, name=subset, revision=revision, cache_dir=cache)
+        with _without_log():
+            return dict(load_dataset(name, name=subset, data_dir=data_dir, revision=revision))
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, DatasetNotFoundError) as error:
         raise UserError(
             f"{place}: not a local path, and the Hub does not give it ({first_line(error)}); pass a folder, "
             f"{READABLE}, or '{quickstart}'"
         ) from None
-    except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
-        for file in sorted(path.rglob("*.json*")) if path.is_dir() else ():
-            _find_bad_line(file)
+    except Exception as error:  # a configuration that is not there, damaged files
         raise UserError(f"{place} can't be loaded ({first_line(error)})") from None
-    found = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
-    return _known_by(found, content) if content else found
 
 
-def _content(path: Path) -> str:
-    """A digest of a local data set's files, by name and content; `datasets` knows a file by its path and time alone.
+def _load(place: str, path: Path, options: dict[str, Any]) -> dict[str, Dataset]:
+    """`load_dataset` with `options`, or `load_from_disk`, of the file or folder `path`.
 
-    Image files are left out, which are read anew each time, and so is what `datasets` itself keeps in a folder.
+    `datasets` knows a file by its path and time alone. Here its cache and the fingerprints know the content.
+    """
+    from datasets import load_dataset, load_from_disk
+    from datasets.config import HF_DATASETS_CACHE
+
+    content = _digest(path)
+    cache = Path(HF_DATASETS_CACHE) / "resdpo_trl" / content[:32]
+    if not cache.exists():
+        _check_json(path, "*.jsonl*")
+    loaded: Any
+    try:
+        with _without_log():
+            loaded = load_from_disk(str(path)) if _is_saved(path) else load_dataset(**options, cache_dir=str(cache))
+    except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
+        _check_json(path, "*.json*")
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # `datasets` wraps what pandas says of the line
+            cause = cause.__cause__
+        raise UserError(f"{place} can't be read ({first_line(cause)}): fix or convert it") from None
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    for split, rows in splits.items():
+        rows._fingerprint = hashlib.sha256(f"{content} {split} {rows._fingerprint}".encode()).hexdigest()[:32]
+    return dict(splits)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Silence the log of `datasets`: it says what the error says, with the names of columns as the file has them."""
+    from datasets.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+def _digest(path: Path) -> str:
+    """A digest of a local data set's files, by name and content.
+
+    Image files are left out, because they are decoded each time, and so is what `datasets` itself keeps in a folder.
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -326,20 +352,6 @@ def _content(path: Path) -> str:
                 own = hashlib.file_digest(opened, "sha256").hexdigest()
             digest.update(f"{file.relative_to(path)} {own}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _cache_of(content: str) -> str:
-    """Where `datasets` keeps the rows that it made of this content."""
-    from datasets.config import HF_DATASETS_CACHE
-
-    return str(Path(HF_DATASETS_CACHE) / "resdpo_trl" / content[:32])
-
-
-def _known_by(rows: dict[str, Dataset], content: str) -> dict[str, Dataset]:
-    """The rows, with the content in the name under which `datasets` keeps what is computed from them."""
-    for split, each in rows.items():
-        each._fingerprint = hashlib.sha256(f"{content} {split} {each._fingerprint}".encode()).hexdigest()[:32]
-    return rows
 
 
 def source_name(name: str) -> str:
@@ -359,113 +371,51 @@ def named_files(name: str) -> list[str]:
     return []
 
 
-def _read_file(path: Path, flag: str) -> Dataset:
-    """The rows of one file."""
-    from datasets import load_dataset
-
-    place = f"{flag} {path}"
-    if not path.is_file():
-        raise UserError(f"{place}: no such file")
-    kind = next((SUFFIXES[ending] for ending in SUFFIXES if path.name.endswith(ending)), None)
-    if kind is None:
-        raise UserError(f"{place}: {path.name} is not {READABLE}; convert it to one of these")
-    if path.stat().st_size == 0:
-        raise UserError(f"{place}: the file is empty; name one with rows")
-    if kind == "json":
-        _check_lines(path)
-    content = _content(path)
-    try:
-        with _quiet():
-            options = _csv_options(path) if kind == "csv" else {}
-            # `datasets` takes a path for a pattern
-            file, cache = glob.escape(str(path)), _cache_of(content)
-            rows = load_dataset(kind, data_files=file, split="train", cache_dir=cache, **options)
-            return _known_by({"train": rows}, content)["train"]
-    except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
-        if kind == "json":
-            _find_bad_line(path)
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # `datasets` wraps what pandas says of the line
-            cause = cause.__cause__
-        raise UserError(f"{place} can't be read ({first_line(cause)}): fix or convert it") from None
-
-
-def _csv_options(path: Path) -> dict[str, Any]:
-    """How `datasets` reads a table: every column is text ("4" and "NA" are answers), the separator is the header's."""
+def _reader(path: Path, flag: str) -> dict[str, Any]:
+    """How `load_dataset` reads a file. Every column of a table is text ("4" and "NA" are answers)."""
     from datasets import Features, Value
 
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    kind = next((SUFFIXES[ending] for ending in SUFFIXES if path.name.endswith(ending)), None)
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    if kind is None:
+        raise UserError(f"{flag} {path}: {path.name} is not {READABLE}; convert it to one of these")
+    if path.stat().st_size == 0:
+        raise UserError(f"{flag} {path}: the file is empty; name one with rows")
+    options = {"path": kind, "data_files": glob.escape(str(path))}  # `datasets` takes a path for a pattern
+    if kind != "csv":
+        return options
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
         separator = max("\t,;", key=header.count)
         file.seek(0)
         names = next(csv.reader(file, delimiter=separator), [])
-    return {
-        "sep": separator,
-        "names": names,
-        "header": 0,
-        "features": Features({name: Value("string") for name in names}),
-        "keep_default_na": False,
-    }
+    texts = Features({name: Value("string") for name in names})
+    return options | {"sep": separator, "names": names, "header": 0, "features": texts, "keep_default_na": False}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log of `datasets`: it says what the error says, with the names of columns as the file has them."""
-    from datasets.utils import logging
+def _check_json(path: Path, pattern: str) -> None:
+    """Raise a UserError that names the first line or row which is no JSON object, in a file or in a folder's files.
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _check_lines(path: Path) -> None:
-    """Refuse a damaged gzip stream, bytes that are not UTF-8, and a row that is null.
-
-    pyarrow reads other bytes as text, and its JSON reader (26) ends the process at a block that begins with null.
+    pyarrow's reader (26) takes other bytes than UTF-8 for text, and ends the process at a block that begins with null.
     """
-    opened: Any = gzip.open if path.name.endswith(".gz") else open
-    number, start = 0, b""
-    try:
-        with opened(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                text = line.removeprefix(codecs.BOM_UTF8).lstrip()
-                start = start or text[:1]
-                if text.startswith(b"null"):
-                    raise UserError(f"{path}, line {number}: null is no row; fix or delete the line")
-                try:
-                    line.decode("utf-8")
-                except UnicodeDecodeError:
-                    raise UserError(f"{path}, line {number}: not UTF-8; convert the file") from None
-        if start == b"[":
-            with opened(path, "rb") as file, suppress(ValueError, RecursionError):  # `datasets` refuses these
-                if None in (rows := json.load(file)):
-                    raise UserError(f"{path}, row {rows.index(None) + 1}: null is no row; fix or delete it")
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it again") from None
-
-
-def _find_bad_line(path: Path) -> None:
-    """Raise a UserError that names the first line or row which is not a JSON object; return if there is none."""
-    opened: Any = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig") as file:
-        is_list = file.read(4096).lstrip().startswith("[")
-    if not is_list:
-        for _ in read_jsonl(path):
-            pass
-        return
-    try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            rows = json.load(file)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); fix or delete the line") from None
-    except RecursionError:
-        raise UserError(f"{path}: a row is nested too deeply; fix or delete it") from None
-    for place, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {place}: not a JSON object; each row is one pair")
+    for file in sorted(path.rglob(pattern)) if path.is_dir() else [path] if path.match("*.json*") else []:
+        opened: Any = gzip.open if file.suffix == ".gz" else open
+        content = ""
+        with suppress(EOFError, gzip.BadGzipFile, zlib.error), opened(file, "rb") as stream:
+            start = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+            content = (start + stream.read()).decode(errors="replace") if start.startswith(b"[") else ""
+        if not content:
+            for _ in read_jsonl(file):
+                pass
+            continue
+        try:
+            rows = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {error.lineno}: not JSON ({error.msg}); fix or delete the line") from None
+        for place, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise UserError(f"{file}, row {place}: not a JSON object; each row is one pair")
 
 
 def first_line(error: BaseException) -> str:

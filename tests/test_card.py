@@ -119,7 +119,7 @@ def test_texts_of_others_stay_texts(run):
 
 
 def test_the_rejected_side_and_sft_alone(run):
-    run._run["config"]["data"]["prefer"] = "rejected"
+    run.facts["config"]["data"]["prefer"] = "rejected"
     write_card(run, run.policy, "smollm2")
     text = (run.policy / "README.md").read_text()
     assert "trained to prefer the rejected answers" in text
@@ -150,7 +150,7 @@ def test_the_rejected_side_and_sft_alone(run):
 )
 def test_only_data_that_provoke_get_the_warning(run, source, part, warned):
     run.summary["data"]["source"] = source
-    run._run["config"]["data"]["dataset_data_dir"] = part
+    run.facts["config"]["data"]["dataset_data_dir"] = part
     write_card(run, run.policy, "gpt2")
     assert ("unpleasant things" in (run.policy / "README.md").read_text()) == warned
 

@@ -96,10 +96,10 @@ LASTING = [
     ("POST", "/api/repos/create", 403, "the token may not write there"),
     ("POST", "/preupload/", 404, "the Hub has no such place"),
     ("POST", "/commit/", 403, "the token may not write there"),
-    ("POST", "/commit/", 409, "another change of the repository"),
-    ("POST", "/commit/", 429, "too many requests"),
-    ("POST", "/commit/", 500, "the Hub has an internal error (HTTP 500)"),
-    ("PUT", "/storage/", 500, "the Hub has an internal error (HTTP 500)"),
+    ("POST", "/commit/", 409, "the Hub refuses (HTTP 409)"),
+    ("POST", "/commit/", 429, "the Hub refuses (HTTP 429)"),
+    ("POST", "/commit/", 500, "the Hub refuses (HTTP 500)"),
+    ("PUT", "/storage/", 500, "the Hub refuses (HTTP 500)"),
     ("PUT", "/storage/", "cut", "Error: "),
 ]
 

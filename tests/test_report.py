@@ -64,6 +64,7 @@ def test_one_page_with_everything_in_it(tmp_path):
     for section in ("results", "curves", "margins", "extremes", "cuts", "answers", "run"):
         assert f'id="{section}"' in page, section
     assert "ranks 58% of 40 unseen pairs right" in page and "0.66" in page and "0.60 to 0.70" in page
+    assert "epoch kept</text>" in page
     assert "Content-Security-Policy" in page and "default-src 'none'" in page
     for outside in ("http://", "https://", "<script", "<link", "@import"):
         places = [at for at in range(len(page)) if page.startswith(outside, at)]
@@ -123,7 +124,8 @@ def test_the_page_opens_with_before_and_after_and_what_is_next(tmp_path):
     first = page[: page.index("<section")]
     for words in (
         "<title>DPO of tiny-model on plain text</title>",
-        "ranks 58% of 40 unseen pairs right; the reference&#39;s log-likelihood 50%.",
+        "ranks 58% of 40 unseen pairs right (95% interval 50% to 60%), which is not told from chance",
+        "; the reference&#39;s log-likelihood 50%.",
         'left: 50.00%; width: 10.00%"', "95% interval 35% to 65%",
         "policy — repeats itself", "people&#39;s answer", "People say so.",
         "resdpo-trl chat", "resdpo-trl sweep --betas 0.033 0.1 0.3 --max_length 64<", "resdpo-trl publish",
@@ -167,15 +169,6 @@ def test_answers_that_a_reader_would_skip(text, expected):
 )
 def test_digits_that_an_interval_deserves(low, high, digits):
     assert digits_of(low, high) == digits
-
-
-def test_the_epoch_kept_is_marked(tmp_path):
-    path = make_run(tmp_path)
-    assert "epoch kept</text>" in write_report([path]).read_text()
-    summary = json.loads((path / "summary.json").read_text())
-    del summary["dpo"]["kept_epoch"]
-    (path / "summary.json").write_text(json.dumps(summary))
-    assert "epoch kept</text>" not in write_report([path]).read_text()
 
 
 def sweep_of(folder):
@@ -238,20 +231,6 @@ def test_a_new_figure_is_one_row(tmp_path, monkeypatch):
     assert "sure" in runpy.run_module("resdpo_trl.study.sweep")["COLUMNS"]
 
 
-def test_accuracy_against_kl_of_an_image_run(tmp_path):
-    path = make_run(tmp_path)
-    rows = [
-        {"stage": stage, "split": "validation", "step": epoch, "epoch": float(epoch), "accuracy": 0.7 + epoch / 50,
-         "kl": 0.3 * epoch, "loss": 0.5}
-        for stage in ("dpo", "dpo-hard-polyak", "reference")
-        for epoch in (1, 2, 3)
-    ]  # fmt: skip
-    (path / "metrics.jsonl").write_text(lines(rows))
-    page = write_report([path]).read_text()
-    assert 'id="frontier"' in page and "hard/polyak" in page
-    assert (path / "plots" / "accuracy_kl.png").exists()
-
-
 def test_torn_and_missing_files_leave_a_note(tmp_path):
     path = make_run(tmp_path)
     with open(path / "metrics.jsonl", "a") as file:
@@ -274,6 +253,7 @@ def test_an_unfinished_run_has_a_report(tmp_path):
     (path / "summary.json").write_text("{}")
     page = write_report([path]).read_text()
     assert "has not ended" in page and 'id="curves"' in page and 'id="results"' not in page
+    assert "epoch kept</text>" not in page
 
 
 def test_several_runs_share_a_page(tmp_path):
@@ -297,11 +277,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 )
 @pytest.mark.parametrize(
     ("page_of", "width", "scheme"),
-    [
-        *(("run", width, scheme) for width in (1200, 390) for scheme in ("light", "dark")),
-        ("sweep", 1200, "light"),
-        ("sweep", 390, "dark"),
-    ],
+    [("run", 1200, "light"), ("run", 390, "dark"), ("sweep", 390, "dark")],
 )
 def test_a_browser_shows_it_without_errors(tmp_path, page_of, width, scheme):
     from playwright.sync_api import sync_playwright

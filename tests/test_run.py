@@ -78,7 +78,7 @@ def test_the_model_that_a_run_is_about(tmp_path):
 
 def test_a_file_in_the_folders_place_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="a file is there"):
+    with pytest.raises(UserError, match="can't be written"):
         RunFolder(tmp_path / "file").open()
 
 

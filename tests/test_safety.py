@@ -49,12 +49,12 @@ def pickled_weights(folder: Path, name: str, bomb: Path) -> None:
 # --- what others send is not run -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["model", "adapter", "adapter beside a model"])
+@pytest.mark.parametrize("kind", ["model", "adapter", "adapter next to a model"])
 def test_pickled_weights_of_a_language_model_are_refused(tmp_path, tokenizer, kind):
     folder, bomb = tmp_path / "model", tmp_path / "bomb"
     tiny_model("gpt2").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if kind != "adapter beside a model":
+    if kind != "adapter next to a model":
         (folder / "model.safetensors").unlink()
     if kind != "model":
         (folder / "adapter_config.json").write_text(
@@ -63,7 +63,7 @@ def test_pickled_weights_of_a_language_model_are_refused(tmp_path, tokenizer, ki
     pickled_weights(folder, "pytorch_model.bin", bomb)
     pickled_weights(folder, "adapter_model.bin", bomb)
     for load in (load_model, load_tokenizer):
-        with pytest.raises(UserError, match=r"--model .*no safetensors weights.*save it anew with save_pretrained"):
+        with pytest.raises(UserError, match=r"--model .*no safetensors weights.*save it again with save_pretrained"):
             load(str(folder), TextModelConfig(), False, "--model")
     assert not bomb.exists()
 
@@ -71,7 +71,7 @@ def test_pickled_weights_of_a_language_model_are_refused(tmp_path, tokenizer, ki
 def test_pickled_weights_of_a_classifier_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resdpo_image_classifier"}))
     pickled_weights(tmp_path, "pytorch_model.bin", tmp_path / "bomb")
-    with pytest.raises(UserError, match=r"--model .*no safetensors weights.*save it anew with save_pretrained"):
+    with pytest.raises(UserError, match=r"--model .*no safetensors weights.*save it again with save_pretrained"):
         load_classifier(str(tmp_path), "--model")
     assert not (tmp_path / "bomb").exists()
 

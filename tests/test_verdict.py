@@ -1,4 +1,4 @@
-"""Each rule of the verdict: a case in which it speaks, and one just beside it in which it does not."""
+"""Each rule of the verdict: a case in which it speaks, and a close one in which it does not."""
 
 import math
 
@@ -18,36 +18,47 @@ from resdpo_trl.run.verdict import (
 
 
 def pairs(accuracy, low, high, n=256):
-    return {"rewards/accuracies": accuracy, "n": n, "interval_95": {"rewards/accuracies": [low, high]}}
+    interval = {"rewards/accuracies": [low, high], "logps/ref_accuracies": [0.59, 0.7]}
+    test = {"rewards/accuracies": accuracy, "logps/ref_accuracies": 0.65, "n": n, "interval_95": interval}
+    return {"dpo": {"test": test}}
 
 
 @pytest.mark.parametrize(
-    ("figures", "end"),
+    ("figures", "judged", "advice"),
     [
-        (pairs(0.84, 0.79, 0.88), "(95% interval 79% to 88%), better than chance."),
-        (pairs(0.54, 0.48, 0.60), ": not told from chance, which is 50%. Use more test pairs, or train on more."),
-        (pairs(0.40, 0.34, 0.46), "may be swapped (--prefer)."),
+        ((0.84, 0.79, 0.88), ", better than chance", []),
+        ((0.54, 0.48, 0.60), ", which is not told from chance", ["Use more test pairs, or train on more."]),
+        (
+            (0.40, 0.34, 0.46),
+            ", worse than chance",
+            ["Look at a few pairs: chosen and rejected may be swapped (--prefer)."],
+        ),
     ],
 )
-def test_pairs_against_chance(figures, end):
-    (said,) = of_the_test(figures, None)
-    assert said.startswith(f"{100 * figures['rewards/accuracies']:.0f}% of 256 unseen pairs are ranked right")
-    assert said.endswith(end)
+def test_pairs_against_chance(figures, judged, advice):
+    share, low, high = (f"{100 * value:.0f}%" for value in figures)
+    said = (
+        f"The policy's implicit reward ranks {share} of 256 unseen pairs right (95% interval {low} to {high}){judged}"
+    )
+    assert of_the_test(pairs(*figures)) == [f"{said}; the reference's log-likelihood 65%.", *advice]
+    (said, *_) = of_the_test({"reward": pairs(*figures)["dpo"]})
+    assert said.startswith(f"The reward model ranks {share} of 256") and said.endswith(f"{judged}.")
 
 
 @pytest.mark.parametrize(
     ("before", "end"),
     [
-        (0.788, "more than by the reference (79%)."),
-        (0.97, "the reference's 97% lies in this interval: no difference is shown."),
-        (0.995, "fewer than by the reference (100%)."),
+        (0.788, ", more than the reference (79%)."),
+        (0.97, "; the reference's 97% lies in this interval: no difference is shown."),
+        (0.995, ", fewer than the reference (100%)."),
         (None, "(95% interval 96% to 99%)."),
     ],
 )
 def test_images_against_the_reference(before, end):
     test = {"accuracy": 0.978, "n": 359, "interval_95": {"accuracy": [0.961, 0.992]}}
-    (said,) = of_the_test(test, before)
-    assert said.startswith("98% of 359 unseen images are classified right") and said.endswith(end)
+    summary = {"dpo": {"test": test}, "reference": {"test": test | {"accuracy": before}} if before else {"given": "x"}}
+    (said,) = of_the_test(summary)
+    assert said.startswith("The policy classifies 98% of 359 unseen images right") and said.endswith(end)
 
 
 def test_divergence():
@@ -140,14 +151,14 @@ def test_a_whole_run():
     test = {"loss": 208.0, "accuracy": 0.5, "n": 359, "interval_95": {"accuracy": [0.45, 0.55]}, **margins(-1, -2)}
     summary = {
         "data": {"classes": 10},
-        "reference": {"test": {"accuracy": 0.79}},
+        "reference": {"test": {"accuracy": 0.79, "n": 359, "interval_95": {"accuracy": [0.75, 0.83]}}},
         "dpo": {"loss_type": ["s_dpo"], "test": test, "validation": {"n": 180}, "kept_epoch": 2.0},
     }
     rows = [("train", 0.1, 2.3), ("train", 0.2, 2.0), ("validation", 1.0, 1.0), ("validation", 2.0, 200.0)]
     metrics = [{"stage": "dpo", "split": s, "epoch": epoch, "loss": loss} for s, epoch, loss in rows]
     said = verdict(summary, metrics)
     assert [sentence[:24] for sentence in said] == [
-        "50% of 359 unseen images", "The test loss is 208, an", "The validation loss has ",
+        "The policy classifies 50", "The test loss is 208, an", "The validation loss has ",
     ]  # fmt: skip
     assert "2.3 before training" in said[1]
     assert verdict({}, []) == []

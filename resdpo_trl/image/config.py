@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.metrics import PAIR_FIGURES
 from resdpo_trl.training import arguments
 from resdpo_trl.training.arguments import OneMachine, ReferenceUpdate, option, preference_loss
 
@@ -106,10 +107,7 @@ class ImageDPOConfig(ReferenceUpdate, ImageTraining, TrainingArguments):  # type
 
     _argument_group_name = "DPO and training"
     refused = REFUSED | {"label_smoothing_factor": "it is cross-entropy's: pass --label_smoothing"}
-    figures = (
-        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-        "logps/rejected", "accuracy", "kl",
-    )  # fmt: skip
+    figures = (*PAIR_FIGURES, "accuracy", "kl")
 
     output_dir: str | None = option("runs/dpo_cifar", "The run's folder.")
     learning_rate: float = option(1e-4, "Peak learning rate of DPO.")

@@ -19,7 +19,7 @@ from resdpo_trl.metrics import FIGURES, shown
 from resdpo_trl.run.files import read_jsonl
 from resdpo_trl.run.folder import RunFolder, read_object
 from resdpo_trl.run.hub import ID
-from resdpo_trl.run.verdict import lead, stage_of
+from resdpo_trl.run.verdict import of_the_test, stage_of
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, source_name
 
 SETTINGS = (
@@ -28,11 +28,11 @@ SETTINGS = (
     "gradient_accumulation_steps", "optim", "weight_decay", "max_length", "bf16", "label_smoothing", "polyak_tau",
     "metric_for_best_model", "seed",
 )  # fmt: skip
-HOW = {
-    "dpo": "Trained by Direct Preference Optimization",
-    "reward": "A reward model, trained on preference pairs",
-    "cross_entropy": "Trained by cross-entropy",
-    None: "Fine-tuned on the preferred answers",
+STAGES = {  # how the model was made, and its tag on the Hub: TRL's where it has one
+    "dpo": ("Trained by Direct Preference Optimization", "dpo"),
+    "reward": ("A reward model, trained on preference pairs", "reward-trainer"),
+    "cross_entropy": ("Trained by cross-entropy", "cross-entropy"),
+    "sft": ("Fine-tuned on the preferred answers", "sft"),
 }
 QUESTION = "How do I keep basil alive in winter?"
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 600
@@ -41,12 +41,7 @@ PLOTS = {  # plots/NAME.png of the run; a card shows the first three that exist
     "test_margins": "Margins on the test data",
 }  # fmt: skip
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-TAGS = {
-    "dpo": "dpo",
-    "reward": "reward-trainer",
-    "cross_entropy": "cross-entropy",
-    None: "sft",
-}  # TRL's where it has one
+PROVOKING = re.compile(r"harmless|red.team|hh-rlhf $", re.IGNORECASE)  # data that people wrote to provoke
 
 
 def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> None:
@@ -54,29 +49,26 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
     import jinja2
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    data, stage, options = run.summary["data"], stage_of(run.summary), run.config.get("data", {})
-    images = "classes" in data
-    library, tags = "transformers", ["resdpo-trl", *([] if images else ["trl"]), TAGS[stage]]
+    data, config, stage = run.summary["data"], run.config, stage_of(run.summary) or "sft"
+    options, found, (how, tag) = config.get("data", {}), run.summary[stage], STAGES[stage]
+    test = found["test"] if stage != "sft" else {"loss": found.get("validation", {}).get("loss_after")}
+    images, adapter = "classes" in data, (folder / "adapter_config.json").is_file()
     task = "image-classification" if images else "text-classification" if stage == "reward" else "text-generation"
-    if (folder / "adapter_config.json").is_file():
+    if adapter:
         base_model = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
-        library, tags = "peft", [*tags, "lora"]
-    packaged = base_model == SMOLLM2
-    base_model = SMOLLM2_ID if packaged else base_model
+    packaged, base_model = base_model == SMOLLM2, SMOLLM2_ID if base_model == SMOLLM2 else base_model
     local = base_model is not None and Path(base_model).exists()
-    found = run.summary[stage or "sft"]
-    test: dict[str, Any] = found["test"] if stage else {"loss": found.get("validation", {}).get("loss_after")}
     names = [name for name in FIGURES if test.get(name) is not None]
     source, title = source_name(data["source"]), run.path.resolve().name
     on_the_hub = HUB_ID.fullmatch(source) is not None
     metadata = ModelCardData(
-        library_name=library,
+        library_name="peft" if adapter else "transformers",
         pipeline_tag=task,
         license="other",
         license_name="of-the-base-model-and-the-data",
         base_model=None if local else base_model,
         datasets=[source] if on_the_hub else None,
-        tags=tags,
+        tags=["resdpo-trl", *([] if images else ["trl"]), tag, *(["lora"] if adapter else [])],
         model_name=printable(title),
         eval_results=[
             EvalResult(
@@ -85,52 +77,46 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
                 dataset_name=printable(source),
                 dataset_config=options.get("dataset_data_dir"),
                 dataset_revision=options.get("dataset_revision"),
-                dataset_split="test" if stage else "validation",
+                dataset_split="validation" if stage == "sft" else "test",
                 metric_type="accuracy" if name.endswith(("accuracy", "accuracies")) else name,
                 metric_name=FIGURES[name].words,
                 metric_value=test[name],
-                metric_args={"n": test["n"], "interval_95": test["interval_95"][name]} if stage else None,
+                metric_args={"n": test["n"], "interval_95": test["interval_95"][name]} if stage != "sft" else None,
             )
             for name in names
         ],
     )
     before = {
-        f"{name}.{field}": value for name in ("sft", "reference") for field, value in run.config.get(name, {}).items()
+        f"{name}.{field}": value for name in ("sft", "reference") for field, value in config.get(name, {}).items()
     }
-    settings = dict(ChainMap(data.get("adapted", {}), run.config["training"], before))
-    plots = {name: text for name, text in PLOTS.items() if (run.path / "plots" / f"{name}.png").is_file()}
-    plots = dict(list(plots.items())[:3])
-    for name in plots:
+    settings = ChainMap(data.get("adapted", {}), config["training"], before)
+    pictures = [name for name in PLOTS if (run.path / "plots" / f"{name}.png").is_file()][:3]
+    for name in pictures:
         (folder / "plots").mkdir(exist_ok=True)
         shutil.copyfile(run.path / "plots" / f"{name}.png", folder / "plots" / f"{name}.png")
-    script, *flags = run.command
+    script, *flags = run.facts["command"]
     environment = jinja2.Environment(  # noqa: S701  (Markdown: what others wrote goes through a filter)
         loader=jinja2.PackageLoader("resdpo_trl.run"), trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"plain": _plain, "fenced": _fenced, "link": _link}
     content = environment.get_template("model_card.md").render(
-        title=title, how=HOW[stage], stage=stage, found=found, data=data, source=source, task=task, id=ID,
-        unit="images" if images else "pairs", lead=lead(run.summary), base_model=base_model, local=local,
-        packaged=SMOLLM2_PACKAGE if packaged else None, adapter=library == "peft", plots=plots, question=QUESTION,
+        title=title, how=how, stage=stage, found=found, data=data, source=source, task=task, id=ID, test=test,
+        lead="".join(of_the_test(run.summary)[:1]), base_model=base_model, local=local, adapter=adapter,
+        question=QUESTION,
+        packaged=SMOLLM2_PACKAGE if packaged else None, unit="images" if images else "pairs",
+        plots={name: PLOTS[name] for name in pictures},
         arch=read_object(folder / "config.json") if images else None,
-        pretrained_weights=run.config.get("model", {}).get("pretrained_weights"),
+        pretrained_weights=config.get("model", {}).get("pretrained_weights"),
         prompt=_prompt(folder) if task == "text-generation" else "",
         rejected=options.get("prefer") == "rejected",
-        unpleasant=_provokes(f"{data['source']} {options.get('dataset_data_dir') or ''}"),
-        heading=f"On {test['n'] if stage else data['validation']} "
-        f"{'validation rows' if not stage else 'held-out images' if images else 'held-out pairs'}",
+        unpleasant=PROVOKING.search(f"{data['source']} {options.get('dataset_data_dir') or ''}"),
         figures=[[FIGURES[name].words, *shown(test, name)] for name in names],
         samples=_samples(run.path / "samples.jsonl"),
         command=" ".join(["accelerate launch", f"recipes/{Path(script).name}", *map(_without_folders, flags)]),
         settings={name: settings[name] for name in SETTINGS if settings.get(name) not in (None, "", [])},
-        versions=", ".join(f"{name} {version}" for name, version in run.versions.items()),
+        versions=", ".join(f"{name} {version}" for name, version in run.facts["versions"].items()),
     )  # fmt: skip
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{content}").save(folder / "README.md")
-
-
-def _provokes(source: str) -> bool:
-    """Whether people wrote the data to provoke: HH's harmless and red-team parts, or all of HH."""
-    return re.search(r"harmless|red.team|hh-rlhf $", source.lower()) is not None
 
 
 def _prompt(folder: Path) -> str:
@@ -148,11 +134,11 @@ def _samples(path: Path) -> list[str]:
     """The first held-out prompts with the greedy answers of reference and policy."""
     found = []
     for _, row in itertools.islice(read_jsonl(path), SHOWN_SAMPLES) if path.exists() else ():
-        said = {name: kinds["greedy"].strip() for name, kinds in row["answers"].items() if name != "base"}
         prompt = row["prompt"].strip()
         parts = ["… " * (len(prompt) > SHOWN_CHARACTERS) + prompt[-SHOWN_CHARACTERS:]]
-        for name, text in said.items():
-            parts.append(f"[{name}] {text[:SHOWN_CHARACTERS]}" + " …" * (len(text) > SHOWN_CHARACTERS))
+        for name, kinds in row["answers"].items():
+            text = f"[{name}] {kinds['greedy'].strip()}"
+            parts += [text[:SHOWN_CHARACTERS] + " …" * (len(text) > SHOWN_CHARACTERS)] if name != "base" else []
         found.append("\n\n".join(parts))
     return found
 

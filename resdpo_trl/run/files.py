@@ -7,6 +7,7 @@ killed at any moment leaves the old content or the new content, never a part of 
 from __future__ import annotations
 
 import errno
+import fcntl
 import gzip
 import json
 import os
@@ -54,20 +55,22 @@ def read_jsonl(path: Path, torn_lines: list[str] | None = None) -> Iterator[tupl
     try:
         with opened(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                reason, row = "not a JSON object", None
+                row, reason = None, "not a JSON object"
                 try:
                     text = line.decode("utf-8-sig")  # the first line may begin with a byte order mark
-                    row = json.loads(text) if text.strip() else ()
+                    if not text.strip():
+                        continue
+                    row = json.loads(text)
                 except UnicodeDecodeError:
                     reason = "not UTF-8"
                 except (json.JSONDecodeError, RecursionError) as error:
                     reason = f"not JSON ({getattr(error, 'msg', error)})"
                 if isinstance(row, dict):
                     yield number, row
-                elif row != ():
-                    if torn_lines is None:
-                        raise UserError(f"{path}, line {number}: {reason}; fix or delete the line")
+                elif torn_lines is not None:
                     torn_lines.append(line.decode(errors="replace"))
+                else:
+                    raise UserError(f"{path}, line {number}: {reason}; fix or delete the line")
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{path}, after line {number}: the gzip stream is damaged; compress it again") from None
 
@@ -192,42 +195,34 @@ def lock(folder: Path) -> bool:
 
     The kernel releases the lock when the process dies, for whatever reason. A process may lock a folder twice.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return True
     identity = (folder.stat().st_dev, folder.stat().st_ino)
-    if identity in _claims:
-        return True
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return False
-    except OSError:
-        os.close(descriptor)  # a file system without locks: nothing is locked
-        return True
-    _claims[identity] = descriptor
+    if identity not in _claims:
+        descriptor = _flock(folder, fcntl.LOCK_EX)
+        if descriptor is None:
+            return False
+        _claims[identity] = descriptor
     return True
 
 
 def is_locked(folder: Path) -> bool:
     """Whether another process holds the lock of a folder."""
-    try:
-        import fcntl
-    except ImportError:
-        return False
+    descriptor = _flock(folder, fcntl.LOCK_SH)
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is None
+
+
+def _flock(folder: Path, kind: int) -> int | None:
+    """A descriptor that holds the lock of a folder; None if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    except OSError:  # as above
-        return False
-    finally:
         os.close(descriptor)
-    return False
+        return None
+    except OSError:  # a file system without locks: nothing is locked
+        pass
+    return descriptor
 
 
 def _let_go() -> None:
@@ -236,5 +231,4 @@ def _let_go() -> None:
         os.close(_claims.popitem()[1])
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_let_go)

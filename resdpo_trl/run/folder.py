@@ -7,12 +7,12 @@
       reward_model/   (reward_hh.py) the trained reward model and its model card
       compared/       (images) the models that the policy is compared with
       answers/        (comparisons) token ids of every model's answers
-      checkpoints/    one folder a stage, one checkpoint a save
-      metrics.jsonl   one line a log: {"stage", "split", "step", "epoch", metric: value…}
+      checkpoints/    one folder per stage, one checkpoint per save
+      metrics.jsonl   one line per log: {"stage", "split", "step", "epoch", metric: value…}
       summary.json    the final figures
       samples.jsonl   (text) prompts and every model's answers
-      scores.jsonl    one line a test pair or image: rewards and margin; the most wrong and most right ones with content
-      verdicts.jsonl  (comparisons) one line a question that a judge was asked
+      scores.jsonl    one line per test pair or image: rewards and margin; the extreme ones have their content
+      verdicts.jsonl  (comparisons) one line per question that a judge was asked
       report.html     one self-contained page; plots/ has its plots as PNG
 
 Only the main process writes. JSON is strict: a value that is not finite is written as null.
@@ -25,13 +25,13 @@ import ctypes
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Container, Iterator
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,12 @@ WRITTEN = (
     "run.json", "reference", "policy", "reward_model", "compared", "answers", "checkpoints", "metrics.jsonl",
     "summary.json", "samples.jsonl", "scores.jsonl", "verdicts.jsonl", "report.html", "plots",
 )  # fmt: skip
-# what a resumed run may do otherwise than it began: where it reports, what it keeps, how it loads
+# how the options begin in which a resumed run may differ: where it reports, what it keeps, how it loads
 FREE = (
     "preset", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "run_name", "project", "report_to",
-    "disable_tqdm", "log_level", "log_level_replica", "save_total_limit", "ddp_timeout", "use_cpu", "push_to_hub",
-    "reference_cache_dir", "enable_jit_checkpoint", "_n_gpu",
+    "disable_tqdm", "log_level", "save_total_limit", "ddp_timeout", "use_cpu", "push_to_hub", "reference_cache_dir",
+    "enable_jit_checkpoint", "_n_gpu", "hub_", "dataloader_", "logging_dir", "trackio_",
 )  # fmt: skip
-FREE_KINDS = ("hub_", "dataloader_", "logging_dir", "trackio_")
 SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
 
 
@@ -83,7 +82,7 @@ class RunFolder:
         self.reward_model = self.path / "reward_model"
         self.summary: dict[str, Any] = {}
         self.earlier: dict[str, Any] = {}  # run.json of the run that is resumed
-        self._run: dict[str, Any] = {}  # run.json as it is
+        self.facts: dict[str, Any] = {}  # run.json as it is, without secrets
         self._made = self._started = False  # whether this process made the folder, and began to write into it
         self._replaced: list[Path] = []  # files and folders of the run that is overwritten, which `start` deletes
 
@@ -99,10 +98,10 @@ class RunFolder:
             UserError: the folder holds a run and neither `overwrite` nor `resume` was asked for, or it can't be
                 written.
         """
+        from accelerate import PartialState
+
         if overwrite and resume:
             raise UserError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: choose one")
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output_dir {self.path}: a file is there; name a folder")
         held = [self.path / name for name in WRITTEN if (self.path / name).exists()]
         if held and not overwrite and not resume:
             raise UserError(
@@ -113,8 +112,8 @@ class RunFolder:
         if resume and (self.path / "summary.json").exists():
             self.summary = self._read("summary.json")
         if resume and (self.path / "run.json").exists():
-            self.earlier = self._run = self._read("run.json")
-        _barrier()  # every process has looked before the main one writes
+            self.earlier = self.facts = self._read("run.json")
+        PartialState().wait_for_everyone()  # every process has looked before the main one writes
         if not self.main_process:
             return
         try:
@@ -138,7 +137,6 @@ class RunFolder:
         for name, value in config.items():
             if isinstance(value, dict):
                 self.check_inputs(value)
-                continue
             for word in value if isinstance(value, list) else [value]:
                 named = str(word).partition("=")[2] if name == "models" else str(word)  # NAME=PATH
                 if os.path.exists(named) and any(Path(named).resolve().is_relative_to(path) for path in doomed):
@@ -146,6 +144,17 @@ class RunFolder:
                         f"--{name} {named}: lies in the run that --overwrite_output_dir replaces: pass another "
                         "--output_dir, or copy it elsewhere first"
                     )
+
+    def check_config(self, config: dict[str, Any]) -> None:
+        """Raise a UserError where a resumed run is asked for something else than what it began as."""
+        now = json.loads(to_json(_without_secrets(config)))
+        for part, name, before, value in _differences(self.earlier.get("config", {}), now):
+            if not name.startswith(FREE):
+                raise UserError(
+                    f"--{name} was {before} when the run in {self.path} began and is {value} now"
+                    + (f" ({part})" if part else "")
+                    + ": pass what it was, or start again with --overwrite_output_dir or another --output_dir"
+                )
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -165,12 +174,12 @@ class RunFolder:
         return self.path / "checkpoints" / stage
 
     def last_checkpoint(self, stage: str) -> Path | None:
-        """The newest whole checkpoint of a stage, or None; newer ones that are not whole are said and passed over."""
+        """The newest whole checkpoint of a stage, or None; newer ones that are not whole are skipped with a warning."""
         for folder in checkpoints_of(self.checkpoints(stage)):
             reason = torn(folder)
             if reason is None:
                 return folder
-            logger.warning(f"{folder} is passed over: {reason}")
+            logger.warning(f"{folder} is skipped: {reason}")
         return None
 
     def set_aside(self, stage: str, after_step: int) -> None:
@@ -186,7 +195,7 @@ class RunFolder:
                 os.rename(checkpoint, aside)
 
     def start(self, config: dict[str, Any], seed: int, data_fingerprint: dict[str, str] | None = None) -> None:
-        """Write run.json: everything needed to tell what ran, without secrets. The run that is overwritten goes now.
+        """Write run.json: what runs, without secrets. The run that is overwritten is deleted now.
 
         Raises:
             UserError: a run is resumed with other data than it began with, or the folder can't be written.
@@ -195,17 +204,16 @@ class RunFolder:
 
         if self.earlier.get("data_fingerprint", data_fingerprint) != data_fingerprint:
             raise UserError(
-                f"the data have changed since the run in {self.path} began: bring them back, or start anew with "
+                f"the data have changed since the run in {self.path} began: bring them back, or start again with "
                 "--overwrite_output_dir or another --output_dir"
             )
         try:
-            for path in self._replaced if self.main_process else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _delete(self._replaced if self.main_process else [])
         except OSError as error:
             raise self._not_writable(error) from None
         self._started = True
-        self._run = {
-            "command": [_hidden(part, previous) for previous, part in zip(["", *sys.argv], sys.argv, strict=False)],
+        self.facts = {
+            "command": [redacted(word) for word in sys.argv],
             "started": _now(),
             "ended": None,
             "seed": seed,
@@ -215,54 +223,28 @@ class RunFolder:
             **parallelism(),
         }
         if data_fingerprint is not None:
-            self._run["data_fingerprint"] = data_fingerprint
+            self.facts["data_fingerprint"] = data_fingerprint
         if self.earlier:
-            self._run["resumed"] = [*(self.earlier.get("resumed") or []), self._run["started"]]
-            self._run["started"] = self.earlier.get("started")
-        self._write("run.json", self._run)
-
-    def check_config(self, config: dict[str, Any]) -> None:
-        """Raise a UserError where a resumed training is asked for something else than what it began as."""
-        now = json.loads(to_json(_without_secrets(config)))
-        self._check_part(self.earlier.get("config") or {}, now)
-
-    def _check_part(self, earlier: dict[str, Any], now: dict[str, Any], part: str = "") -> None:
-        for name in earlier.keys() & now.keys():
-            if isinstance(earlier[name], dict) and isinstance(now[name], dict):
-                self._check_part(earlier[name], now[name], name)
-            elif earlier[name] != now[name] and name not in FREE and not name.startswith(FREE_KINDS):
-                raise UserError(
-                    f"--{name} was {earlier[name]} when the run in {self.path} began and is {now[name]} now"
-                    + (f" ({part})" if part else "")
-                    + ": pass what it was, or start anew with --overwrite_output_dir or another --output_dir"
-                )
+            self.facts["resumed"] = [*self.earlier.get("resumed", []), self.facts["started"]]
+            self.facts["started"] = self.earlier["started"]
+        self._write("run.json", self.facts)
 
     def record(self, **facts: Any) -> None:
         """Add facts to run.json."""
-        self._run.update(facts)
-        self._write("run.json", self._run)
+        self.facts.update(facts)
+        self._write("run.json", self.facts)
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration, without secrets."""
-        return dict(self._run["config"])
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return dict(self._run["versions"])
-
-    @property
-    def command(self) -> list[str]:
-        """The command line, without secrets."""
-        return list(self._run["command"])
+        return dict(self.facts["config"])
 
     def end(self) -> None:
         self.record(ended=_now())
 
     def discard(self) -> None:
         """Delete what this process has written: a run that trained no step has nothing to go on from."""
-        for path in [self.path / name for name in WRITTEN] if self._started else []:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _delete([self.path / name for name in WRITTEN] if self._started else [])
         if self._made:
             with contextlib.suppress(OSError):  # somebody else has put something into it
                 self.path.rmdir()
@@ -278,7 +260,7 @@ class RunFolder:
         """The first line of metrics.jsonl for this stage, split and step, or None."""
         path = self.path / "metrics.jsonl"
         for _, row in read_jsonl(path, []) if path.exists() else ():
-            if (row.get("stage"), row.get("split"), row.get("step")) == (stage, split, step):
+            if (row["stage"], row["split"], row["step"]) == (stage, split, step):
                 return row
         return None
 
@@ -318,6 +300,11 @@ class RunFolder:
                 write_whole(self.path / name, to_json(content, indent=2) + "\n")
 
 
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a run. Raises a ValueError if it is damaged, an OSError if it is missing."""
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -328,20 +315,28 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON with floats at full precision; what is not finite becomes null."""
-    return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
+    # the name of a file may hold bytes that are no UTF-8
+    return json.dumps(plain, indent=indent, ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of a set, of a number of numpy or torch, or of anything else."""
+    if isinstance(value, set | frozenset):
+        return list(value)
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def redacted(text: str) -> str:
     """Text without the tokens and keys that this process was given: by flag, by environment, by `hf auth login`."""
     from huggingface_hub import get_token
 
-    flags = zip(sys.argv, [*sys.argv[1:], ""], strict=True)
-    found = [value for flag, value in flags if _hidden(value, flag) == "[redacted]"]
-    found += [word.partition("=")[2] for word in sys.argv if _hidden(word, "") != word]
-    found += [value for name, value in os.environ.items() if name.lower().endswith(SECRET)]
-    for value in {*found, get_token() or ""}:
-        if len(value) >= 8:  # a shorter one would take words out of the text
-            text = text.replace(value, "[redacted]")
+    words = [part for word in sys.argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    given = [*os.environ.items(), *((flag, value) for flag, value in pairwise(words) if flag.startswith("--"))]
+    secrets = {value for name, value in given if name.lower().replace("-", "_").endswith(SECRET)}
+    for secret in secrets | {get_token() or ""}:
+        if len(secret) >= 8:  # a shorter one would take words out of the text
+            text = text.replace(secret, "[redacted]")
     return text
 
 
@@ -390,28 +385,6 @@ def trim_heap() -> None:
             trim(0)
 
 
-def _barrier() -> None:
-    from accelerate import PartialState
-
-    PartialState().wait_for_everyone()
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_strict(str(key)): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_strict(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):  # the name of a file may hold bytes that are no UTF-8
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if value is None or isinstance(value, int | bool):
-        return value
-    if hasattr(value, "item"):  # a numpy or torch number
-        return _strict(value.item())
-    return str(value)
-
-
 def _without_secrets(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _without_secrets(value) if isinstance(value, dict) else value
@@ -420,14 +393,13 @@ def _without_secrets(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _hidden(part: str, previous: str) -> str:
-    """A command-line word, unless it is the value of a flag like --hub_token."""
-    if part.startswith("--"):
-        flag, equals, _ = part.partition("=")
-        secret = equals and flag.replace("-", "_").endswith(SECRET)
-        return f"{flag}=[redacted]" if secret else part
-    secret = previous.startswith("--") and previous.replace("-", "_").endswith(SECRET)
-    return "[redacted]" if secret else part
+def _differences(earlier: dict[str, Any], now: dict[str, Any], part: str = "") -> Iterator[tuple[str, str, Any, Any]]:
+    """(section, option, value before, value now) of the options that differ."""
+    for name in earlier.keys() & now.keys():
+        if isinstance(earlier[name], dict) and isinstance(now[name], dict):
+            yield from _differences(earlier[name], now[name], name)
+        elif earlier[name] != now[name]:
+            yield part, name, earlier[name], now[name]
 
 
 def _cpu_name() -> str:
@@ -442,20 +414,16 @@ def _cpu_name() -> str:
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an extra that this machine does not have
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # an extra that this machine does not have
     return found
 
 
 def _belongs(row: dict[str, Any], stage: str, after_step: int, at_step: Container[str]) -> bool:
-    if row.get("stage") != stage:
+    if row["stage"] != stage:
         return True
-    split, step = row.get("split"), row.get("step")
-    if split == "test" or not isinstance(step, int):  # the test comes after training
-        return False
-    return step < after_step or (step == after_step and split in at_step)
+    split, step = row["split"], row["step"]  # the test comes after training
+    return split != "test" and (step < after_step or (step == after_step and split in at_step))
 
 
 def _now() -> str:

@@ -1,13 +1,11 @@
 """Pushing a run to the Hub: the finished model with its card, and checkpoints during training.
 
 A push is huggingface_hub's `upload_folder`. transformers' own pushes of checkpoints are not used: they include
-`training_args.bin`, a pickle, read a checkpoint that is renamed meanwhile, and do not report a failure. A push that
-fails prints one line with the command that publishes the run later, and the run goes on.
+`training_args.bin`, a pickle, read a checkpoint that is renamed meanwhile, and do not report a failure.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -22,14 +20,12 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.run.files import MANIFEST
-from resdpo_trl.run.folder import RunFolder, redacted
+from resdpo_trl.run.folder import RunFolder, read_object, redacted
 
 FIXES = {
     401: "the Hub does not accept the token: run `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: take one with write permission, or another --hub_model_id",
     404: "the Hub has no such place, or the token may not see it: check --hub_model_id and the token",
-    409: "another change of the repository got in the way",
-    429: "too many requests",
 }
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # nobody should load these: they are not pushed with a model
 # files of a checkpoint that are not the model's
@@ -66,14 +62,20 @@ class Hub:
         self._push: Future[None] | None = None
 
     def push_model(self, folder: Path) -> None:
-        """Push the finished model and its card, after a checkpoint whose push has not ended; print the result."""
+        """Push the finished model and its card, after a checkpoint whose push has not ended; print the result.
+
+        A failure is one line with the command that publishes the run later.
+        """
         if self._push is not None:
             self._push.result()
         try:
             print(f"pushed to {self.upload(folder)}")
         except Exception as error:  # whatever the client raises: the run must come to its end
+            later = ["resdpo-trl", "publish", str(self.run), "--hub_model_id", self.name]
+            later += ["--hub_private_repo"] if self.private else []
+            later += ["--hub_revision", self.revision] if self.revision else []
             print(
-                f"\nnot pushed: {reason(error)}; the run is complete in {self.run}; later: {self.later()}",
+                f"\nnot pushed: {reason(error)}; the run is complete in {self.run}; later: {shlex.join(later)}",
                 file=sys.stderr,
             )
 
@@ -88,12 +90,6 @@ class Hub:
                 commit_message=f"Card of {self.run.resolve().name}",
             )  # fmt: skip
         return f"{self.api.endpoint}/{repo_id}"
-
-    def later(self) -> str:
-        """The command that publishes the run when the Hub can be reached."""
-        words = ["resdpo-trl", "publish", str(self.run), "--hub_model_id", self.name]
-        words += ["--hub_private_repo"] if self.private else []
-        return shlex.join(words + (["--hub_revision", self.revision] if self.revision else []))
 
     def push_save(self, checkpoint: Path) -> None:
         """Push a checkpoint in the background. One that --save_total_limit deletes meanwhile is not pushed."""
@@ -150,19 +146,17 @@ def publish(hub: Hub, merge_adapter: bool = False) -> str:
     """
     from resdpo_trl.run.report import load_run
 
-    run = hub.run
+    run, folder = hub.run, RunFolder(hub.run).trained
     if load_run(run).run.get("ended") is None:
         raise UserError(f"{run}: the run has not ended: finish it with --resume_from_checkpoint")
-    folder = RunFolder(run).trained
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{run}: no finished model (no weights in {folder.name}/): name another run")
-    adapter = folder / "adapter_config.json"
-    if merge_adapter and adapter.is_file():
+    if merge_adapter:
         from resdpo_trl.text.pipeline import merge_run
 
         merge_run(run)
-    elif adapter.is_file():
-        check_public_base(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    elif (adapter := folder / "adapter_config.json").is_file():
+        check_public_base(read_object(adapter)["base_model_name_or_path"])
     try:
         return hub.upload(folder)
     except Exception as error:
@@ -175,6 +169,5 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
-        said = "the Hub has an internal error" if status >= 500 else "the Hub refuses"
-        return f"{FIXES.get(status, said)} (HTTP {status})"
+        return f"{FIXES.get(status, 'the Hub refuses')} (HTTP {status})"
     return redacted(" ".join(f"{type(error).__name__}: {error}".split())[:200])

@@ -52,20 +52,16 @@ def write_facts(folder: str | Path, facts: dict[str, Any]) -> None:
 
 
 def read_facts(name: str, revision: str | None, flag: str) -> dict[str, Any]:
-    """The facts of a folder or Hub id; none where it has no such file. (That a model is missing, its loading says.)"""
+    """The facts of a folder or Hub id; none where it has no such file."""
     from transformers.utils import cached_file
 
-    path: str | Path | None = Path(name) / FILE
-    if not Path(name).is_dir():
-        try:
-            path = cached_file(name, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-        except OSError:
-            path = None
-    if path is None or not Path(path).is_file():
-        return {}
     try:
-        return read_object(Path(path))
-    except (OSError, ValueError) as error:
+        path = cached_file(name, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # there is no such model, which its loading says
+        path = None
+    try:
+        return {} if path is None else read_object(Path(path))
+    except ValueError as error:
         raise UserError(f"{flag} {name}: its {FILE} can't be read ({error}); delete it to use the defaults") from None
 
 
@@ -81,29 +77,20 @@ def as_trained(facts: dict[str, Any], asked: dict[str, Any], defaults: dict[str,
     defaults = {**LOSS, "precision": "bfloat16" if has_bfloat16() else "float32", **defaults}
     if asked.get("loss_type") is not None:
         facts = {name: value for name, value in facts.items() if name == "beta" or name not in LOSS}
-    return {
-        name: (asked[name], "flag")
-        if asked.get(name) is not None
-        else (facts[name], "model")
-        if name in facts
-        else (default, "default")
-        for name, default in defaults.items()
-    }
+    settings = {name: (default, "default") for name, default in defaults.items()}
+    settings |= {name: (facts[name], "model") for name in defaults if name in facts}
+    return settings | {name: (asked[name], "flag") for name in defaults if asked.get(name) is not None}
 
 
 def loss_of(settings: dict[str, tuple[Any, str]]) -> PreferenceLoss:
-    """The loss of `as_trained`'s settings; a UserError where it makes no sense."""
-    try:
-        return preference_loss(SimpleNamespace(**{name: settings[name][0] for name in LOSS}))
-    except TypeError as error:
-        raise UserError(f"the model's {FILE} is damaged ({error}); delete it to use the defaults") from None
+    """The loss of `as_trained`'s settings."""
+    return preference_loss(SimpleNamespace(**{name: settings[name][0] for name in LOSS}))
 
 
 def seen_by(*facts: dict[str, Any]) -> tuple[set[str], set[str]]:
     """Digests of the rows that the trainings of these models trained on, and of those that they validated on."""
     trained, validated = (
-        {digest for each in facts for digest in str(each.get(name, "")).split()}
-        for name in ("trained_on", "validated_on")
+        {digest for each in facts for digest in each.get(name, "").split()} for name in ("trained_on", "validated_on")
     )
     return trained, validated
 
@@ -128,13 +115,8 @@ def unseen(digests: list[str], facts: Iterable[dict[str, Any]], flag: str) -> tu
 
 def describe_settings(settings: dict[str, tuple[Any, str]], left_out: dict[str, int]) -> list[str]:
     """The lines that say which settings an evaluation used, and how many rows it left out."""
-    texts = {
-        "beta": "β {:g}",
-        "loss_type": "loss {}",
-        "max_length": "cap {}",
-        "max_response_length": "responses {}",
-        "precision": "{}",
-    }
+    texts = {"beta": "β {:g}", "loss_type": "loss {}", "max_length": "cap {}"}
+    texts |= {"max_response_length": "responses {}", "precision": "{}"}
     origins = {"model": "as trained", "flag": "by flag", "default": "by default (the model's folder does not say)"}
     lines = []
     for origin, words in origins.items():

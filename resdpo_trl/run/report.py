@@ -25,7 +25,7 @@ from resdpo_trl.errors import UserError, printable
 from resdpo_trl.metrics import FIGURES, flaw, number, percent, shown
 from resdpo_trl.run.files import read_jsonl, write_whole
 from resdpo_trl.run.folder import read_object
-from resdpo_trl.run.verdict import STAGES, before_and_after, lead, test_of, verdict
+from resdpo_trl.run.verdict import STAGES, before_and_after, test_of, verdict
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, source_name
 
 INK = "#010203"  # what plots are drawn with; in the page it becomes the color of the text, light or dark
@@ -73,19 +73,16 @@ def load_run(folder: str | Path) -> Run:
     if not (path / "run.json").exists() and not (path / "summary.json").exists():
         raise UserError(f"{path}: not a run's folder (neither run.json nor summary.json in it)")
     loaded = Run(path, printable(path.resolve().name))
-    for name in ("run", "summary"):
+    for name in ("run.json", "summary.json", "metrics.jsonl", "samples.jsonl", "scores.jsonl"):
+        file, torn = path / name, list[str]()
         try:
-            setattr(loaded, name, read_object(path / f"{name}.json"))
+            content = read_object(file) if file.suffix == ".json" else [row for _, row in read_jsonl(file, torn)]
+            setattr(loaded, file.stem, content)
         except FileNotFoundError:
-            loaded.notes.append(f"{path.name} has no {name}.json.")
+            loaded.notes += [f"{path.name} has no {name}."] if file.suffix == ".json" else []
         except (OSError, ValueError) as error:
-            loaded.notes.append(f"{path.name}: {name}.json can't be read ({str(error)[:100]}).")
-    for name in ("metrics", "samples", "scores"):
-        torn: list[str] = []
-        file = path / f"{name}.jsonl"
-        setattr(loaded, name, [row for _, row in read_jsonl(file, torn)] if file.exists() else [])
-        if torn:
-            loaded.notes.append(f"{path.name}: {len(torn)} torn line(s) of {file.name} are left out.")
+            loaded.notes.append(f"{path.name}: {name} can't be read ({str(error)[:100]}).")
+        loaded.notes += [f"{path.name}: {len(torn)} torn line(s) of {name} are left out."] if torn else []
     if loaded.run and loaded.run.get("ended") is None:
         loaded.notes.append(f"{path.name} has not ended: the figures are those that it has written so far.")
     return loaded
@@ -106,20 +103,23 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     plots = Plots(target.parent / "plots")
     there = {row["stage"] for run in runs for row in run.metrics}
     stage = next((name for name in STAGES if name in there), "sft")
+    losses = [run.summary["dpo"] for run in runs if "dpo" in run.summary]
     page: dict[str, Any] = {
         "title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
-        "subtitle": "; ".join(dict.fromkeys(filter(None, map(_subtitle, runs)))),
+        "subtitle": "; ".join(dict.fromkeys(f"loss {' + '.join(dpo['loss_type'])}, β {dpo['beta']}" for dpo in losses)),
         "notes": [note for run in runs for note in run.notes],
     }
-    sections = [_results(runs), _comparison(runs), _accuracy_and_kl(runs, plots)]
-    sections.insert(0 if len(runs) == 1 else 2, curves(runs, stage, plots))
+    sections = [_results(runs), _comparison(runs)]
+    over_epochs = curves(runs, stage, plots)
     if len(runs) == 1:
         (run,) = runs
-        page |= {"title": run_title(run) or run.name, "lead": lead(run.summary), "bars": _bars(run.summary)}
-        page |= {"verdict": verdict(run.summary, run.metrics)[bool(page["bars"]) :]}  # the bars are its first sentence
+        first, *said = verdict(run.summary, run.metrics) or [""]
+        page |= {"title": run_title(run) or run.name, "lead": first, "bars": _bars(run.summary), "verdict": said}
         page |= {"first": _first_answers(run), "steps": _next_steps(run)}
-        sections.insert(1, _margins(run, plots))
-        sections += [_extremes(run), _pictures(run), _confusion(run), _cuts(run), _samples(run)]
+        sections = [over_epochs, _margins(run, plots), *sections]
+        sections += [_extremes(run), _pictures(run), _cuts(run), _samples(run)]
+    else:
+        sections.append(over_epochs)
     return write_page(target, page | {"sections": [*sections, what_ran(runs)]}, refresh)
 
 
@@ -155,21 +155,13 @@ def run_title(run: Run) -> str | None:
     config = run.run.get("config", {})
     made = {"dpo": "DPO", "reward": "A reward model", "cross_entropy": "Cross-entropy", "sft": "SFT"}
     what = next((text for stage, text in made.items() if stage in run.summary), None)
-    model, arch = (config.get("model", {}).get(name) for name in ("model_name_or_path", "arch"))
-    model = model or (f"a {arch} network" if arch else config.get("training", {}).get("reference"))
-    model = model or (SMOLLM2 if "model" in config else None)
-    if not what or not model or "data" not in run.summary:
+    if what is None or "model" not in config:
         return None
+    arch = config["model"].get("arch")
+    model = config["model"].get("model_name_or_path") or (f"a {arch} network" if arch else None)
+    model = model or config.get("training", {}).get("reference") or SMOLLM2
     model = SMOLLM2_ID if model == SMOLLM2 else model
     return f"{what} of {Path(model).name} on {source_name(run.summary['data']['source'])}"
-
-
-def _subtitle(run: Run) -> str:
-    """The loss and the data."""
-    dpo = run.summary.get("dpo")
-    parts = [f"DPO, {' + '.join(dpo['loss_type'])}, β {dpo['beta']}"] if dpo else []
-    parts += ["reward model, Bradley–Terry"] if "reward" in run.summary else []
-    return "; ".join(parts + ([source_name(run.summary["data"]["source"])] if "data" in run.summary else []))
 
 
 def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -186,12 +178,10 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _first_answers(run: Run) -> dict[str, Any] | None:
     """The answers of reference, policy and people to the first prompt."""
-    if not run.samples:
-        return None
-    row = run.samples[0]
-    said = {name: kinds["greedy"] for name, kinds in row["answers"].items() if name != "base" and "greedy" in kinds}
-    answers = [*said.items(), ("people's answer", row["chosen"])]
-    return {"prompt": shown_text(row["prompt"]), "answers": [_answer(name, text) for name, text in answers]}
+    for row in run.samples[:1]:
+        said = {name: kinds["greedy"] for name, kinds in row["answers"].items() if name != "base" and "greedy" in kinds}
+        return _pair(row, "", [_answer(*each) for each in [*said.items(), ("people's answer", row["chosen"])]])
+    return None
 
 
 def _next_steps(run: Run) -> list[tuple[str, str]]:
@@ -211,6 +201,11 @@ def _next_steps(run: Run) -> list[tuple[str, str]]:
         betas = " ".join(f"{factor * run.summary['dpo']['beta']:.2g}" for factor in (1 / 3, 1, 3))
         steps.append(("Try other values of β", " ".join([f"resdpo-trl sweep --betas {betas}", *kept])))
     return [*steps, ("Publish it", f"resdpo-trl publish {folder} --hub_model_id NAME")]
+
+
+def _pair(row: dict[str, Any], title: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """A prompt with its answers for the template."""
+    return {"title": title or short_text(row["prompt"]), "prompt": shown_text(row["prompt"]), "answers": answers}
 
 
 def _answer(name: str, text: str, marked: bool = True) -> dict[str, Any]:
@@ -278,32 +273,28 @@ def mark_end(axes: Any, x: Sequence[float], y: Sequence[float], color: str, text
 def curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -> dict[str, Any] | None:
     """Every figure against the epoch, SFT's loss first. Of several runs the one named `best` is drawn thicker."""
     single = len(runs) == 1 and best is None
-    drawn = []
+    drawn, looks = [], styles([run.name for run in runs])
     wanted = [(stage, name, figure.words) for name, figure in FIGURES.items()]
     if single and stage != "sft":
         wanted.insert(0, ("sft", "loss", "SFT loss, nats per token"))
     for of, name, words in wanted:
-        series = []  # (run's name, split, epochs, values)
+        lines = []  # (epochs, values, how matplotlib draws them)
         for run in runs:
             for split, least in (("train", 2), ("validation", 1)):
+                how = {"linewidth": 1.1 if single else 0.8, "alpha": 0.85 if single else 0.5, **looks[run.name]}
+                if split == "validation":
+                    how |= {"linewidth": 1.8, "alpha": 1, "marker": "o", "markersize": 4.5, "label": run.name}
+                    how |= {"linewidth": 3.0, "zorder": 3, "label": f"{run.name} (best)"} if run.name == best else {}
+                how |= {"color": PALETTE[split == "validation"], "label": split} if single else {}
                 epochs, values = run.curve(of, split, name)
-                if len(values) >= least:
-                    every = max(1, len(values) // SHOWN_POINTS)
-                    series.append((run.name, split, epochs[::every], values[::every]))
-        if not series:
+                every = max(1, len(values) // SHOWN_POINTS)
+                lines += [(epochs[::every], values[::every], how)] if len(values) >= least else []
+        if not lines:
             continue
 
-        def paint(axes: Any, series: Any = series, name: str = name, of: str = of) -> None:
-            of_a_run = styles([run.name for run in runs])
-            for label, split, epochs, values in series:
-                line: dict[str, Any] = {"linewidth": 1.1 if single else 0.8, "alpha": 0.85 if single else 0.5}
-                text = split if single else None
-                if split == "validation":
-                    line = {"linewidth": 1.8, "marker": "o", "markersize": 4.5}
-                    line |= {"linewidth": 3.0, "zorder": 3} if label == best else {}
-                    text = text or (f"{label} (best)" if label == best else label)
-                look = {"color": PALETTE[split == "validation"]} if single else of_a_run[label]
-                axes.plot(epochs, values, label=text, **look, **line)
+        def paint(axes: Any, lines: Any = lines, name: str = name, of: str = of) -> None:
+            for epochs, values, how in lines:
+                axes.plot(epochs, values, **how)
             kept = runs[0].summary.get(of, {}).get("kept_epoch")
             if single and kept is not None:
                 axes.axvline(kept, color=GREY, linestyle="--", linewidth=1, label="epoch kept")
@@ -318,36 +309,6 @@ def curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -
     if best:
         text += f" The thick line is the best point on the validation pairs: {best}."
     return section_of("curves", "Curves", text=text, plots=drawn)
-
-
-def _accuracy_and_kl(runs: list[Run], plots: Plots) -> dict[str, Any] | None:
-    """Of images, accuracy against the exact KL from the reference over the epochs, as Figure 2 of DPO has reward."""
-    series = {}
-    for run in runs:
-        for stage in dict.fromkeys(row["stage"] for row in run.metrics):
-            kls, accuracies = run.curve(stage, "validation", "kl")[1], run.curve(stage, "validation", "accuracy")[1]
-            if stage.startswith("dpo") and kls and len(kls) == len(accuracies):
-                dpo, mode = run.summary.get("dpo", {}), stage.removeprefix("dpo").removeprefix("-").replace("-", "/")
-                if not mode and "rejected_sampling" in dpo:
-                    mode = f"{dpo['rejected_sampling']}/{dpo['reference_update']}"
-                label = ", ".join(filter(None, [run.name if len(runs) > 1 else "", mode])) or "policy"
-                series[label] = (kls, accuracies)
-    if not series:
-        return None
-
-    def paint(axes: Any) -> None:
-        for label, look in styles(list(series)).items():
-            axes.plot(*series[label], marker="o", markersize=4.5, label=label, **look)
-            mark_end(axes, *series[label], look["color"], str(len(series[label][0])))
-
-    caption = "Accuracy against the exact KL(policy‖reference) on the validation images, epoch by epoch"
-    text = (
-        "Each line is one policy over its epochs, the last of which is numbered. The KL is exact, a sum over the "
-        "classes. If the reference moves, it is the KL from the reference at the end of that epoch."
-    )
-    labels = ("accuracy", "KL(policy‖reference), nats per image")
-    plot = plots.draw("accuracy_kl", caption, paint, *labels, legend_below=True)
-    return section_of("frontier", "Accuracy and KL", text=text, plots=[plot])
 
 
 def _margins(run: Run, plots: Plots) -> dict[str, Any] | None:
@@ -404,8 +365,8 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
 
 def side_by_side(summary: dict[str, Any]) -> list[list[str]]:
     """Of images: the rows of `SIDE_BY_SIDE` for reference, policies and baseline."""
-    dpo = summary["dpo"]
-    models = {"reference": summary["reference"], f"DPO, {dpo['rejected_sampling']}/{dpo['reference_update']}": dpo}
+    mode = "{rejected_sampling}/{reference_update}".format(**summary["dpo"])
+    models = {"reference": summary["reference"], f"DPO, {mode}": summary["dpo"]}
     for name, found in summary.get("compared", {}).items():
         models[name if name == "cross-entropy" else f"DPO, {name}"] = found
     rows = []
@@ -430,8 +391,7 @@ def _extremes(run: Run) -> dict[str, Any] | None:
     for row in [*rows[: len(rows) // 2], *reversed(rows[len(rows) // 2 :])]:
         side = "ranked right" if (row["margin"] or 0.0) > 0 else "ranked wrong"
         title = f"{side}, margin {number(row['margin'])}: {short_text(row['prompt'])}"
-        answers = [_answer(name, row[name], marked=False) for name in ("chosen", "rejected")]
-        pairs.append({"title": title, "prompt": shown_text(row["prompt"]), "answers": answers})
+        pairs.append(_pair(row, title, [_answer(name, row[name], marked=False) for name in ("chosen", "rejected")]))
     title, text = "The pairs ranked most wrongly and most rightly", "Prompts are shown as the models see them."
     return section_of("extremes", title, text=text, pairs=pairs) if pairs else None
 
@@ -444,7 +404,7 @@ def _samples(run: Run) -> dict[str, Any] | None:
             flaws.setdefault(name, Counter())[flaw(text)] += 1
         answers = [_answer(name, text) for name, text in said.items()]
         answers += [_answer(f"people, {name}", row[name], marked=False) for name in ("chosen", "rejected")]
-        pairs.append({"title": short_text(row["prompt"]), "prompt": shown_text(row["prompt"]), "answers": answers})
+        pairs.append(_pair(row, "", answers))
     kinds = ("repeats itself", "ends at once")
     rows = [[name, *(found[kind] for kind in kinds), found.total()] for name, found in flaws.items()]
     table = {"head": ["", *kinds, "answers"], "rows": rows, "numbers": True}
@@ -465,29 +425,6 @@ def _pictures(run: Run) -> dict[str, Any] | None:
     )
     title = "Images ranked most wrongly and most rightly"
     return section_of("images", title, text=text, pictures=pictures) if pictures else None
-
-
-def _confusion(run: Run) -> dict[str, Any] | None:
-    found = run.summary.get("confusion")
-    if not found:
-        return None
-    names, policy, reference = found["classes"], found["policy"], found["reference"]
-    shares = [[side[k][k] / (sum(side[k]) or 1) for side in (reference, policy)] for k in range(len(names))]
-    moved = sorted(zip(names, shares, strict=True), key=lambda row: abs(row[1][1] - row[1][0]), reverse=True)
-    by_class = {
-        "title": "Accuracy by class, the largest change first",
-        "head": ["", "reference", "policy", "change"],
-        "rows": [[name, f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f}"] for name, (old, new) in moved[:50]],
-        "numbers": True,
-    }
-    matrix = {
-        "title": "Predictions of the policy (rows: true class)",
-        "head": ["", *names],
-        "rows": [[name, *row] for name, row in zip(names, policy, strict=True)],
-        "numbers": True,
-        "kind": "confusion",
-    }
-    return section_of("classes", "Classes", tables=[by_class, matrix] if len(names) <= 30 else [by_class])
 
 
 def _cuts(run: Run) -> dict[str, Any] | None:
@@ -515,8 +452,8 @@ def what_ran(runs: list[Run]) -> dict[str, Any]:
             name: run.run.get(name) for name in ("started", "ended", "seed", "num_processes", "parallelism")
         }
         if found := run.run.get("hardware"):
-            memory = f"{found['memory_bytes'] / 2**30:.0f} GiB"
-            facts["hardware"] = "; ".join([f"{found['cpu']}, {found['cpu_threads']} threads, {memory}", *found["gpus"]])
+            cpu = f"{found['cpu']}, {found['cpu_threads']} threads, {found['memory_bytes'] / 2**30:.0f} GiB"
+            facts["hardware"] = "; ".join([cpu, *found["gpus"]])
         facts["throughput"] = ", ".join(f"{k}: {v:.4g}" for k, v in run.summary.get("throughput", {}).items())
         if run.run.get("resumed"):
             facts["throughput"] += "; a resumed part counts from its start"

@@ -26,21 +26,23 @@ def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[
         summary: summary.json.
         metrics: the rows of metrics.jsonl.
     """
-    stage = stage_of(summary)
+    stage, test = stage_of(summary), test_of(summary)
     if stage is None:
-        return of_sft(summary.get("sft") or {})
+        return of_sft(summary.get("sft", {}))
     found = summary[stage]
-    test, data = found.get("test") or {}, summary.get("data") or {}
-    losses = _losses(metrics, stage)
-    start = _loss_before(stage, found, data, metrics)
-    diverged = of_divergence(test.get("loss"), start)
-    before = ((summary.get("reference") or {}).get("test") or {}).get("accuracy")
+    rows = found.get("validation", {}).get("n")
+    losses = [
+        (row["epoch"], row["loss"])
+        for row in metrics
+        if (row["stage"], row["split"]) == (stage, "validation") and row["epoch"] and row.get("loss") is not None
+    ]
+    diverged = of_divergence(test.get("loss"), _loss_before(stage, summary, metrics))
     return [
-        *of_the_test(test, before),
+        *of_the_test(summary),
         *diverged,
         *([] if diverged or stage != "dpo" else of_the_margin(test)),
-        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo", (found.get("validation") or {}).get("n")),
-        *of_held_out((found.get("validation") or {}).get("n"), len(losses), test.get("n")),
+        *of_epochs(losses, found.get("kept_epoch"), stage == "dpo", rows),
+        *of_held_out(rows, len(losses), test.get("n")),
     ]
 
 
@@ -51,14 +53,14 @@ def stage_of(summary: dict[str, Any]) -> str | None:
 
 def test_of(summary: dict[str, Any]) -> dict[str, Any]:
     """The test figures of a run; empty before it has any."""
-    return (summary.get(stage_of(summary) or "") or {}).get("test") or {}
+    return dict(summary.get(stage_of(summary) or "", {}).get("test", {}))
 
 
 def before_and_after(summary: dict[str, Any]) -> list[tuple[str, float, list[float], int]]:
     """(name, share, its 95% interval, n) of the reference and of the model that was trained."""
     test = test_of(summary)
     if "accuracy" in test:
-        before = (summary.get("reference") or {}).get("test") or {}
+        before = summary.get("reference", {}).get("test", {})
         sides = [("reference", before, "accuracy"), ("policy", test, "accuracy")]
     elif "reward" in summary:
         sides = [("reward model", test, "rewards/accuracies")]
@@ -71,26 +73,10 @@ def before_and_after(summary: dict[str, Any]) -> list[tuple[str, float, list[flo
     ]
 
 
-def lead(summary: dict[str, Any]) -> str:
-    """One sentence on unseen rows, before and after training; empty without test figures."""
-    found = {name: percent(share, n) for name, share, _, n in before_and_after(summary)}
-    if not found:
-        return ""
-    test = test_of(summary)
-    (name, after), before = list(found.items())[-1], found.get("reference")
-    if "accuracy" in test:
-        said = f"The {name} classifies {after} of {test['n']} unseen images right"
-        return said + (f"; the reference {before}." if before else ".")
-    what = "The policy's implicit reward" if name == "policy" else f"The {name}"
-    said = f"{what} ranks {after} of {test['n']} unseen pairs right"
-    return said + (f"; the reference's log-likelihood {before}." if before else ".")
-
-
 def of_sft(sft: dict[str, Any]) -> list[str]:
-    losses = sft.get("validation") or {}
-    before: Any = losses.get("loss_before")
-    after: Any = losses.get("loss_after")
-    if not _known(before, after):
+    losses = sft.get("validation", {})
+    before, after = losses.get("loss_before"), losses.get("loss_after")
+    if before is None or after is None:
         return []
     change = f"the validation loss from {before:.3f} to {after:.3f} on {losses['n']} rows"
     if after < before:
@@ -98,35 +84,33 @@ def of_sft(sft: dict[str, Any]) -> list[str]:
     return [f"SFT did not help: it changed {change}. Try a lower learning rate."]
 
 
-def of_the_test(test: dict[str, Any], before: Any) -> list[str]:
-    """What the held-out rows say of the model, and whether their interval excludes that nothing changed.
+def of_the_test(summary: dict[str, Any]) -> list[str]:
+    """What the held-out rows say before and after training, and whether the interval excludes that nothing changed.
 
-    Args:
-        test: the figures with their intervals.
-        before: of images, the accuracy of the reference on the same ones; None where it is not known.
+    The first sentence is the lead of the page and of the model card.
     """
-    n: Any = test.get("n")
-    intervals = test.get("interval_95") or {}
-    if _known(test.get("accuracy")) and "accuracy" in intervals:  # images
-        low, high = intervals["accuracy"]
-        said = f"{percent(test['accuracy'], n)} of {n} unseen images are classified right (95% interval "
-        said += f"{percent(low, n)} to {percent(high, n)})"
-        if not _known(before):
+    sides = before_and_after(summary)
+    if not sides:
+        return []
+    name, share, (low, high), n = sides[-1]
+    before = sides[0][1] if len(sides) > 1 else None
+    said = f"{percent(share, n)} of {n} unseen {{}} right (95% interval {percent(low, n)} to {percent(high, n)})"
+    if "accuracy" in test_of(summary):
+        said = f"The {name} classifies {said.format('images')}"
+        if before is None:
             return [f"{said}."]
         if low <= before <= high:
             return [f"{said}; the reference's {percent(before, n)} lies in this interval: no difference is shown."]
-        return [f"{said}, {'more' if before < low else 'fewer'} than by the reference ({percent(before, n)})."]
-    accuracy: Any = test.get("rewards/accuracies")
-    if not _known(accuracy) or "rewards/accuracies" not in intervals:
-        return []
-    low, high = intervals["rewards/accuracies"]
-    bounds = f"95% interval {percent(low, n)} to {percent(high, n)}"
-    said = f"{percent(accuracy, n)} of {n} unseen pairs are ranked right ({bounds})"
+        return [f"{said}, {'more' if before < low else 'fewer'} than the reference ({percent(before, n)})."]
+    who = "The policy's implicit reward" if name == "policy" else f"The {name}"
+    said = f"{who} ranks {said.format('pairs')}"
+    known = "" if before is None else f"; the reference's log-likelihood {percent(before, n)}"
     if low > 0.5:
-        return [f"{said}, better than chance."]
+        return [f"{said}, better than chance{known}."]
     if high < 0.5:
-        return [f"{said}, worse than chance: look at a few pairs; chosen and rejected may be swapped (--prefer)."]
-    return [f"{said}: not told from chance, which is 50%. Use more test pairs, or train on more."]
+        advice = "Look at a few pairs: chosen and rejected may be swapped (--prefer)."
+        return [f"{said}, worse than chance{known}.", advice]
+    return [f"{said}, which is not told from chance{known}.", "Use more test pairs, or train on more."]
 
 
 def of_divergence(loss: float | None, start: float | None) -> list[str]:
@@ -142,9 +126,8 @@ def of_divergence(loss: float | None, start: float | None) -> list[str]:
 
 def of_the_margin(test: dict[str, Any]) -> list[str]:
     """A policy that is still its reference, and rewards that fall together."""
-    found: list[Any] = [test.get(f"rewards/{name}") for name in ("margins", "chosen", "rejected")]
-    margin, chosen, rejected = found
-    if not _known(margin, chosen, rejected):
+    margin, chosen, rejected = (test.get(f"rewards/{name}") for name in ("margins", "chosen", "rejected"))
+    if margin is None or chosen is None or rejected is None:
         return []
     if abs(margin) < BARELY_MOVED:
         return [
@@ -252,27 +235,11 @@ def of_comparison(summary: dict[str, Any]) -> list[str]:
     return said
 
 
-def _loss_before(
-    stage: str, found: dict[str, Any], data: dict[str, Any], metrics: Iterable[dict[str, Any]]
-) -> float | None:
+def _loss_before(stage: str, summary: dict[str, Any], metrics: Iterable[dict[str, Any]]) -> float | None:
     """The loss of a model that has learned nothing: by its formula, or the first that was logged."""
-    if stage == "reward" or found.get("loss_type") == ["sigmoid"]:
+    if stage == "reward" or summary[stage].get("loss_type") == ["sigmoid"]:
         return math.log(2)
-    if stage == "cross_entropy" and data.get("classes"):
-        return math.log(data["classes"])
-    logged = (row.get("loss") for row in metrics if row.get("stage") == stage and row.get("split") == "train")
-    return next((loss for loss in logged if _known(loss)), None)
-
-
-def _losses(metrics: Iterable[dict[str, Any]], stage: str) -> list[tuple[float, float]]:
-    return [
-        (row["epoch"], row["loss"])
-        for row in metrics
-        if (row.get("stage"), row.get("split")) == (stage, "validation")
-        and _known(row.get("epoch"), row.get("loss"))
-        and row["epoch"] > 0
-    ]
-
-
-def _known(*values: Any) -> bool:
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    if stage == "cross_entropy":
+        return math.log(summary["data"]["classes"])
+    logged = (row.get("loss") for row in metrics if (row["stage"], row["split"]) == (stage, "train"))
+    return next((loss for loss in logged if loss is not None), None)

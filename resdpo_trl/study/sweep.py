@@ -283,12 +283,12 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
             reader = csv.DictReader(file, strict=True)
             if list(reader.fieldnames or ()) != list(columns):
                 raise ValueError("columns are missing, or others")
-            return [  # None is a missing cell, which float refuses
-                {
-                    name: float(cell) if cell is None or (cell and name not in TEXTS) else cell
-                    for name, cell in row.items()
-                }
-                for row in reader
+            rows = list(reader)
+            if any(cell is None for row in rows for cell in row.values()):
+                raise ValueError("a cell is missing")
+            return [
+                {name: float(cell) if cell and name not in TEXTS else cell for name, cell in row.items()}
+                for row in rows
             ]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.metrics import PAIR_FIGURES
 from resdpo_trl.text.tokens import SHORTEST
 from resdpo_trl.training import arguments
 from resdpo_trl.training.arguments import (
@@ -147,10 +148,7 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
     """`trl.DPOConfig` with this project's defaults, and the sharing of the prompt."""
 
     _argument_group_name = "DPO and training"
-    figures = (
-        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-        "logps/rejected",
-    )  # fmt: skip
+    figures = PAIR_FIGURES
 
     output_dir: str | None = option("runs/dpo_hh", "The run's folder.")
     learning_rate: float = option(1e-5, "Peak learning rate of DPO; ten times that with --use_peft.")
@@ -206,7 +204,7 @@ class TextRewardConfig(FromReference, ShortDialogues, RewardConfig):  # type: ig
     """`trl.RewardConfig` with this project's defaults."""
 
     _argument_group_name = "reward model and training"
-    figures = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    figures = tuple(name for name in PAIR_FIGURES if not name.startswith("logps/"))
 
     output_dir: str | None = option("runs/reward_hh", "The run's folder.")
     learning_rate: float = option(1e-5, "Peak learning rate; ten times that with --use_peft.")

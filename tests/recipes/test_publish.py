@@ -50,7 +50,7 @@ def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub,
             from_the_hub = scores
     assert scores == from_the_hub
 
-    # the run, gone on with on another machine from what the Hub holds
+    # the run, continued on another machine from what the Hub holds
     for name, content in repository.files.items():
         if name.startswith("run/"):
             target = tmp_path / "elsewhere" / name.removeprefix("run/")

@@ -150,7 +150,7 @@ def test_a_terminal_has_one_bar_a_stage_and_our_warnings(folder, log):
     between = rows[bars[0] + 1 : bars[1]]
     assert between and all(re.fullmatch(r"/.* is damaged .*", row) for row in between)
     # the verdict after a blank line, then the table
-    assert rows[bars[1] + 1] == "" and "unseen pairs are ranked right" in rows[bars[1] + 2], rows[bars[1] :]
+    assert rows[bars[1] + 1] == "" and "unseen pairs right" in rows[bars[1] + 2], rows[bars[1] :]
     assert [row for row in rows[bars[1] + 3 :] if row.startswith("  pairs ")]
 
 

@@ -15,9 +15,13 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from resdpo_trl.run.files import lock
-assert lock(Path(sys.argv[1]))
+page = Path(sys.argv[1]) / "report.html"
+written = page.stat().st_mtime_ns
+assert lock(page.parent)
 print("held", flush=True)
-time.sleep(float(sys.argv[2]))
+stop = time.monotonic() + 60
+while page.stat().st_mtime_ns == written and time.monotonic() < stop:  # until it is written again
+    time.sleep(0.05)
 """
 
 
@@ -30,7 +34,7 @@ def test_a_page_that_follows_a_run(recipe, tmp_path):
     (run / "metrics.jsonl").write_text('{"stage": "dpo", "split": "train", "step": 1, "epoch": 0.1, "loss": 0.7}\n')
     page = write_report([run], refresh=5)
     assert 'http-equiv="refresh" content="5"' in page.read_text()
-    with subprocess.Popen([sys.executable, "-c", HOLD, run, "2"], stdout=subprocess.PIPE) as training:
+    with subprocess.Popen([sys.executable, "-c", HOLD, run], stdout=subprocess.PIPE) as training:
         training.stdout.readline()
         status, said, err = recipe("report.py", run, "--watch", "0.2")
         assert training.wait() == 0
