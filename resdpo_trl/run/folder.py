@@ -334,8 +334,9 @@ def redacted(text: str) -> str:
     words = [part for word in sys.argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     given = [*os.environ.items(), *((flag, value) for flag, value in pairwise(words) if flag.startswith("--"))]
     secrets = {value for name, value in given if name.lower().replace("-", "_").endswith(SECRET)}
-    for secret in secrets | {get_token() or ""}:
-        if len(secret) >= 8:  # a shorter one would take words out of the text
+    for secret in (secrets | {get_token() or ""}) - {""}:
+        # a short one would take words out of the text, but not where it is a word of the command line
+        if len(secret) >= 8 or text == secret or text.endswith(f"={secret}"):
             text = text.replace(secret, "[redacted]")
     return text
 
