@@ -283,12 +283,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
             reader = csv.DictReader(file, strict=True)
             if list(reader.fieldnames or ()) != list(columns):
                 raise ValueError("columns are missing, or others")
-            return [  # None is a missing cell, which float refuses
-                {
-                    name: float(cell) if cell is None or (cell and name not in TEXTS) else cell
-                    for name, cell in row.items()
-                }
-                for row in reader
+            return [
+                {name: cell if cell == "" or (cell and name in TEXTS) else float(cell) for name, cell in row.items()}
+                for row in reader  # a missing cell is None, which float refuses
             ]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(
