@@ -278,9 +278,13 @@ def _columns(rows: datasets.Dataset, config: ImageDataConfig) -> list[str]:
         asked = getattr(config, f"{what}_column")
         column = asked or (usual[0] if len(usual) == 1 else None)
         if column not in allowed:
-            said = f"--{what}_column {asked}" if asked else f"--dataset_name {config.dataset_name}"
             found = ", ".join(f"{name}: {type(kind).__name__}" for name, kind in features.items()) or "none"
-            raise UserError(f"{said}: no single column of {what}s (found: {found}); name it with --{what}_column")
+            if asked:
+                raise UserError(f"--{what}_column {asked}: no such column of {what}s (found: {found})")
+            raise UserError(
+                f"--dataset_name {config.dataset_name}: no single column of {what}s (found: {found}); name it with "
+                f"--{what}_column"
+            )
         columns.append(column)
     return columns
 

@@ -412,10 +412,10 @@ def test_a_label_outside_the_classes_is_named(tmp_path):
     [
         (
             {"image_column": "picture"},
-            r"--image_column picture: no single column of images \(found: img: Image, label:",
+            r"--image_column picture: no such column of images \(found: img: Image, label:",
         ),
-        ({"image_column": "label"}, r"--image_column label: no single column of images \(found: .*label: ClassLabel"),
-        ({"label_column": "kind"}, r"--label_column kind: no single column of labels"),
+        ({"image_column": "label"}, r"--image_column label: no such column of images \(found: .*label: ClassLabel"),
+        ({"label_column": "kind"}, r"--label_column kind: no such column of labels"),
         ({"label_column": "img"}, r"--label_column img: Image.* in train.*; needs class names"),
         ({"class_names": ["a"]}, r"--class_names: 1 names for 4 classes"),
     ],

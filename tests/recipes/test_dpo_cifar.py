@@ -178,7 +178,7 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, image_folder):
         (["--dataset_name", "uoft-cs/cifar10"], "pass a folder"),
         (["--reference", "/nothing"], "--reference /nothing: no such folder"),
         (["--rejected_samplign", "all"], "unknown flag --rejected_samplign; did you mean rejected_sampling?"),
-        (["--image_column", "picture"], "no such column"),
+        (["--image_column", "picture"], "no such column of images (found"),
         (["--rejected_sampling", "every"], "argument --rejected_sampling"),
         (["--gradient_checkpointing"], "--gradient_checkpointing is not supported here"),
         (["--crop_padding", "16"], "--crop_padding 16: must be below the images' size"),

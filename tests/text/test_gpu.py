@@ -76,7 +76,7 @@ def test_products_with_4_bit_weights_are_16_bit_in_both_passes(tmp_path, tokeniz
     [((6, 1), "float32"), ((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")],
 )
 def test_the_precision_and_the_loading_of_a_gpu(tmp_path, monkeypatch, capability, precision):
-    for place in ("arguments", "text.config"):
+    for place in ("training.arguments", "text.config"):
         monkeypatch.setattr(f"resdpo_trl.{place}.has_cuda", lambda use_cpu=False: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr("resdpo_trl.training.arguments.has_accelerator", lambda: False)
