@@ -231,7 +231,7 @@ class TextRun(Job):
             )
         del model  # the trainer's now, so that `free` lets go of it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
-        if not isinstance(self.training, TextDPOConfig) and not self.training.merge_adapter:
+        if isinstance(self.training, TextSFTConfig) and not self.training.merge_adapter:
             self.push_saves(trainer)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -402,6 +402,8 @@ class TextRun(Job):
                 peft_config=peft_config,
             )
         use_run_callbacks(trainer, self.run, "reward", "Reward model")
+        if not args.merge_adapter:
+            self.push_saves(trainer)
         timed = self.train(trainer, "reward")
         save = partial(save_reward_model, trainer, untrained)
         self.publish(self.run.reward_model, save, self.tokenizer, self._facts(args))

@@ -9,11 +9,28 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.conftest import write_pairs
 from tests.hub_server import TOKEN
 from tests.image.conftest import image_folder  # noqa: F401  (a fixture)
 from tests.recipes.conftest import ROOT
 
 SMALL = ["--widths", "24", "24", "--use_cpu", "--per_device_train_batch_size", "16", "--logging_steps", "2"]
+
+
+def test_a_reward_run_pushes_its_own_checkpoints_and_not_those_of_sft(recipe, hub, tmp_path, model_folder):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in write_pairs(60)))
+    status, _, err = recipe(
+        "reward_hh.py", "--dataset_name", pairs, "--output_dir", tmp_path / "run", "--model_name_or_path", model_folder,
+        "--max_length", "64", "--use_cpu", "--num_train_epochs", "1", "--sft.num_train_epochs", "1", "--push_to_hub",
+        "--hub_model_id", "me/judge", "--hub_strategy", "every_save", "--hub_always_push",
+    )  # fmt: skip
+    assert status == 0, err
+    last = max(
+        (tmp_path / "run" / "checkpoints" / "reward").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime
+    )
+    pushed = hub.repositories["me/judge"].messages
+    assert pushed == [f"Training in progress, {last.name}", "reward_model of run", "Card of run"]
 
 
 def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub, tmp_path, image_folder, monkeypatch):  # noqa: F811
