@@ -100,8 +100,13 @@ class Job:
 
     def arguments(self, stage: str, args: Any) -> Any:
         """A stage's training arguments in this run's folder; the Hub is the run's, not a trainer's."""
-        folder, reporters = str(self.run.checkpoints(stage)), args.report_to or "none"
-        return dataclasses.replace(args, output_dir=folder, push_to_hub=False, report_to=reporters)
+        return dataclasses.replace(
+            args,
+            output_dir=str(self.run.checkpoints(stage)),
+            run_name=f"{args.run_name or self.run.path.name} {stage}",  # a tracker has one run per stage
+            push_to_hub=False,
+            report_to=args.report_to or "none",
+        )
 
     def facts(self, args: Any, trained: Iterable[str], validated: Iterable[str], **more: Any) -> dict[str, Any]:
         """What a model's folder tells of its training: its settings, and digests of all rows that it has seen."""

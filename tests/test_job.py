@@ -1,6 +1,10 @@
 """The tables at the end of a run."""
 
-from resdpo_trl.job import describe_epochs, describe_run
+import pytest
+
+from resdpo_trl.image.config import ImageCrossEntropyConfig
+from resdpo_trl.job import Job, describe_epochs, describe_run
+from resdpo_trl.training.arguments import RunConfig
 
 STAGE = {
     "select": "best", "metric_for_best_model": "eval_accuracy", "best_epoch": 3.0, "best_validation_loss": 0.1323,
@@ -39,3 +43,9 @@ def test_the_tables_of_a_run_and_of_a_resumed_one():
     ]
     summary["throughput"] = {"seconds_since_resume": 3.6}
     assert "  seconds since the last resume  4\n" in describe_run(summary, "pairs")
+
+
+@pytest.mark.parametrize(("given", "named"), [({}, "mine dpo"), ({"run_name": "the seventh"}, "the seventh dpo")])
+def test_a_tracker_is_told_the_runs_name_and_the_stage(tmp_path, given, named):
+    training = ImageCrossEntropyConfig(output_dir=str(tmp_path / "mine"), use_cpu=True, **given)
+    assert Job(training, RunConfig(), {}, None).arguments("dpo", training).run_name == named
