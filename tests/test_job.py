@@ -48,4 +48,4 @@ def test_the_tables_of_a_run_and_of_a_resumed_one():
 @pytest.mark.parametrize(("given", "named"), [({}, "mine dpo"), ({"run_name": "the seventh"}, "the seventh dpo")])
 def test_a_tracker_is_told_the_runs_name_and_the_stage(tmp_path, given, named):
     training = ImageCrossEntropyConfig(output_dir=str(tmp_path / "mine"), use_cpu=True, **given)
-    assert Job(training, RunConfig(), {}, None).arguments("dpo", training).run_name == named
+    assert Job(training, RunConfig(), {}, {}, None, None).arguments("dpo", training).run_name == named
