@@ -28,9 +28,10 @@ def main() -> None:
     options = parser.parse_args()
 
     from resdpo_trl.run.hub import Hub, publish
+    from resdpo_trl.text.pipeline import merge_run
 
     hub = Hub(options.run, options.hub_model_id, options.hub_private_repo, options.hub_token, options.hub_revision)
-    print(f"pushed to {publish(hub, options.merge_adapter)}")
+    print(f"pushed to {publish(hub, merge_run if options.merge_adapter else None)}")
 
 
 if __name__ == "__main__":

