@@ -11,7 +11,7 @@ accelerate launch recipes/evaluate_hh.py --model runs/a/policy --reference runs/
 accelerate launch recipes/evaluate_hh.py --model runs/a/policy --other_model runs/b/policy \\
   --reference runs/a/reference --dataset_name pairs.jsonl
 
-# beside them the figures of a trained reward model on the same pairs, and how far the two rewards agree
+# also the figures of a trained reward model on the same pairs, and how far the two rewards agree
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
   --reward_model runs/reward/reward_model --max_test_samples 256
 """

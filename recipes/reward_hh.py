@@ -10,7 +10,7 @@ accelerate launch recipes/reward_hh.py --learning_rate 1e-4
 # GPT-2 on 3,000 pairs of Anthropic HH, on a GPU
 accelerate launch recipes/reward_hh.py --config recipes/configs/hh/gpt2.yaml --num_train_epochs 1
 
-# then: its accuracy beside the implicit reward's, on the same held-out pairs
+# then: its accuracy and that of the implicit reward, on the same held-out pairs
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
   --reward_model runs/reward/reward_model --max_test_samples 256
 """

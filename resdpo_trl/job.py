@@ -228,7 +228,7 @@ class Job:
                 write_facts(aside, facts)
                 (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
                 if (aside / "ref").is_dir():
-                    shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps beside the policy's
+                    shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps next to the policy's
                 replace_folder(aside, folder)
         PartialState().wait_for_everyone()
 

@@ -126,7 +126,7 @@ class PreferenceLoss:
             raise ValueError(f"loss_type must be among {', '.join(sorted(LOSSES))}; got {', '.join(unknown) or 'none'}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_types):
             raise ValueError(
-                f"loss_weights needs one weight a loss type: got {len(self.loss_weights)} for {len(self.loss_types)}"
+                f"loss_weights needs one weight per loss type: got {len(self.loss_weights)} for {len(self.loss_types)}"
             )
         for name in ("beta", "discopop_tau"):
             if not 0 < getattr(self, name) < math.inf:  # nan is neither

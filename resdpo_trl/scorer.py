@@ -1,4 +1,4 @@
-"""Figures of many rows under a model: in batches of like length, shared by all processes, in the rows' order."""
+"""Figures of many rows under a model: in batches of similar length, shared by all processes, in the rows' order."""
 
 from __future__ import annotations
 

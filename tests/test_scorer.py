@@ -1,4 +1,4 @@
-"""The one scorer: every row once, in its place, in batches of like length."""
+"""The one scorer: every row once, in its place, in batches of similar length."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ from resdpo_trl.training.arguments import (
     refuse,
 )
 
-LENGTHS = "batches are of like length already"
+LENGTHS = "batches are of similar length already"
 OWN_FORWARD = "it weighs tokens or pairs inside TRL's own forward"
 FOLDER = "set it in the tokenizer's folder"
 # fields of TRL's configurations that no trainer here honors, and what to do instead
@@ -44,7 +44,7 @@ REFUSED = arguments.REFUSED | {
     "dataset_num_proc": "tokenizing uses every core already",
     "dataset_kwargs": "the pairs are tokenized here",
     "dataset_text_field": "the texts are prompt and chosen",
-    "shuffle_dataset": "every epoch draws its batches anew; see --train_sampling_strategy",
+    "shuffle_dataset": "every epoch draws new batches; see --train_sampling_strategy",
     "assistant_only_loss": "see --completion_only_loss",
     "sync_ref_model": "pass --reference_update polyak",
     "ref_model_mixup_alpha": "pass --reference_update polyak --polyak_tau",
@@ -105,13 +105,13 @@ class TextModelConfig(ModelConfig):
 
 @dataclass
 class ShortDialogues(OneMachine):
-    """`OneMachine` with a cap on tokens and batches of like length."""
+    """`OneMachine` with a cap on tokens and batches of similar length."""
 
     refused = REFUSED | REFUSED_BUT_FOR_SFT
 
     max_length: int | None = option(256, "Tokens of a prompt with one response, at most; no pair is lost to it.")
     train_sampling_strategy: str = option(
-        "group_by_length", "Batches of like length (group_by_length), or none such (random, sequential).",
+        "group_by_length", "Batches of similar length (group_by_length), or none such (random, sequential).",
         choices=["random", "sequential", "group_by_length"],
     )  # fmt: skip
     metric_for_best_model: str | None = option("eval_loss", "Figure by which the best epoch is chosen.")

@@ -262,7 +262,7 @@ def _read(
                 ignored |= unread
             parsed[name], found = _parse(rows, kind, template, config, name)
         except UnicodeDecodeError:  # of a damaged parquet file; the lines of JSON are checked as they are read
-            raise UserError(f"{flag}: a text is not UTF-8; write it anew") from None
+            raise UserError(f"{flag}: a text is not UTF-8; write the file again") from None
         statuses += found
     kept = sum(map(len, parsed.values()))
     if kept == 0:
@@ -865,7 +865,7 @@ def _spread(groups: np.ndarray) -> np.ndarray:
 
 
 def chitchat_pairs(seed: int = 0, shares: tuple[float, float] = (0.05, 0.15)) -> dict[str, Dataset]:
-    """The quickstart's pairs: the reply a person gave against a reply of like length from another conversation.
+    """The quickstart's pairs: the reply a person gave against a reply of similar length from another conversation.
 
     Conversations are split first and partners drawn within a split: a reply that one split learns as chosen must not
     come back as rejected in another. A pair's prompt has at most three turns and 300 characters, a reply 20 to 200

@@ -111,7 +111,7 @@ def answer(
 ) -> list[list[int]]:
     """Token ids of one answer per prompt; an answer that was not cut short ends with one of `stop_tokens`.
 
-    Prompts of like length share a batch. What is sampled depends on the seed and on the batches. What the model's own
+    Prompts of similar length share a batch. What is sampled depends on seed and batches. What the model's own
     generation_config.json asks for (a repetition penalty, min_p, …) is not followed: the answers would be drawn from
     another distribution than the one whose log-probabilities are computed.
 

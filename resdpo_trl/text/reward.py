@@ -98,7 +98,7 @@ def untrained_reward_model(
 class TextRewardTrainer(TextTrainer, RewardTrainer):
     """`trl.RewardTrainer` on the rows of `reward_rows`.
 
-    The loss and the figures of training are TRL's own. What differs: batches are of like length, on several processes
+    Loss and figures of training are TRL's own. What differs: batches are of similar length, on several processes
     an epoch's last batch counts each row once, evaluation is the mean over all pairs, and its figures have the names
     that pairs have in the rest of a run (`rewards/accuracies` for TRL's `accuracy`).
     """

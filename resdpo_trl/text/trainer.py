@@ -44,7 +44,7 @@ from resdpo_trl.training.trainer import RunTrainer
 
 
 class LengthSampler(Sampler[int]):
-    """Batches of like length in random order, drawn anew each epoch from seed and epoch: the same on every process.
+    """Batches of similar length in random order. Seed and epoch determine them, the same on every process.
 
     Each run of 50 random batches is sorted by length (transformers' own grouping takes fewer where the data are small,
     and pads three times as much there); then the batches are shuffled, for an epoch should not go from long to short.
@@ -100,7 +100,7 @@ def check_updates(model: torch.nn.Module, args: TrainingArguments) -> None:
 
 
 class TextTrainer(RunTrainer):
-    """How the text trainers behave: batches of like length, tokens counted, every row of a data set scored.
+    """How the text trainers behave: batches of similar length, tokens counted, every row of a data set scored.
 
     `columns` are the names that rows must have. Named before TRL's trainers among a class's bases.
     """
@@ -202,7 +202,7 @@ class TextTrainer(RunTrainer):
         """`function(model, batch)` of all rows, on the CPU in the data set's order; see `score_rows`.
 
         `batch_size` is the number of rows per device; --per_device_eval_batch_size by default. With `sort` the rows of
-        a batch are of like length.
+        a batch are of similar length.
         """
         _check_rows(dataset, self.columns)
         model = self.model_wrapped

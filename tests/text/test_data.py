@@ -428,7 +428,7 @@ def test_chitchat_is_in_hhs_form(chitchat):
         assert row["chosen"].startswith(" ")
         assert row["chosen"] != row["rejected"]
     lengths = [(len(row["chosen"]), len(row["rejected"])) for row in rows.select(range(2000))]
-    # of like length: neither side is the longer one more often than chance lets it be
+    # of similar length: neither side is the longer one more often than chance lets it be
     longer = sum(a > b for a, b in lengths) / sum(a != b for a, b in lengths)
     assert abs(longer - 0.5) < 0.04
     assert sum(abs(a - b) <= 10 for a, b in lengths) > 0.95 * len(lengths)
