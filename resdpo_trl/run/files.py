@@ -6,6 +6,7 @@ killed at any moment leaves the old content or the new content, never a part of 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gzip
@@ -14,9 +15,11 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from resdpo_trl.errors import UserError
 
@@ -182,12 +185,33 @@ def disk_trouble(error: BaseException) -> str | None:
     return None
 
 
-def not_written(target: Path, reason: str, safe: str) -> UserError:
-    """The error for a `target` that can't be written: the reason of `disk_trouble`, the fix, and what is safe."""
-    return UserError(
-        f"{target} can't be written ({reason}): make room or the folder writable, then pass --resume_from_checkpoint; "
-        f"{safe}"
-    )
+@contextlib.contextmanager
+def writing(target: Path, checkpoints: Iterable[Path], aside: Path | None = None) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into a UserError that names the target, the fix, and what is safe.
+
+    Args:
+        target: the file or folder that is written.
+        checkpoints: the folders of the stages' checkpoints (`last_good`).
+        aside: where the target is written first. It is deleted on an error, because its room is needed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = disk_trouble(error)
+        if reason is None:
+            raise
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"{target} can't be written ({reason}): make room or the folder writable, then pass "
+            f"--resume_from_checkpoint; {last_good(checkpoints)}"
+        ) from error
+
+
+def last_good(checkpoints: Iterable[Path]) -> str:
+    """The words that name the newest whole checkpoint in these folders."""
+    newest = max(filter(None, map(last_whole, checkpoints)), key=lambda path: path.stat().st_mtime, default=None)
+    return f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
 
 
 def lock(folder: Path) -> bool:

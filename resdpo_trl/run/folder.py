@@ -35,20 +35,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from resdpo_trl.errors import UserError
 from resdpo_trl.run.files import (
     checkpoints_of,
-    disk_trouble,
-    last_whole,
     lock,
-    not_written,
     read_jsonl,
     step_of,
     tidy,
     torn,
     write_whole,
+    writing,
 )
 
 logger = logging.getLogger(__name__)
@@ -156,19 +152,9 @@ class RunFolder:
                     + ": pass what it was, or start again with --overwrite_output_dir or another --output_dir"
                 )
 
-    @contextlib.contextmanager
-    def writing(self, what: str) -> Iterator[None]:
-        """Say which file could not be written, and what is safe, where a disk is full or a folder read-only."""
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = disk_trouble(error)
-            if reason is None:
-                raise
-            found = [last_whole(folder) for folder in (self.path / "checkpoints").glob("*/")]
-            newest = max(filter(None, found), key=lambda path: path.stat().st_mtime, default=None)
-            safe = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
-            raise not_written(self.path / what, reason, safe) from error
+    def writing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """`files.writing` of a file or folder of this run."""
+        return writing(self.path / what, (self.path / "checkpoints").glob("*/"))
 
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage

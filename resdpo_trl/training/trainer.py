@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -40,7 +39,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.metrics import RunningMeans
-from resdpo_trl.run.files import disk_trouble, last_whole, not_written, read_manifest, replace_folder, write_manifest
+from resdpo_trl.run.files import last_good, last_whole, read_manifest, replace_folder, write_manifest, writing
 from resdpo_trl.run.folder import trim_heap
 from resdpo_trl.training.processes import own_part
 from resdpo_trl.training.reference import REFERENCE_FILE, move_reference
@@ -246,7 +245,7 @@ class RunTrainer(Trainer):
         target, aside = folder / f"checkpoint-{step}", folder / UNFINISHED
         best = self.state.best_model_checkpoint
         trim_heap()  # what is written takes room that the last step's activations no longer need
-        with self._writing(target, aside):
+        with writing(target, [folder], aside):
             if self.args.should_save and aside.exists():
                 shutil.rmtree(aside)
             self.accelerator.wait_for_everyone()
@@ -290,17 +289,6 @@ class RunTrainer(Trainer):
         if self.args.world_size > 1:
             torch.distributed.broadcast_object_list(values, 0, group=self._cpu_group)
         return values
-
-    @contextlib.contextmanager
-    def _writing(self, target: Path, aside: Path) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = disk_trouble(error)
-            if reason is None:
-                raise
-            shutil.rmtree(aside, ignore_errors=True)  # its room is needed
-            raise not_written(target, reason, self._last_good()) from error
 
     # --- going on ----------------------------------------------------------------------------------------------------
 
@@ -367,15 +355,12 @@ class RunTrainer(Trainer):
             self._not_finite("the loss" if not math.isfinite(self._tr_loss.item()) else "a weight")
 
     def _not_finite(self, what: str) -> None:
+        folder = Path(self.args.output_dir)
         raise UserError(
-            f"{Path(self.args.output_dir).name}: {what} is not finite by step {self.state.global_step}: lower the "
+            f"{folder.name}: {what} is not finite by step {self.state.global_step}: lower the "
             f"learning rate ({self.args.learning_rate:g}), warm up (--warmup_steps) or clip (--max_grad_norm), and "
-            f"start again with --overwrite_output_dir or another --output_dir; {self._last_good()}"
+            f"start again with --overwrite_output_dir or another --output_dir; {last_good([folder])}"
         )
-
-    def _last_good(self) -> str:
-        found = last_whole(Path(self.args.output_dir))
-        return f"the last good checkpoint is {found}" if found else "no checkpoint of this stage was saved yet"
 
 
 class _Watch(TrainerCallback):

@@ -105,7 +105,7 @@ def test_a_disk_that_fills_up(runs, tmp_path):
     assert answer["status"] == 2, answer["said"]
     errors = [line for line in answer["said"].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "checkpoint-2 can't be written" in errors[0]
-    assert "no checkpoint of this stage was saved yet" in errors[0]
+    assert "no checkpoint was saved yet" in errors[0]
     assert "Traceback" not in answer["said"]
     assert list((run / "checkpoints/cross_entropy").iterdir()) == []
     answer = runs.run("image cross-entropy", run, "--resume_from_checkpoint")
@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite(runs, tmp_path):
     assert answer["status"] == 2, answer["said"]
     errors = [line for line in answer["said"].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "not finite by step 2" in errors[0] and "lower the learning rate" in errors[0], errors
-    assert "no checkpoint of this stage was saved yet" in errors[0]
+    assert "no checkpoint was saved yet" in errors[0]
     assert not (run / "policy").exists()
 
 
