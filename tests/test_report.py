@@ -124,7 +124,7 @@ def test_the_page_opens_with_before_and_after_and_what_is_next(tmp_path):
     first = page[: page.index("<section")]
     for words in (
         "<title>DPO of tiny-model on plain text</title>",
-        "ranks 58% of 40 unseen pairs right (95% interval 50% to 60%), which is not told from chance",
+        "ranks 58% of 40 unseen pairs right (95% interval 50% to 60%), which is not distinguishable from chance",
         "; the reference&#39;s log-likelihood 50%.",
         'left: 50.00%; width: 10.00%"', "95% interval 35% to 65%",
         "policy — repeats itself", "people&#39;s answer", "People say so.",

@@ -27,7 +27,7 @@ def pairs(accuracy, low, high, n=256):
     ("figures", "judged", "advice"),
     [
         ((0.84, 0.79, 0.88), ", better than chance", []),
-        ((0.54, 0.48, 0.60), ", which is not told from chance", ["Use more test pairs, or train on more."]),
+        ((0.54, 0.48, 0.60), ", which is not distinguishable from chance", ["Use more test pairs, or train on more."]),
         (
             (0.40, 0.34, 0.46),
             ", worse than chance",
@@ -102,7 +102,7 @@ def test_few_held_out_rows():
     assert said.startswith("19 validation rows cannot choose an epoch")
     assert of_held_out(19, 1, 256) == [] and of_held_out(64, 3, 256) == []
     (said,) = of_held_out(64, 3, 25)
-    assert said.startswith("25 test rows tell a share to ±20 points")
+    assert said.startswith("25 test rows give a share to ±20 points")
 
 
 def test_sft():

@@ -408,8 +408,7 @@ def _samples(run: Run) -> dict[str, Any] | None:
     kinds = ("repeats itself", "ends at once")
     rows = [[name, *(found[kind] for kind in kinds), found.total()] for name, found in flaws.items()]
     table = {"head": ["", *kinds, "answers"], "rows": rows, "numbers": True}
-    text = "Held-out prompts. Each model answers greedily and with one sample."
-    return section_of("answers", "Answers", text=text, tables=[table], pairs=pairs) if pairs else None
+    return section_of("answers", "Answers", text="Answers to held-out prompts.", tables=[table], pairs=pairs) if pairs else None
 
 
 def _pictures(run: Run) -> dict[str, Any] | None:

@@ -110,7 +110,7 @@ def of_the_test(summary: dict[str, Any]) -> list[str]:
     if high < 0.5:
         advice = "Look at a few pairs: chosen and rejected may be swapped (--prefer)."
         return [f"{said}, worse than chance{known}.", advice]
-    return [f"{said}, which is not told from chance{known}.", "Use more test pairs, or train on more."]
+    return [f"{said}, which is not distinguishable from chance{known}.", "Use more test pairs, or train on more."]
 
 
 def of_divergence(loss: float | None, start: float | None) -> list[str]:
@@ -176,7 +176,7 @@ def of_held_out(validation: int | None, evaluations: int, test: int | None) -> l
         )
     if test is not None and test < FEW_TO_TEST:
         said.append(
-            f"{test} test rows tell a share to ±{98 / math.sqrt(test):.0f} points: repeat the run with other test rows "
+            f"{test} test rows give a share to ±{98 / math.sqrt(test):.0f} points: repeat the run with other test rows "
             "(cross-validation) before believing a difference."
         )
     return said
