@@ -43,18 +43,35 @@ def main() -> None:
         raise UserError(f"{sweeps[0]} is a sweep, which has a page of its own: name it alone")
     try:
         while options.watch is not None and any(map(_trains, options.runs)):
-            if all((Path(folder) / "run.json").exists() for folder in options.runs):  # the data are read
-                print(f"open {write_report(options.runs, options.output, refresh=options.watch)}")
+            if _has_figures(options.runs):
+                print(f"open {_write(options.runs, options.output, options.watch)}")
             time.sleep(options.watch)
     except KeyboardInterrupt:
         pass  # the last page does not reload itself
-    first = Path(options.runs[0])
-    if sweeps:
-        print(write_sweep_report(first, options.output))
-    elif len(options.runs) == 1 and "comparison" in load_run(first).summary:
-        print(write_comparison_page(first, options.output))
-    else:
-        print(write_report(options.runs, options.output))
+    print(_write(options.runs, options.output))
+
+
+def _has_figures(runs: list[str]) -> bool:
+    """Whether there is something to show: a run has read its data, a point of a sweep has ended."""
+    first = Path(runs[0])
+    if (first / "sweep.json").exists():
+        return (first / "table.csv").exists()
+    return all((Path(folder) / "run.json").exists() for folder in runs) and not _compares(runs)
+
+
+def _write(runs: list[str], output: str | None, refresh: float | None = None) -> Path:
+    first = Path(runs[0])
+    if (first / "sweep.json").exists():
+        return write_sweep_report(first, output, refresh)
+    if _compares(runs):
+        if "comparison" not in load_run(first).summary:
+            raise UserError(f"{first}: this comparison has not ended; its page is written at the end")
+        return write_comparison_page(first, output)
+    return write_report(runs, output, refresh)
+
+
+def _compares(runs: list[str]) -> bool:
+    return len(runs) == 1 and "comparison" in load_run(runs[0]).run.get("config", {})
 
 
 def _trains(folder: str) -> bool:

@@ -105,7 +105,9 @@ def main() -> None:
     if sweep.print_commands:
         print("\n".join(shlex.join(command_of(RECIPE, point, point_flags)) for point in points))
         return
-    failures = run_points(RECIPE, points, point_flags, sweep.jobs)
+    failures = run_points(
+        RECIPE, points, point_flags, sweep.jobs, lambda failures: collect(points, failures, output_dir)
+    )
     rows = collect(points, failures, output_dir)
     if sweep.reward_model:
         from resdpo_trl.study.frontier import Frontier

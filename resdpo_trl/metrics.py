@@ -18,7 +18,7 @@ import torch
 
 from resdpo_trl.losses import LogProbs, PreferenceLoss, classifier_pairs, wrong_classes
 
-SHARES = ("accuracy", "accuracies", "agreement", "cut")  # what the name of a share ends with
+SHARES = ("accuracy", "accuracies", "agreement", "cut", "wins")  # what the name of a share ends with
 REPEATS = 3  # times that an answer must say the same before it counts as repeating itself
 READ = 3000  # characters of an answer that are searched for that
 

@@ -283,7 +283,7 @@ def _columns(rows: datasets.Dataset, config: ImageDataConfig) -> list[str]:
                 raise UserError(f"--{what}_column {asked}: no such column of {what}s (found: {found})")
             raise UserError(
                 f"--dataset_name {config.dataset_name}: no single column of {what}s (found: {found}); name it with "
-                f"--{what}_column"
+                f"--{what}_column, or sort the images into one subfolder per class, two at least"
             )
         columns.append(column)
     return columns

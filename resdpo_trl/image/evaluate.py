@@ -26,6 +26,7 @@ from resdpo_trl.metrics import (
     cross_entropy_metrics,
     figure_rows,
     number,
+    shown,
     table,
     with_intervals,
 )
@@ -183,15 +184,17 @@ def describe(figures: dict[str, Any]) -> str:
     settings = {name: (each["value"], each["from"]) for name, each in figures["settings"].items()}
     views = figures["test_time_views"]
     head = f"on {figures['n']} {figures['split']} images" + (f", {views} views of each" if views > 1 else "")
-    rows = [*figure_rows(figures), ["calibration error", number(figures["calibration_error"], 4), ""]]
-    if "dpo" in figures:  # its loss and accuracy would be a second row of the same name
+    accuracy = [["cross-entropy", *shown(figures, "loss", 4)], *figure_rows(figures, ["accuracy"])]
+    rows = [*accuracy, ["calibration error", number(figures["calibration_error"], 4), ""]]
+    if "dpo" in figures:
+        rows.append(["DPO loss", *shown(figures["dpo"], "loss", 4)])
         rows += figure_rows(figures["dpo"], [name for name in FIGURES if name not in figures])
     by_class = figures["accuracy_by_class"]
     classes = [
         [printable(name), number(by_class[name]), *row]
         for name, row in zip(by_class, figures["confusion_matrix"], strict=True)
     ]
-    columns = ("predictions (rows: true class)", "accuracy", *map(str, range(1, len(classes) + 1)))
+    columns = ("predictions (rows: true class)", "accuracy", *map(printable, by_class))
     settings_used = describe_settings(settings, figures["left_out"])
     tables = ["", table(rows, (head, "mean", "95% interval")), "", table(classes, columns), ""]
     return "\n".join(["", f"  {figures['model']}", *settings_used, *tables])

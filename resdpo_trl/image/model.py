@@ -319,7 +319,8 @@ def _load_weights(network: nn.Module, arch: str, weights: str) -> None:
         raise UserError(f"--pretrained_weights {weights}: can't be loaded ({first_line(error)})") from None
     own = network.state_dict()
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    missing = set(own) - set(fitting)
+    # torchvision's first weights have no counters of batches, which nothing reads at a fixed momentum
+    missing = {name for name in set(own) - set(fitting) if not name.endswith("num_batches_tracked")}
     if missing - {"conv1.weight"}:
         raise UserError(
             f"--pretrained_weights {weights}: not the weights of {arch} ({len(missing)} of {len(own)} tensors are "

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 from transformers import set_seed
 
 from resdpo_trl.errors import UserError
@@ -78,12 +77,9 @@ class ImageRun(Job):
         model = f"from {self.reference}" if self.reference else f"of {self.model.arch}"
         source = self.data.dataset_name
         if source == QUICKSTART:
-            source = "handwritten digits (no network needed)"
+            source = "handwritten digits (no network needed); for ResNet on CIFAR-10: --config cifar/resnet18.yaml"
         stages = "DPO" if self.reference else "cross-entropy and DPO" if self.before else "cross-entropy"
-        self.say(
-            f"{stages} {model} on {source}; for ResNet on CIFAR-10: --config cifar/resnet18.yaml\n"
-            + self.hardware_line()
-        )
+        self.say(f"{stages} {model} on {source}\n{self.hardware_line()}")
 
     # --- images --------------------------------------------------------------------------------------------------
 
@@ -211,7 +207,6 @@ class ImageRun(Job):
         dpo, reference = self._dpo("dpo", images, self.training, self.run.policy)
         self.run.summarize(
             dpo=dpo,
-            confusion=self.confusion,
             reference=self.run.summary.get("reference", {}) | {"test": reference},
             throughput={
                 "preparation_seconds": self.preparation_seconds,
@@ -235,8 +230,8 @@ class ImageRun(Job):
             compared[mode], _ = self._dpo(f"dpo-{name}", images, args, folder / name)
             self.run.summarize(compared=compared)
         if self.training.compare_cross_entropy and "cross-entropy" not in compared:
-            as_long = self.training.num_train_epochs
-            args = dataclasses.replace(self.before["reference"], num_train_epochs=as_long)
+            as_long = {name: getattr(self.training, name) for name in ("num_train_epochs", "max_steps")}
+            args = dataclasses.replace(self.before["reference"], **as_long)
             compared["cross-entropy"] = self._cross_entropy("cross_entropy", images, args, folder / "cross_entropy")
             self.run.summarize(compared=compared)
 
@@ -304,13 +299,6 @@ class ImageRun(Job):
                 best = int(found[at].argmax())
                 rows[at][name] = [names[best], float(found[at, best].exp())]
         self.run.write_rows("scores.jsonl", rows)
-        self.confusion = {
-            "classes": names,
-            **{
-                name: multiclass_confusion_matrix(found, test.labels, num_classes=len(names)).tolist()
-                for name, found in (("policy", logps), ("reference", ref_logps))
-            },
-        }
 
     def finish(self) -> None:
         """The end of the run, with the model card."""

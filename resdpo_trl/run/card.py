@@ -24,10 +24,12 @@ from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SMOLLM2_PACKAGE, source_name
 
 SETTINGS = (
     "sft.num_train_epochs", "sft.learning_rate", "reference.num_train_epochs", "reference.learning_rate",
-    "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "optim", "weight_decay", "max_length", "bf16", "label_smoothing", "polyak_tau",
-    "metric_for_best_model", "seed",
+    "reference.label_smoothing_factor", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "optim_args", "weight_decay",
+    "muon_learning_rate", "bias_learning_rate_scale", "lora_r", "lora_alpha", "lora_target_modules", "max_length",
+    "bf16", "label_smoothing", "polyak_tau", "metric_for_best_model", "seed",
 )  # fmt: skip
+INACTIVE = {"max_steps": -1, "label_smoothing": 0, "warmup_steps": 0, "muon_learning_rate": 0}  # values that do nothing
 STAGES = {  # how the model was made, and its tag on the Hub: TRL's where it has one
     "dpo": ("Trained by Direct Preference Optimization", "dpo"),
     "reward": ("A reward model, trained on preference pairs", "reward-trainer"),
@@ -59,6 +61,7 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
     packaged, base_model = base_model == SMOLLM2, SMOLLM2_ID if base_model == SMOLLM2 else base_model
     local = base_model is not None and Path(base_model).exists()
     names = [name for name in FIGURES if test.get(name) is not None]
+    headline = "accuracy" if images else "rewards/accuracies"
     source, title = source_name(data["source"]), run.path.resolve().name
     on_the_hub = HUB_ID.fullmatch(source) is not None
     metadata = ModelCardData(
@@ -78,18 +81,22 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
                 dataset_config=options.get("dataset_data_dir"),
                 dataset_revision=options.get("dataset_revision"),
                 dataset_split="validation" if stage == "sft" else "test",
-                metric_type="accuracy" if name.endswith(("accuracy", "accuracies")) else name,
+                metric_type="accuracy" if name == headline else name,
                 metric_name=FIGURES[name].words,
                 metric_value=test[name],
                 metric_args={"n": test["n"], "interval_95": test["interval_95"][name]} if stage != "sft" else None,
             )
             for name in names
+            if "ref_" not in name  # the reference's, not this model's
         ],
     )
     before = {
         f"{name}.{field}": value for name in ("sft", "reference") for field, value in config.get(name, {}).items()
     }
     settings = ChainMap(data.get("adapted", {}), config["training"], before)
+    if config.get("model", {}).get("use_peft"):
+        settings = settings.new_child({name: config["model"][name] for name in SETTINGS if name.startswith("lora_")})
+    unused = INACTIVE if settings.get("reference_update") == "polyak" else {**INACTIVE, "polyak_tau": None}
     pictures = [name for name in PLOTS if (run.path / "plots" / f"{name}.png").is_file()][:3]
     for name in pictures:
         (folder / "plots").mkdir(exist_ok=True)
@@ -113,7 +120,11 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
         figures=[[FIGURES[name].words, *shown(test, name)] for name in names],
         samples=_samples(run.path / "samples.jsonl"),
         command=" ".join(["accelerate launch", f"recipes/{Path(script).name}", *map(_without_folders, flags)]),
-        settings={name: settings[name] for name in SETTINGS if settings.get(name) not in (None, "", [])},
+        settings={
+            name: settings[name]
+            for name in SETTINGS
+            if settings.get(name) not in (None, "", []) and unused.get(name, "") not in (None, settings[name])
+        },
         versions=", ".join(f"{name} {version}" for name, version in run.facts["versions"].items()),
     )  # fmt: skip
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{content}").save(folder / "README.md")

@@ -6,7 +6,6 @@
       policy/         the trained policy and its model card
       reward_model/   (reward_hh.py) the trained reward model and its model card
       compared/       (images) the models that the policy is compared with
-      answers/        (comparisons) token ids of every model's answers
       checkpoints/    one folder per stage, one checkpoint per save
       metrics.jsonl   one line per log: {"stage", "split", "step", "epoch", metric: value…}
       summary.json    the final figures
@@ -52,7 +51,7 @@ PACKAGES = (
     "resdpo-trl", "torch", "torchvision", "transformers", "trl", "datasets", "peft", "accelerate", "bitsandbytes"
 )  # fmt: skip
 WRITTEN = (
-    "run.json", "reference", "policy", "reward_model", "compared", "answers", "checkpoints", "metrics.jsonl",
+    "run.json", "reference", "policy", "reward_model", "compared", "checkpoints", "metrics.jsonl",
     "summary.json", "samples.jsonl", "scores.jsonl", "verdicts.jsonl", "report.html", "plots",
 )  # fmt: skip
 # how the options begin in which a resumed run may differ: where it reports, what it keeps, how it loads
@@ -60,6 +59,7 @@ FREE = (
     "preset", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "run_name", "project", "report_to",
     "disable_tqdm", "log_level", "save_total_limit", "ddp_timeout", "use_cpu", "push_to_hub", "reference_cache_dir",
     "enable_jit_checkpoint", "_n_gpu", "hub_", "dataloader_", "logging_dir", "trackio_",
+    "judge_",
 )  # fmt: skip
 SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
 
@@ -366,8 +366,7 @@ def use_the_cores() -> None:
 def _reuse_freed_memory() -> None:
     """Let glibc keep large freed blocks until `trim_heap`.
 
-    By default it maps every tensor above 32 MiB anew, and each of its pages faults at the first write. benchmarks/LOG.md
-    has what that costs.
+    By default it maps every tensor above 32 MiB anew, and each of its pages faults at the first write.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if set_option is not None:

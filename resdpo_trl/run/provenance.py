@@ -70,12 +70,12 @@ def as_trained(facts: dict[str, Any], asked: dict[str, Any], defaults: dict[str,
 
     Args:
         facts: of `read_facts`.
-        asked: name -> what the flag says, None where it is not given. A loss type that is asked for brings no weights
-            and no smoothing of the trained one.
+        asked: name -> what the flag says, None where it is not given. Another loss type than the trained
+            one has none of its weights and smoothing.
         defaults: what holds otherwise; the loss's and the hardware's precision are known here.
     """
     defaults = {**LOSS, "precision": "bfloat16" if has_bfloat16() else "float32", **defaults}
-    if asked.get("loss_type") is not None:
+    if asked.get("loss_type") not in (None, facts.get("loss_type")):
         facts = {name: value for name, value in facts.items() if name == "beta" or name not in LOSS}
     settings = {name: (default, "default") for name, default in defaults.items()}
     settings |= {name: (facts[name], "model") for name in defaults if name in facts}

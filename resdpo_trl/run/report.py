@@ -37,7 +37,7 @@ SIDE_BY_SIDE = ("", "test accuracy", "95% interval", "KL from reference", "secon
 # flags that a sweep sets for each of its points, or that belong to one run alone
 OF_A_POINT = (
     "beta", "learning_rate", "seed", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub",
-    "hub_model_id",
+    "hub_model_id", "hub_token",
 )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     target = Path(output) if output is not None else runs[0].path / "report.html"
     plots = Plots(target.parent / "plots")
     there = {row["stage"] for run in runs for row in run.metrics}
-    stage = next((name for name in STAGES if name in there), "sft")
+    stage = next((name for name in (*STAGES, "reference") if name in there), "sft")
     losses = [run.summary["dpo"] for run in runs if "dpo" in run.summary]
     page: dict[str, Any] = {
         "title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
@@ -157,11 +157,15 @@ def run_title(run: Run) -> str | None:
     what = next((text for stage, text in made.items() if stage in run.summary), None)
     if what is None or "model" not in config:
         return None
-    arch = config["model"].get("arch")
-    model = config["model"].get("model_name_or_path") or (f"a {arch} network" if arch else None)
-    model = model or config.get("training", {}).get("reference") or SMOLLM2
-    model = SMOLLM2_ID if model == SMOLLM2 else model
-    return f"{what} of {Path(model).name} on {source_name(run.summary['data']['source'])}"
+    arch, reference = config["model"].get("arch"), config.get("training", {}).get("reference")
+    if reference:
+        model = "/".join(Path(reference).parts[-2:])
+    elif arch:
+        model = f"a {arch} network"
+    else:
+        named = config["model"].get("model_name_or_path") or SMOLLM2
+        model = Path(SMOLLM2_ID if named == SMOLLM2 else named).name
+    return f"{what} of {model} on {source_name(run.summary['data']['source'])}"
 
 
 def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -275,8 +279,9 @@ def curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -
     single = len(runs) == 1 and best is None
     drawn, looks = [], styles([run.name for run in runs])
     wanted = [(stage, name, figure.words) for name, figure in FIGURES.items()]
-    if single and stage != "sft":
-        wanted.insert(0, ("sft", "loss", "SFT loss, nats per token"))
+    if single:
+        before = {"sft": "SFT loss, nats per token", "reference": "cross-entropy of the reference, nats"}
+        wanted = [(of, "loss", words) for of, words in before.items() if of != stage] + wanted
     for of, name, words in wanted:
         lines = []  # (epochs, values, how matplotlib draws them)
         for run in runs:
@@ -348,10 +353,11 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
     if not names:
         return None
     single = len(runs) == 1
-    rows = [
-        [FIGURES[name].label, *(cell for test in tests for cell in shown(test, name)[: 2 if single else 1])]
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        cells = [shown(test, name) for test in tests]
+        beside = [f"{mean} ({interval})" if interval else mean for mean, interval in cells]
+        rows.append([FIGURES[name].label, *(cells[0] if single else beside)])
     head = ["", "mean", "95% interval"] if single else ["", *(run.name for run in runs)]
     counts = ", ".join(str(test["n"]) for test in tests if test)
     unit = "images" if any("classes" in run.summary.get("data", {}) for run in runs) else "pairs"
@@ -408,7 +414,11 @@ def _samples(run: Run) -> dict[str, Any] | None:
     kinds = ("repeats itself", "ends at once")
     rows = [[name, *(found[kind] for kind in kinds), found.total()] for name, found in flaws.items()]
     table = {"head": ["", *kinds, "answers"], "rows": rows, "numbers": True}
-    return section_of("answers", "Answers", text="Answers to held-out prompts.", tables=[table], pairs=pairs) if pairs else None
+    return (
+        section_of("answers", "Answers", text="Answers to held-out prompts.", tables=[table], pairs=pairs)
+        if pairs
+        else None
+    )
 
 
 def _pictures(run: Run) -> dict[str, Any] | None:

@@ -77,15 +77,17 @@ class Comparison:
         self.run = RunFolder(config.output_dir, main_process=self.state.is_main_process)
         self.run.open(options.overwrite_output_dir, resume=config.resume_from_checkpoint is not None)
         self.run.check_inputs(dataclasses.asdict(config))
-        self.run.start(
-            {
-                "preset": str(preset) if preset else None,
-                "comparison": dataclasses.asdict(config),
-                "model": dataclasses.asdict(model),
-                "run": dataclasses.asdict(options),
-            },
-            config.seed,
-        )
+        how = {
+            "preset": str(preset) if preset else None,
+            "comparison": dataclasses.asdict(config),
+            "model": dataclasses.asdict(model),
+            "run": dataclasses.asdict(options),
+        }
+        if self.run.earlier:
+            if "comparison" not in self.run.earlier.get("config", {}):
+                raise UserError(f"--output_dir {self.run.path} holds a training run: name another folder")
+            self.run.check_config(how)
+        self.run.start(how, config.seed)
         self.answers: dict[str, list[Answer]] = {}
         self.rewards: dict[str, dict[str, list[float]]] = {}  # policy -> whose answers -> (N,) β·log(π/π_ref)
         # (judge, model, against) -> (N,) 1.0 won, 0.5 tie, 0.0 lost, None no verdict

@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.metrics import FIGURES, table
-from resdpo_trl.run.files import is_locked, write_whole
+from resdpo_trl.run.files import is_locked, lock, write_whole
 from resdpo_trl.run.folder import read_object
 from resdpo_trl.run.verdict import of_sweep
 from resdpo_trl.sources import first_line
@@ -154,7 +154,10 @@ def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
                 f"--output_dir {output_dir} already holds a sweep: continue it or add points with "
                 "--resume_from_checkpoint, or name another folder"
             )
-        earlier = " ".join(read_object(path)["flags"])
+        try:
+            earlier = " ".join(read_object(path)["flags"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} can't be read ({first_line(error)}): delete it, and pass the same flags") from None
         if earlier != " ".join(shared):
             raise UserError(
                 f"--output_dir {output_dir} holds a sweep with other flags ({earlier or 'none'}): pass the same ones, "
@@ -162,6 +165,8 @@ def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
             )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if not lock(output_dir):
+            raise UserError(f"--output_dir {output_dir}: another process is running this sweep; wait until it ends")
         write_whole(path, json.dumps({"flags": list(shared)}, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} can't be written ({error.strerror}): name another") from None
@@ -181,11 +186,17 @@ def command_of(recipe: Path, point: Point, shared: Sequence[str]) -> list[str]:
     return [sys.executable, str(recipe), *shared, *point.flags(), *resume]
 
 
-def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], jobs: int) -> dict[str, str]:
+def run_points(
+    recipe: Path,
+    points: Sequence[Point],
+    shared: Sequence[str],
+    jobs: int,
+    after_each: Callable[[dict[str, str]], Any] = lambda failures: None,
+) -> dict[str, str]:
     """Run the points that have not ended; return {name: what went wrong} of those that failed.
 
     A failure does not end the others. A point's output goes to its log.txt. SIGTERM and Ctrl-C are passed on, and no
-    further point starts.
+    further point starts. `after_each` gets the failures so far whenever a point has ended.
     """
     gpus, slot, numbers = _gpus(), threading.local(), itertools.count()
     failures: dict[str, str] = {}
@@ -220,6 +231,7 @@ def run_points(recipe: Path, points: Sequence[Point], shared: Sequence[str], job
             for future in [pool.submit(run, point) for point in points]:
                 future.result()
                 bar.update()
+                after_each(failures)
         except KeyboardInterrupt:
             stopped.set()
             for process in running:
@@ -255,14 +267,16 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
     return rows
 
 
-def write_sweep_report(output_dir: Path, output: str | None = None) -> Path:
-    """The page of a sweep from its own files; report.html in its folder by default."""
+def write_sweep_report(output_dir: Path, output: str | None = None, refresh: float | None = None) -> Path:
+    """The page of a sweep from its own files, as `write_report`'s of a run; report.html in its folder by default."""
     rows = read_rows(output_dir / "table.csv", COLUMNS)
     frontier = read_rows(output_dir / "frontier.csv", FRONTIER_COLUMNS)
     done = [output_dir / "points" / row["point"] for row in rows if row["status"] == "done"]
     if not done:
-        raise UserError(f"{output_dir}: no point of this sweep has ended; run it with --resume_from_checkpoint")
-    return write_sweep_page(done, Sweep(rows, frontier), Path(output or output_dir / "report.html"))
+        raise UserError(
+            f"{output_dir}: no point of this sweep has ended yet; --resume_from_checkpoint continues an interrupted one"
+        )
+    return write_sweep_page(done, Sweep(rows, frontier), Path(output or output_dir / "report.html"), refresh)
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -305,6 +319,7 @@ def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str
     done = [row for row in rows if row["status"] == "done"]
     ended = [point.folder / "summary.json" for point in points if has_ended(point.folder)]
     if all(read_object(path)["dpo"]["loss_type"] == ["sigmoid"] for path in ended):
+        done = [row for row in done if row["validation_loss"] is not None]  # of a point that diverged
         return min(done, key=lambda row: row["validation_loss"], default=None)
     return max(done, key=lambda row: row["validation_accuracy"], default=None)
 

@@ -54,7 +54,7 @@ class Sweep:
         return next((row for row in self.rows if row["best"]), None)
 
 
-def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path) -> Path:
+def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path, refresh: float | None = None) -> Path:
     """Write the page of a sweep, whose finished points are in `folders`, and PNG copies of its plots in plots/."""
     runs, plots = [load_run(folder) for folder in folders], Plots(target.parent / "plots")
     points = {row["point"]: row for row in sweep.rows}
@@ -81,6 +81,7 @@ def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path) -> Pat
                 what_ran(runs[:1]),
             ],
         },
+        refresh,
     )
 
 
@@ -148,11 +149,12 @@ def points_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[
         if row["status"] != "done":
             cells.append([name, row["status"].split(":")[0], *["–"] * (len(columns) + 1)])
             continue
+        row = {name: None if value == "" else value for name, value in row.items()}  # a figure that is not finite
         figures = [number(row[figure.column], figure.digits - 1) for figure in columns]
         digits = digits_of(row["accuracy_low"], row["accuracy_high"])
         share, low, high = (number(row[f"accuracy{side}"], digits) for side in ("", "_low", "_high"))
         figures[1] = f"{share} ({low} to {high})"
-        epochs = (f"{row[column]:g}" if row[column] != "" else "–" for column in ("best_epoch", "kept_epoch"))
+        epochs = ("–" if row[column] is None else f"{row[column]:g}" for column in ("best_epoch", "kept_epoch"))
         cells.append([name, *figures, *epochs])
     return [*head, "least loss at", "kept"], cells
 

@@ -1,0 +1,119 @@
+"""Every preference loss from one reference, as one Markdown table and one plot (accuracy against KL).
+
+    accelerate launch recipes/dpo_hh.py --output_dir runs/quickstart
+    python benchmarks/losses.py runs/quickstart/reference --output_dir runs/losses
+
+Pairs, LoRA, batch and β are the quickstart's. The losses form three families. The first loss of a family is trained at
+each rate, and the family gets the rate with the lowest validation loss of these. Test pairs choose nothing. All runs
+share the reference and the cache of its log-probabilities. A run that has ended is not run again.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FAMILIES = {
+    "bounded slope of the margin": ("sigmoid", "robust", "exo_pair", "discopop", "aot", "sigmoid_norm"),
+    "a target for the margin": ("ipo", "hinge"),
+    "each response by itself": ("apo_zero", "apo_down", "nca_pair", "bco_pair", "sppo_hard", "aot_unpaired"),
+}
+COLOURS = dict(zip(FAMILIES, ("#4a90e2", "#c0504d", "#3aa657"), strict=True))
+
+
+def launch(recipe: str, *flags: Any) -> None:
+    subprocess.run([sys.executable, str(RECIPES / recipe), *map(str, flags)], check=True, stdout=sys.stderr)
+
+
+def trained(loss: str, rate: str, given: argparse.Namespace) -> Path:
+    """The folder of a run of this loss at this rate, which is trained unless it is there."""
+    run: Path = given.output_dir / f"{loss}_{rate}"
+    record = run / "run.json"
+    if not (record.is_file() and json.loads(record.read_text()).get("complete")):
+        launch(
+            "dpo_hh.py", "--reference", given.reference, "--loss_type", loss, "--learning_rate", rate,
+            "--max_train_samples", given.max_train_samples, "--max_eval_samples", 256, "--num_samples", 0,
+            "--save_strategy", "no", "--select", "last", "--disable_tqdm", "true", "--overwrite_output_dir",
+            "--output_dir", run,
+        )  # fmt: skip
+    return run
+
+
+def judged(run: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a run's policy on the test pairs, by the sigmoid loss whatever it was trained with."""
+    figures = run / "evaluation.json"
+    if not figures.is_file():
+        launch(
+            "evaluate_hh.py", "--model", run / "policy", "--reference", given.reference, "--loss_type", "sigmoid",
+            "--max_eval_samples", 256, "--max_test_samples", given.max_test_samples, "--num_samples", 64, "--output",
+            figures,
+        )  # fmt: skip
+        shutil.rmtree(run / "policy")
+    found = json.loads(figures.read_text())
+    pairs, answers = found["pairs"], found["answers"]
+    return {**pairs, "kl": answers["kl"], "interval_95": pairs["interval_95"] | answers["interval_95"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--rates", nargs="*", default=["5e-4", "1e-3", "2e-3"])
+    parser.add_argument("--max_train_samples", type=int, default=512)
+    parser.add_argument("--max_test_samples", type=int, default=1100)
+    given = parser.parse_args()
+    given.output_dir.mkdir(parents=True, exist_ok=True)
+
+    print("| loss | rate | its validation loss, n = 256 |\n| --- | --- | --- |")
+    rates = {}
+    for family, (loss, *_) in FAMILIES.items():
+        tried = {}
+        for rate in given.rates:
+            summary = json.loads((trained(loss, rate, given) / "summary.json").read_text())
+            tried[rate] = summary["dpo"]["validation"]["loss"]
+            print(f"| {loss} | {rate} | {tried[rate]:.4f} |", flush=True)
+        rates[family] = min(tried, key=tried.__getitem__)
+
+    print(
+        "\n| loss | rate | accuracy | sigmoid loss | margin | chosen reward | KL, nats | pairs/s |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
+    points = []
+    for family, losses in FAMILIES.items():
+        for loss in losses:
+            run = trained(loss, rates[family], given)
+            found = judged(run, given)
+            speed = json.loads((run / "summary.json").read_text())["throughput"]["dpo_pairs_per_second"]
+            intervals = found["interval_95"]
+            names = ("rewards/accuracies", "loss", "rewards/margins", "rewards/chosen", "kl")
+            said = [
+                f"{found[name]:.{digits}f} ({intervals[name][0]:.{digits}f} to {intervals[name][1]:.{digits}f})"
+                for name, digits in zip(names, (3, 3, 2, 2, 1), strict=True)
+            ]
+            print(f"| `{loss}` | {rates[family]} | {' | '.join(said)} | {speed:.2f} |", flush=True)
+            points.append((family, loss, found))
+
+    with rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figure = Figure(figsize=(8, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for family, loss, found in points:
+            at = (found["kl"], found["rewards/accuracies"])
+            low, high = found["interval_95"]["rewards/accuracies"]
+            axes.errorbar(*at, yerr=[[at[1] - low], [high - at[1]]], fmt="o", color=COLOURS[family], linewidth=0.8)
+            axes.annotate(loss, at, xytext=(5, 3), textcoords="offset points", fontsize=8, color=COLOURS[family])
+        axes.set(xlabel="KL(policy‖reference) of an answer, nats", ylabel="test pairs ranked right, 95% interval")
+        for family, colour in COLOURS.items():
+            axes.plot([], [], "o", color=colour, label=family)
+        axes.legend(loc="lower right", fontsize=8)
+        figure.savefig(given.output_dir / "accuracy_kl.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
