@@ -199,8 +199,8 @@ def test_a_sweeps_page_marks_the_best_and_names_what_failed(tmp_path):
     for section in ("points", "frontier", "curves", "run"):
         assert f'id="{section}"' in page, section
     assert "β 0.1 — best" in page and "β 0.1 (best)" in page and "(best)" not in page.replace("β 0.1 (best)", "")
-    assert "beta0.5_x, step 30 is left out of the frontier: failed: torn weights" in page
-    assert "beta2_x is left out of the frontier: it did not end" in page
+    assert "beta0.5_x, step 30 is missing from the frontier: failed: torn weights" in page
+    assert "beta2_x is missing from the frontier: it did not end" in page
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "No point beats the reference" in page[: page.index("<section")]  # no interval is above 50%
     assert 'id="against-beta"' in page and (tmp_path / "plots" / "against_beta.png").exists()

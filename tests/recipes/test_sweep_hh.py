@@ -50,7 +50,7 @@ def check_the_frontier(folder):
     assert all(row["n"] == 6 and row["reward_low"] <= row["reward"] <= row["reward_high"] for row in rows[:4])
     assert len({row["kl"] for row in rows[:4]}) == 4
     page = (folder / "report.html").read_text()
-    assert 'id="frontier"' in page and "left out of the frontier: it did not end" in page
+    assert 'id="frontier"' in page and "missing from the frontier: it did not end" in page
 
 
 def test_a_sweep_from_one_reference_and_a_point_added_later(recipe, tmp_path, model_folder):
