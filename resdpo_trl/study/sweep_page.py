@@ -197,9 +197,9 @@ def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
     counts = ", ".join(sorted({f"{row['n']:g}" for row in done}))
     text = (
         f"Each dot is one checkpoint: the trained reward model's mean reward of its sampled answers to {counts} "
-        "held-out prompts, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. A line joins "
-        "a point's epochs (the last is labeled). Thin bars are 95% intervals of the reward. A higher reward at the same "
-        "KL is better (Figure 2, left, of the DPO paper). The rows, with both intervals, are in frontier.csv."
+        "held-out prompts, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. Lines "
+        "join a point's epochs (the last is labeled). Thin bars are 95% intervals of the reward. A higher reward at the "
+        "same KL is better (Figure 2, left, of the DPO paper). The rows and both intervals are in frontier.csv."
     )
     plot = plots.draw("frontier", caption, paint, "reward", "KL(policy‖reference), nats per answer", legend_below=True)
     return section_of("frontier", "Reward and KL", text=text, plots=[plot])
