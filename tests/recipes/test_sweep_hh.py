@@ -209,7 +209,7 @@ def test_other_flags_are_another_sweep(tmp_path):
             "--sft_epochs_list runs SFT and --reference skips it",
         ),
         (["--reward_model", "./nowhere"], "--reward_model ./nowhere: no such folder"),
-        (["--beta", "0.3"], "--beta is each point's own: pass --betas"),
+        (["--beta", "0.3"], "--beta is set per point: pass --betas"),
         (["--hub_token", "hf_x"], "--hub_token is for one run"),
         (["--bettas", "0.3"], "unknown flag --bettas; did you mean betas?"),
     ],
