@@ -198,8 +198,8 @@ def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
     text = (
         f"Each dot is one checkpoint: the trained reward model's mean reward of its sampled answers to {counts} "
         "held-out prompts, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. Lines "
-        "join a point's epochs (the last is labeled). Thin bars are 95% intervals of the reward. A higher reward at the "
-        "same KL is better (Figure 2, left, of the DPO paper). The rows and both intervals are in frontier.csv."
+        "join a point's epochs (the last is labeled). Thin bars are 95% intervals of the reward. A higher reward at "
+        "the same KL is better (Figure 2, left, of the DPO paper). The rows and both intervals are in frontier.csv."
     )
     plot = plots.draw("frontier", caption, paint, "reward", "KL(policy‖reference), nats per answer", legend_below=True)
     return section_of("frontier", "Reward and KL", text=text, plots=[plot])
