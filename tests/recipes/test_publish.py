@@ -100,5 +100,5 @@ def test_what_publish_refuses(recipe, hub, tmp_path):
     assert status == 2 and "no finished model" in said
     (tmp_path / "policy" / "model.safetensors").write_bytes(b"")
     status, _, said = recipe("publish.py", tmp_path, "--hub_model_id", "../../x")
-    assert status == 2 and "--hub_model_id ../../x: not a name on the Hub" in said
+    assert status == 2 and "--hub_model_id ../../x: not a valid id" in said
     assert not hub.requests
