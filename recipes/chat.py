@@ -1,4 +1,4 @@
-"""Talk to the models of a run, or to any others: several answer the same messages, one after the other.
+"""Chat with the models of a run, or with any other models. Several models answer the same messages in turn.
 
 # the quickstart's reference and policy
 python recipes/chat.py runs/quickstart
@@ -6,7 +6,7 @@ python recipes/chat.py runs/quickstart
 # any models: folders (LoRA adapters too) or Hub ids
 python recipes/chat.py --models good=runs/good/policy bad=runs/bad/policy --do_sample --temperature 0.7
 
-# one message; the answers go to stdout, under the models' names where there are several
+# one message; the answers go to stdout, under the models' names if there are several
 python recipes/chat.py runs/quickstart --prompt "How do I keep basil alive in winter?"
 echo "How do I keep basil alive in winter?" | python recipes/chat.py --models policy=runs/quickstart/policy --prompt -
 """
@@ -36,12 +36,12 @@ def main() -> None:
             chat.talk()
         else:
             chat.ask(message)
-    except BrokenPipeError:  # the reader has what it wanted, as `| head` does; Python would flush stdout again at exit
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does; Python would flush stdout again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def message_of_stdin() -> str:
-    """The message that stdin holds; a UserError where there is none."""
+    """The message from stdin. Raises a UserError if there is none."""
     try:
         message = sys.stdin.read().strip()
     except UnicodeDecodeError:

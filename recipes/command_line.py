@@ -1,6 +1,6 @@
-"""What the recipes share at the command line: fields as flags over a preset, clear refusals, exit statuses.
+"""The command line of the recipes: fields as flags on top of a preset, one-line errors, exit codes.
 
-0 done   2 something the user can fix   1 anything else   130 Ctrl-C   143 SIGTERM
+0 success   2 an error that the user can fix   1 any other error   130 Ctrl-C   143 SIGTERM
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-GO_ON = "what was written stays: a run goes on with the same command and --resume_from_checkpoint"
+GO_ON = "the files are kept: continue a run with the same command and --resume_from_checkpoint"
 PRESETS = Path(__file__).resolve().parent / "configs"
 SECTIONS = ("data", "sft", "reference", "dpo", "reward")  # of a preset
-LORA_RATE = 10  # times the rate of all weights; on chit-chat it reaches the same loss (docs/results/text.md)
+LORA_RATE = 10  # factor on the rate of full training; on chit-chat it reaches the same loss (docs/results/text.md)
 
-# what other tools, and earlier versions of transformers and TRL, call a field: its name here, and what differs
+# names of fields in other tools and in earlier versions of transformers and TRL -> name here, and what differs
 ELSEWHERE = {
     "adam8bit": "optim adamw_bnb_8bit", "batch_size": "per_device_train_batch_size", "cutoff_len": "max_length",
     "data_path": "dataset_name", "dataset": "dataset_name", "dataset_path": "dataset_name",
@@ -45,7 +45,7 @@ ELSEWHERE = {
     "warmup_ratio": "warmup_steps of which a number below 1 is a share of the steps",
 }  # fmt: skip
 
-# what --help shows of the options that a recipe has, the most important first; --help_all shows every one
+# the options that --help shows, the most important first; --help_all shows every option
 SHOWN = (
     "run", "runs", "models", "model", "reference", "dataset_name", "eval_dataset_name", "columns", "prompts", "prompt",
     "model_name_or_path", "arch", "pretrained_weights", "output_dir", "output", "betas", "learning_rates", "seeds",
@@ -59,26 +59,26 @@ SHOWN = (
     "verbose", "help_all",
 )  # fmt: skip
 
-# loggers of libraries whose warnings are advice that a run needs not follow
+# loggers of libraries whose warnings are advice that a run can ignore
 ADVICE = (
     "bitsandbytes.backends.cpu.ops",  # a kernel for 4-bit inference is not installed; it is not used here
     "torch.distributed.elastic.multiprocessing.redirects",  # macOS and Windows do not redirect output
     "transformers.generation.configuration_utils",  # fields of a generation_config.json that answers do not follow
-    "transformers.tokenization_utils_base",  # a text is longer than the model's positions, before the cap shortens it
+    "transformers.tokenization_utils_base",  # a text is longer than the model's positions, before it is truncated
     "transformers.trainer_utils",  # the model's special tokens became the tokenizer's
 )
-VERBOSE = "--verbose" in sys.argv  # not in a preset: most of what it shows is said before a preset is read
+VERBOSE = "--verbose" in sys.argv  # not in a preset: most messages come before a preset is read
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no worker is forked from a process that tokenizes
 if not VERBOSE:
-    # tqdm's own settings for every library, read at its import: a bar waits two seconds and leaves no line behind
+    # tqdm's settings for every library, read at import: a bar appears after two seconds and is removed at its end
     os.environ.setdefault("TQDM_DELAY", "2")
-    os.environ.setdefault("TQDM_LEAVE", "")  # false: tqdm takes any other text for true
+    os.environ.setdefault("TQDM_LEAVE", "")  # false: tqdm takes any other text as true
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a bar would fill a log file
     for name in ADVICE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # what will change in a later version of a library is not the user's concern; this package's warnings are
+    # hide warnings about later versions of libraries, but not those of this package
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(?!resdpo_trl\b)")
 
 from transformers.utils.logging import disable_progress_bar  # noqa: E402  (the environment first)
@@ -96,7 +96,7 @@ if not VERBOSE:
 
 
 class RecipeHelp(argparse.RawDescriptionHelpFormatter):
-    """Every option once, with the value that it has where it is not given, under the recipe's docstring as it is."""
+    """Shows every option once, with its default, under the unchanged docstring of the recipe."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -117,7 +117,7 @@ class RecipeHelp(argparse.RawDescriptionHelpFormatter):
 
 
 class OptionParser(TrlParser):
-    """TRL's parser with one-line refusals and the nearest name for an unknown field."""
+    """TRL's parser with one-line errors and the nearest name for an unknown field."""
 
     prefix = ""  # of the flags as the user writes them
 
@@ -125,22 +125,22 @@ class OptionParser(TrlParser):
         raise UserError(message.replace("--", f"--{self.prefix}", 1))
 
     def build(self, words: list[str]) -> list[Any]:
-        """The dataclasses of these words."""
+        """Parse these words into the dataclasses."""
         try:
             return list(self.parse_args_into_dataclasses(words, look_for_args_file=False))
         except UserError as error:
             self.error(str(error))
         except (ValueError, TypeError, ImportError, OSError) as error:
-            # a dataclass refused a value, a combination or a file: transformers and TRL say why in their first line
+            # a dataclass rejected a value, a combination or a file: the first line of the error says why
             self.error(first_line(error))
 
     def names(self) -> list[str]:
-        """The fields, without the spellings with hyphens."""
+        """The names of the fields, without the variants with hyphens."""
         options = self._option_string_actions
         return [option.lstrip("-") for option in options if "_" in option or "-" not in option[2:]]
 
     def check(self, words: list[str], known: Mapping[str, str], in_a_file: bool) -> None:
-        """Raise a UserError for words that are no options; `known` has the names that a hint may give."""
+        """Raise a UserError for words that are not options. `known` has the names for hints."""
         for word in self.parse_known_args(words)[1]:
             if not word.startswith("--"):
                 raise UserError(f"unexpected argument {word!r}")
@@ -155,10 +155,10 @@ class OptionParser(TrlParser):
 
 
 class RecipeParser(OptionParser):
-    """A recipe's parser: presets under the flags, and a stage that runs before the recipe's own training.
+    """A recipe's parser, with presets under the flags, and with a stage that runs before the recipe's own training.
 
-    The fields at the top of a preset are for every stage, those in a section for one. The section `data` belongs to
-    the preset's own data set: --dataset_name names another, and the section does not count.
+    The fields at the top of a preset apply to every stage, those in a section to one stage. The section `data` belongs
+    to the preset's own data set and is ignored if --dataset_name is given.
     """
 
     def __init__(
@@ -172,21 +172,21 @@ class RecipeParser(OptionParser):
         Args:
             dataclass_types: the configurations whose fields are flags.
             description: the recipe's docstring.
-            section: of presets, the one for this recipe's own training.
-            before: section and configuration class of the stage before it. Its flags are --SECTION.field. It takes
-                what the other flags say of fields that it has too, but not those of `of_one_stage`.
+            section: the section of presets for this recipe's own training.
+            before: section and configuration class of the stage before it. Its flags are --SECTION.field. It also
+                takes the values of shared fields from the other flags, except those in `of_one_stage`.
         """
-        # a shortened flag is a guess: it would mean another field when one is added
+        # no abbreviations: a new field could change their meaning
         super().__init__(
             dataclass_types,
-            # two hundred fields are listed in groups, not a second time before the recipe's own words
+            # two hundred fields are listed in groups, so the usage does not list them again
             usage="%(prog)s [--config FILE.yaml] [--field value ...]" if dataclass_types else None,
             description=description,
             allow_abbrev=False,
             formatter_class=RecipeHelp,
         )
         self.add_argument(
-            "--verbose", action="store_true", help="show the libraries' progress bars, advice and warnings too"
+            "--verbose", action="store_true", help="also show the libraries' progress bars, advice and warnings"
         )
         if dataclass_types:
             self.add_argument("--help_all", action="store_true", help="show every option")
@@ -199,10 +199,10 @@ class RecipeParser(OptionParser):
     def parse(
         self, default_preset: str | None = None, given: Sequence[str] | None = None
     ) -> tuple[list[Any], Path | None]:
-        """The dataclasses, the last of them that of the stage before, and the preset that is under them.
+        """The dataclasses, with that of the stage before as the last one, and the preset.
 
         Args:
-            default_preset: preset (below recipes/configs) to use where neither --config nor --model_name_or_path is.
+            default_preset: preset in recipes/configs to use if neither --config nor --model_name_or_path is given.
             given: the command line; `sys.argv` by default.
         """
         flags = list(sys.argv[1:] if given is None else given)
@@ -218,7 +218,7 @@ class RecipeParser(OptionParser):
             preset = PRESETS / preset  # hh/gpt2.yaml means recipes/configs/hh/gpt2.yaml
         defaults = self._words_of(preset) if preset is not None else []
         if helps:
-            with contextlib.suppress(UserError):  # help is for those whose flags are not right yet
+            with contextlib.suppress(UserError):  # help works with invalid flags too
                 defaults += self._lora_rates(defaults, flags)
             self._show_help(defaults + flags, preset, everything="--help_all" in helps)
             raise SystemExit(0)
@@ -237,7 +237,7 @@ class RecipeParser(OptionParser):
         return [*parsed[:count], *self.stage.build(of_stage)], preset
 
     def _parted(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
-        """The words of the recipe's own options, and those of the stage before it: shared ones, then its own."""
+        """The words of the recipe's options, and those of the stage before it: shared options, then its own."""
         rest, shared, own = list[str](), dict[str, list[str]](), list[str]()
         for name, option in options_of(words):
             stage, dot, field = name.partition(".")
@@ -246,22 +246,22 @@ class RecipeParser(OptionParser):
                 if name.removeprefix("no_") in self.shared:
                     shared[name.removeprefix("no_")] = option
             elif field in self.of_the_run:
-                raise UserError(f"--{name} is of the whole run: pass --{field}")
+                raise UserError(f"--{name} applies to the whole run: pass --{field}")
             else:
                 own += [option[0].replace(f"{stage}.", "", 1), *option[1:]]
         if any(name_of(word) == "optim" for word in own):
-            shared.pop("optim_args", None)  # they are of the other optimizer
+            shared.pop("optim_args", None)  # they belong to the other optimizer
         return rest, [word for option in shared.values() for word in option] + own
 
     def _values(self, words: list[str]) -> dict[str, Any]:
-        """Every option's value by its flag's name: of these words, or the default."""
+        """Every option's value by the name of its flag, from these words or by default."""
         own, of_stage = self._parted(words)
         found = vars(self.stage.parse_known_args(of_stage)[0])
         return vars(self.parse_known_args(own)[0]) | {f"{self.before}.{name}": value for name, value in found.items()}
 
     def _lora_rates(self, defaults: list[str], flags: list[str]) -> list[str]:
-        """Learning rates as words, where no flag gives one and the preset's, or the default, is of the other training:
-        of all weights for LoRA, or of LoRA for all weights.
+        """Learning rates as words, if no flag gives one, and that of the preset or the default is for the other kind of
+        training: full training instead of LoRA, or LoRA instead of full training.
         """
         preset, asked = self._values(defaults), self._values(defaults + flags)
         known = {name for name, _ in options_of(defaults)}
@@ -276,11 +276,11 @@ class RecipeParser(OptionParser):
         return words
 
     def _show_help(self, words: list[str], preset: Path | None, everything: bool) -> None:
-        """Print the options with the values that a run of these words would use; `preset` gave some of them."""
+        """Print the options with the values that a run with these words would use. Some are from `preset`."""
         values: dict[str, Any] = {}
-        with contextlib.suppress(UserError):  # what the recipe cannot do without is not given
+        with contextlib.suppress(UserError):  # a required option is not given
             values |= self._values(words)
-        for kind in self.dataclass_types:  # some values follow from others, or from the hardware
+        for kind in self.dataclass_types:  # some values depend on others, or on the hardware
             of_it = {each.name: values[each.name] for each in fields(kind) if each.init and each.name in values}
             with contextlib.suppress(UserError):
                 values |= vars(kind(**of_it))
@@ -291,11 +291,11 @@ class RecipeParser(OptionParser):
             for action in of_stage:
                 action.dest = f"{self.before}.{action.dest}"
                 action.option_strings = [f"--{self.before}.{option.lstrip('-')}" for option in action.option_strings]
-            text = f"Other options of training are of both stages; --{self.before}.field sets one for this stage alone."
+            text = f"Other training options apply to both stages. --{self.before}.field sets one for this stage only."
             of_stage = [action for action in of_stage if action.dest.partition(".")[2] not in self.of_the_run]
             groups.insert(-1, (f"the stage before: {self.before}", text, of_stage))
         if not everything:
-            of_a_sweep = ("beta", "learning_rate", "seed") if "betas" in values else ()  # each point's own
+            of_a_sweep = ("beta", "learning_rate", "seed") if "betas" in values else ()  # set per point
             shown = [
                 each for *_, group in groups for each in group if each.dest in rank and each.dest not in of_a_sweep
             ]
@@ -324,7 +324,7 @@ class RecipeParser(OptionParser):
         except OSError as error:
             known = ", ".join(sorted(str(path.relative_to(PRESETS)) for path in PRESETS.rglob("*.yaml")))
             raise UserError(f"--config {preset}: {error.strerror}; presets: {known}") from None
-        except (yaml.YAMLError, ValueError) as error:  # the latter for text that is not UTF-8, and 2001-99-99
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, or an invalid date
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
             raise UserError(f"--config {preset}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
@@ -338,10 +338,10 @@ class RecipeParser(OptionParser):
             content |= {f"{self.before}.{name}": value for name, value in sections.get(self.before, {}).items()}
         words: list[str] = []
         for name, value in content.items():
-            if name in ("help", "help_all", "verbose"):  # flags, but no fields
+            if name in ("help", "help_all", "verbose"):  # flags, not fields
                 raise UserError(f"--config {preset}: unknown field {name}")
             if value is None:
-                raise UserError(f"--config {preset}: field {name} has no value; leave the field out")
+                raise UserError(f"--config {preset}: field {name} has no value; omit the field")
             if isinstance(value, dict):
                 value = json.dumps(value, default=str)
             values = value if isinstance(value, list) else [value]
@@ -364,24 +364,24 @@ def options_of(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def on_one_process() -> None:
-    """For recipes that are one process's work: of several that a launcher started, the first goes on alone."""
+    """For recipes that use one process: if a launcher started several, only the first continues."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if os.environ.get("RANK", "0") != "0":
         sys.exit(0)
     print("warning: this recipe runs in one process; the others have ended", file=sys.stderr)
-    for name in list(os.environ):  # what would make it wait for the others
+    for name in list(os.environ):  # these would make it wait for the others
         if name in LAUNCHED or name.startswith(("ACCELERATE_USE_", "FSDP_", "TORCHELASTIC_")):
             del os.environ[name]
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a recipe's `main` and exit with the documented status."""
-    os.umask(os.umask(0o077) | 0o002)  # other users of the machine never write into a run
-    sys.stdout.reconfigure(line_buffering=True)  # a log file has each line when it is said
+    os.umask(os.umask(0o077) | 0o002)  # other users of the machine cannot write to a run
+    sys.stdout.reconfigure(line_buffering=True)  # a log file gets each line immediately
     signal.signal(signal.SIGTERM, stop_at_once)
     _end_with_the_launcher()
-    if hasattr(os, "register_at_fork"):  # workers are ended by SIGTERM
+    if hasattr(os, "register_at_fork"):  # SIGTERM ends workers
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         main()
@@ -403,7 +403,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         if reason is None:
             from resdpo_trl.run.folder import redacted
 
-            # its message may hold a row of the data, or quote a request with its token
+            # its message may contain a row of the data or a token
             print("\n".join(map(printable, redacted(traceback.format_exc()).splitlines())), file=sys.stderr)
             sys.exit(1)
         _say(f"error: {getattr(error, 'filename', None) or 'a file'} can't be written or read ({reason}); {GO_ON}")
@@ -412,14 +412,14 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def discard_untrained() -> None:
-    """Delete the run that ends before its first step, so that the next try finds an empty folder."""
+    """Delete a run that ends before its first step, so that the next attempt finds an empty folder."""
     for folder in list(untrained):
         untrained.discard(folder)
         folder.discard()
 
 
 def _end_with_the_launcher() -> None:
-    """Get SIGTERM when `accelerate launch` dies: it passes none on, and would leave this process running (Linux)."""
+    """Receive SIGTERM when `accelerate launch` dies. Otherwise, this process would keep running (Linux)."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         import ctypes
 
@@ -427,6 +427,6 @@ def _end_with_the_launcher() -> None:
 
 
 def _say(message: str) -> None:
-    """One line on stderr; every process stops, one says why."""
+    """Print one line to stderr, on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(printable(" ".join(message.split())), file=sys.stderr)

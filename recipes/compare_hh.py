@@ -1,4 +1,4 @@
-"""The same prompts answered by any number of models, side by side: word-level differences, rewards, win rates.
+"""Compare any number of models on the same prompts: word-level differences, rewards, win rates.
 
 # the quickstart's models on its held-out prompts, with rewards against the reference
 accelerate launch recipes/compare_hh.py --models reference=runs/quickstart/reference policy=runs/quickstart/policy \\
@@ -8,7 +8,7 @@ accelerate launch recipes/compare_hh.py --models reference=runs/quickstart/refer
 accelerate launch recipes/compare_hh.py --models good=runs/good/policy bad=runs/bad/policy \\
   --reference runs/good/reference --prompts questions.txt --reward_model runs/reward/reward_model --best_of_n 8
 
-# judged by any OpenAI-compatible endpoint, both orders asked; the key comes from the environment alone
+# judged in both orders by any OpenAI-compatible endpoint; the key comes only from the environment
 JUDGE_API_KEY=… python recipes/compare_hh.py --models good=runs/good/policy bad=runs/bad/policy \\
   --judge_url https://api.openai.com/v1 --judge_model gpt-4o-mini
 """

@@ -1,4 +1,4 @@
-"""One epoch of cross-entropy makes the reference, DPO prefers each image's true class to wrong ones.
+"""Train a reference with cross-entropy, then a policy with DPO, which prefers the true class to wrong classes.
 
 # two CPU cores, no network, half a minute: a small network on handwritten digits
 accelerate launch recipes/dpo_cifar.py --compare_cross_entropy
@@ -30,7 +30,7 @@ def main() -> None:
     )
     (data, model, augment, dpo, options, cross_entropy), preset = parser.parse(default_preset="cifar/quickstart.yaml")
 
-    # heavy imports wait until the command line is known to be right
+    # import heavy modules only after the command line is checked
     from resdpo_trl.image.pipeline import ImageRun
 
     job = ImageRun(data, model, augment, options, dpo, cross_entropy, preset, parser.given)

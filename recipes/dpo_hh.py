@@ -1,6 +1,6 @@
-"""SFT on the preferred answers makes the reference, DPO makes the policy; both are judged on held-out pairs.
+"""Train a reference with SFT on the preferred answers, then a policy with DPO, and test both on held-out pairs.
 
-# two CPU cores, no network, minutes: SmolLM2-135M on people's chit-chat
+# two CPU cores, no network, minutes: SmolLM2-135M on chit-chat
 accelerate launch recipes/dpo_hh.py
 
 # the same model on your own pairs
@@ -10,7 +10,7 @@ accelerate launch recipes/dpo_hh.py --dataset_name pairs.jsonl
 accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/smollm2.yaml
 accelerate launch recipes/dpo_hh.py --config recipes/configs/hh/gpt2.yaml
 
-# LoRA on any causal language model; --merge_adapter keeps a full model in place of the adapter
+# LoRA on any causal language model; --merge_adapter saves a full model instead of the adapter
 accelerate launch recipes/dpo_hh.py --model_name_or_path FOLDER_OR_ID --dataset_name pairs.jsonl --use_peft \\
   --merge_adapter
 """
@@ -31,7 +31,7 @@ def main() -> None:
     )
     (data, model, dpo, samples, options, sft), preset = parser.parse(default_preset="hh/quickstart.yaml")
 
-    # heavy imports wait until the command line is known to be right
+    # import heavy modules only after the command line is checked
     from resdpo_trl.text.pipeline import TextRun
 
     job = TextRun(data, model, samples, options, dpo, sft, preset, parser.given)

@@ -1,4 +1,4 @@
-"""Accuracy, accuracy by class, confusion matrix and calibration of a classifier; with its reference rewards and KL.
+"""Accuracy, accuracy by class, confusion matrix and calibration of a classifier. --reference adds rewards and KL.
 
 # the quickstart's policy against its reference, on the test images
 accelerate launch recipes/evaluate_cifar.py --model runs/digits/policy --reference runs/digits/reference \\

@@ -1,17 +1,17 @@
-"""DPO loss, accuracies, rewards, length baselines and sampled answers of any checkpoint, each with its interval.
+"""DPO loss, accuracies, rewards, length baselines and sampled answers of any checkpoint, with intervals.
 
-# the quickstart's policy against its reference, on its held-out pairs; β and the cap are the training's
+# the quickstart's policy against its reference, on its held-out pairs; β and maximum length are those of the training
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
   --max_test_samples 256 --output runs/quickstart/evaluation.json
 
-# on all pairs of a file but those that the training has seen
+# on all pairs of a file except those that the training has used
 accelerate launch recipes/evaluate_hh.py --model runs/a/policy --reference runs/a/reference --dataset_name pairs.jsonl
 
 # two checkpoints of one reference, with paired tests of their difference
 accelerate launch recipes/evaluate_hh.py --model runs/a/policy --other_model runs/b/policy \\
   --reference runs/a/reference --dataset_name pairs.jsonl
 
-# also the figures of a trained reward model on the same pairs, and how far the two rewards agree
+# also the figures of a trained reward model on the same pairs, and the agreement of the two rewards
 accelerate launch recipes/evaluate_hh.py --model runs/quickstart/policy --reference runs/quickstart/reference \\
   --reward_model runs/reward/reward_model --max_test_samples 256
 """

@@ -1,4 +1,4 @@
-"""The page of one or several finished or unfinished runs; every run writes its own report.html when it ends.
+"""Write the page of one or several runs, finished or not. Every run writes its own report.html when it ends.
 
 # one run: report.html in its folder
 python recipes/report.py runs/quickstart
@@ -6,7 +6,7 @@ python recipes/report.py runs/quickstart
 # a sweep, from its table and its points
 python recipes/report.py runs/sweep_hh
 
-# a run that is training: the page is written again every ten seconds, and loads itself again
+# a run that is training: the page is rewritten every ten seconds, and reloads itself
 python recipes/report.py runs/quickstart --watch
 
 # several runs side by side
@@ -33,14 +33,14 @@ def main() -> None:
     parser.add_argument("--output", help="the page; report.html in the run's folder by default")
     parser.add_argument(
         "--watch", metavar="SECONDS", type=float, nargs="?", const=10.0,
-        help="write the page again after so many seconds (10) while the run trains; the page loads itself again",
+        help="rewrite the page after this many seconds (10) while the run trains; the page reloads itself",
     )  # fmt: skip
     options = parser.parse_args()
     if options.watch is not None and not 0 < options.watch < math.inf:
         raise UserError(f"--watch {options.watch}: must be above 0 seconds, and finite")
     sweeps = [folder for folder in options.runs if (Path(folder) / "sweep.json").exists()]
     if sweeps and len(options.runs) > 1:
-        raise UserError(f"{sweeps[0]} is a sweep, which has a page of its own: name it alone")
+        raise UserError(f"{sweeps[0]} is a sweep and has its own page: name it alone")
     try:
         while options.watch is not None and any(map(_trains, options.runs)):
             if _has_figures(options.runs):

@@ -1,4 +1,4 @@
-"""A reward model by Bradley–Terry on preference pairs, from the SFT checkpoint that DPO starts from too.
+"""Train a Bradley–Terry reward model on preference pairs, from the SFT checkpoint from which DPO also starts.
 
 # two CPU cores, no network: the quickstart's pairs, and the reference of a finished run of dpo_hh.py
 accelerate launch recipes/reward_hh.py --reference runs/quickstart/reference --learning_rate 1e-4 \\
@@ -31,7 +31,7 @@ def main() -> None:
     )
     (data, model, reward, options, sft), preset = parser.parse(default_preset="hh/quickstart.yaml")
 
-    # heavy imports wait until the command line is known to be right
+    # import heavy modules only after the command line is checked
     from resdpo_trl.text.pipeline import TextRun
 
     job = TextRun(data, model, SamplesConfig(num_samples=0), options, reward, sft, preset, parser.given)

@@ -1,4 +1,4 @@
-"""SFT on the preferred answers of preference pairs: the reference that DPO starts from, on its own.
+"""Train only the reference of DPO, with SFT on the preferred answers of preference pairs.
 
 # two CPU cores, no network: SmolLM2-135M on the quickstart's pairs
 accelerate launch recipes/sft_hh.py --max_train_samples 400 --max_eval_samples 64 --max_length 160
@@ -24,7 +24,7 @@ def main() -> None:
     )
     (data, model, sft, samples, options), preset = parser.parse()
 
-    # heavy imports wait until the command line is known to be right
+    # import heavy modules only after the command line is checked
     from resdpo_trl.text.pipeline import TextRun
 
     job = TextRun(data, model, samples, options, sft, preset=preset, given=parser.given)

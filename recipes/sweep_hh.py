@@ -1,23 +1,23 @@
-"""β × learning rate × seed × SFT epochs, as a table and one page; each value of the last has one SFT and reference.
+"""Sweep β × learning rate × seed × SFT epochs, with a table and a page. Each number of SFT epochs has one reference.
 
 # the quickstart's model and pairs, three values of β
 python recipes/sweep_hh.py --betas 0.1 0.3 0.5 --output_dir runs/betas
 
-# later: one more β; the points that are there are not run again
+# later: one more β; finished points are not run again
 python recipes/sweep_hh.py --betas 0.1 0.3 0.5 0.7 --output_dir runs/betas --resume_from_checkpoint
 
 # GPT-2 on HH, two rates, two points at once; every flag of dpo_hh.py may follow
 python recipes/sweep_hh.py --config recipes/configs/hh/gpt2.yaml --betas 0.3 0.5 0.7 --learning_rates 1e-4 1e-5 --jobs 2
 
-# does a reference that was trained longer leave DPO less to learn
+# references that were trained for different numbers of epochs
 python recipes/sweep_hh.py --betas 0.1 0.3 --sft_epochs_list 1 2 4 --output_dir runs/references
 
-# reward against KL of every checkpoint, by a trained reward model; to a finished sweep too
+# reward against KL of every checkpoint, by a trained reward model; also for a finished sweep
 accelerate launch recipes/reward_hh.py --output_dir runs/reward
 python recipes/sweep_hh.py --betas 0.1 0.3 0.5 --output_dir runs/betas --resume_from_checkpoint \\
   --reward_model runs/reward/reward_model
 
-# the command lines alone, for Slurm or ray
+# only the command lines, for Slurm or Ray
 python recipes/sweep_hh.py --betas 0.3 0.5 --output_dir runs/betas --print_commands
 """
 
@@ -57,9 +57,9 @@ def shared_flags(words: list[str]) -> list[str]:
     kept: list[str] = []
     for name, option in options_of(words):
         if name in ("overwrite_output_dir", "push_to_hub", "hub_token"):
-            raise UserError(f"--{name} is for one run, not for a sweep: leave it out")
+            raise UserError(f"--{name} is for one run, not for a sweep: omit it")
         if name in ("beta", "learning_rate", "seed"):
-            raise UserError(f"--{name} is each point's own: pass --betas, --learning_rates or --seeds")
+            raise UserError(f"--{name} is set per point: pass --betas, --learning_rates or --seeds")
         kept += option if name not in ONE_RUN else []
     return kept
 
@@ -84,7 +84,7 @@ def main() -> None:
     if sweep.reward_model:
         from resdpo_trl.text.reward import check_reward_model
 
-        check_reward_model(sweep.reward_model, dpo.trust_remote_code)  # now, not after hours of training
+        check_reward_model(sweep.reward_model, dpo.trust_remote_code)  # before hours of training
     remember(output_dir, shared, dpo.resume_from_checkpoint is not None)
 
     for point in [] if dpo.reference else {point.reference: point for point in points}.values():

@@ -1,4 +1,4 @@
-"""Cross-entropy: one epoch makes the reference that DPO starts from, more make the baseline it is measured against.
+"""Train a classifier with cross-entropy: one epoch for a reference of DPO, more epochs for its baseline.
 
 # the fast network on CIFAR-10 for one epoch: the reference stage of its preset
 accelerate launch recipes/train_cifar.py --config recipes/configs/cifar/fast.yaml
@@ -6,7 +6,7 @@ accelerate launch recipes/train_cifar.py --config recipes/configs/cifar/fast.yam
 # ResNet-18 with a CIFAR stem, ten epochs
 accelerate launch recipes/train_cifar.py --config recipes/configs/cifar/resnet18.yaml --num_train_epochs 10
 
-# a network of your own choice on images of your own, every setting a flag
+# another network on your own images, with every setting as a flag
 accelerate launch recipes/train_cifar.py --arch resnet34 --dataset_name FOLDER --num_train_epochs 10 --optim sgd \\
   --optim_args momentum=0.9,nesterov=true --learning_rate 0.1 --warmup_steps 0.2 --weight_decay 5e-4
 """
@@ -26,7 +26,7 @@ def main() -> None:
     )
     (data, model, augment, training, options), preset = parser.parse()
 
-    # heavy imports wait until the command line is known to be right
+    # import heavy modules only after the command line is checked
     from resdpo_trl.image.pipeline import ImageRun
 
     job = ImageRun(data, model, augment, options, training, preset=preset, given=parser.given)

@@ -90,7 +90,7 @@ def test_what_a_reader_is_told(run):
         "sigmoid, β 0.3, 188 steps", "| pairs ranked right | 0.58 | 0.54 to 0.62 |",
         "started from [gpt2](https://huggingface.co/gpt2)", "ranks 58% of 512 unseen pairs right",
         "[Anthropic/hh-rlhf](https://huggingface.co/datasets/Anthropic/hh-rlhf): 3000",
-        "--beta 0.3", "| learning_rate | 1e-05 |", "| sft.num_train_epochs | 1.0 |", "unpleasant things", "red-teaming",
+        "--beta 0.3", "| learning_rate | 1e-05 |", "| sft.num_train_epochs | 1.0 |", "offensive text", "red-teaming",
         "pipeline(\"text-generation\", model=\"FOLDER_OR_ID\")", "![Loss](plots/loss.png)", "torch ",
         "## License", "are those of the data",
     ):  # fmt: skip
@@ -111,7 +111,7 @@ def test_texts_of_others_stay_texts(run):
     headings = [tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"]
     assert headings[0] == "run\\|&lt;b&gt;"
     assert headings[1:] == [
-        "Usage", "Intended use and limits", "On 512 held-out pairs", "Answers", "Training", "License",
+        "Usage", "Intended use and limits", "Results on 512 held-out pairs", "Answers", "Training", "License",
     ]  # fmt: skip
     samples = [token.content for token in tokens if token.type == "fence" and "says" in token.content]
     assert len(samples) == 3
@@ -152,7 +152,7 @@ def test_only_data_that_provoke_get_the_warning(run, source, part, warned):
     run.summary["data"]["source"] = source
     run.facts["config"]["data"]["dataset_data_dir"] = part
     write_card(run, run.policy, "gpt2")
-    assert ("unpleasant things" in (run.policy / "README.md").read_text()) == warned
+    assert ("offensive text" in (run.policy / "README.md").read_text()) == warned
 
 
 def test_the_usage_runs_as_printed(run, chat_model_folder, model_folder, capsys):

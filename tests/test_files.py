@@ -108,7 +108,7 @@ def test_the_words_of_a_full_disk():
     assert disk_trouble(wrong.value) == full
     with pytest.raises(RuntimeError) as wrong:
         torch.save({"weight": torch.zeros(100_000)}, "/dev/full")
-    assert "PyTorch could not write" in disk_trouble(wrong.value)
+    assert "PyTorch could not finish" in disk_trouble(wrong.value)
     assert disk_trouble(SafetensorError("I/O error: No space left on device (os error 28)")) == full
     assert disk_trouble(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert disk_trouble(FileNotFoundError(errno.ENOENT, "gone")) is None

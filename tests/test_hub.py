@@ -92,14 +92,14 @@ def test_huggingface_hub_tries_an_upload_again(hub, run, waits, capsys, what):
 
 
 LASTING = [
-    ("POST", "/api/repos/create", 401, "the Hub does not accept the token: run `hf auth login`"),
-    ("POST", "/api/repos/create", 403, "the token may not write there"),
-    ("POST", "/preupload/", 404, "the Hub has no such place"),
-    ("POST", "/commit/", 403, "the token may not write there"),
-    ("POST", "/commit/", 409, "the Hub refuses (HTTP 409)"),
-    ("POST", "/commit/", 429, "the Hub refuses (HTTP 429)"),
-    ("POST", "/commit/", 500, "the Hub refuses (HTTP 500)"),
-    ("PUT", "/storage/", 500, "the Hub refuses (HTTP 500)"),
+    ("POST", "/api/repos/create", 401, "the Hub rejects the token: run `hf auth login`"),
+    ("POST", "/api/repos/create", 403, "the token has no write permission"),
+    ("POST", "/preupload/", 404, "the repository does not exist"),
+    ("POST", "/commit/", 403, "the token has no write permission"),
+    ("POST", "/commit/", 409, "the Hub refuses the request (HTTP 409)"),
+    ("POST", "/commit/", 429, "the Hub refuses the request (HTTP 429)"),
+    ("POST", "/commit/", 500, "the Hub refuses the request (HTTP 500)"),
+    ("PUT", "/storage/", 500, "the Hub refuses the request (HTTP 500)"),
     ("PUT", "/storage/", "cut", "Error: "),
 ]
 
@@ -113,7 +113,7 @@ def test_trouble_that_lasts_is_one_line(hub, run, waits, capsys, method, path, w
     (line,) = [line for line in said.splitlines() if line.startswith("not pushed: ")]
     assert reason in line
     assert line.endswith(
-        f"; the run is complete in {run}; later: resdpo-trl publish {run} --hub_model_id me/model "
+        f"; the run is complete in {run}; push it later: resdpo-trl publish {run} --hub_model_id me/model "
         "--hub_private_repo --hub_revision try"
     )
     assert TOKEN not in said
@@ -152,7 +152,7 @@ def test_publish(hub, run):
     publish(Hub(run, "me/reference"))
     assert hub.repositories["me/reference"].messages == ["reference of a-run", "Card of a-run"]
     hub.make_trouble("POST", "/commit/", 99, 403)
-    with pytest.raises(UserError, match="--hub_model_id me/later: not pushed: the token may not write there"):
+    with pytest.raises(UserError, match="--hub_model_id me/later: not pushed: the token has no write permission"):
         publish(Hub(run, "me/later"))
     (run / "run.json").write_text('{"ended": null}')
     with pytest.raises(UserError, match="has not ended"):
@@ -225,6 +225,6 @@ def test_failing_pushes_are_one_line_each_and_end_nothing(hub, run, capsys):
     pushing.push_model(run / "policy")
     first, second, third = [line for line in capsys.readouterr().err.splitlines() if "not pushed" in line]
     for line in (first, second):
-        assert "may not write there" in line and line.endswith("; training goes on")
+        assert "no write permission" in line and line.endswith("; training continues")
     assert "no full weights" in third
     assert hub.repositories["tester/a-run"].messages == ["policy of a-run", "Card of a-run"]

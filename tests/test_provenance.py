@@ -53,7 +53,7 @@ def test_unseen_rows():
     facts = [{"trained_on": "b", "validated_on": "d"}, {"trained_on": "d", "validated_on": "e b"}, {}]
     kept, left_out = unseen(["a", "b", "c", "d", "e"], facts, "x")
     assert kept.tolist() == [0, 2] and left_out == {"trained_on": 2, "validated_on": 1}
-    with pytest.raises(UserError, match="has seen all 2 rows"):
+    with pytest.raises(UserError, match="has used all 2 rows"):
         unseen(["b", "e"], facts, "x")
 
 

@@ -127,7 +127,7 @@ def test_the_page_opens_with_before_and_after_and_what_is_next(tmp_path):
         "ranks 58% of 40 unseen pairs right (95% interval 50% to 60%), which is not distinguishable from chance",
         "; the reference&#39;s log-likelihood 50%.",
         'left: 50.00%; width: 10.00%"', "95% interval 35% to 65%",
-        "policy — repeats itself", "people&#39;s answer", "People say so.",
+        "policy — repeats itself", "chosen answer", "People say so.",
         "resdpo-trl chat", "resdpo-trl sweep --betas 0.033 0.1 0.3 --max_length 64<", "resdpo-trl publish",
     ):  # fmt: skip
         assert words in first, words
@@ -199,8 +199,8 @@ def test_a_sweeps_page_marks_the_best_and_names_what_failed(tmp_path):
     for section in ("points", "frontier", "curves", "run"):
         assert f'id="{section}"' in page, section
     assert "β 0.1 — best" in page and "β 0.1 (best)" in page and "(best)" not in page.replace("β 0.1 (best)", "")
-    assert "beta0.5_x, step 30 is left out of the frontier: failed: torn weights" in page
-    assert "beta2_x is left out of the frontier: it did not end" in page
+    assert "beta0.5_x, step 30 is missing from the frontier: failed: torn weights" in page
+    assert "beta2_x is missing from the frontier: it did not end" in page
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "No point beats the reference" in page[: page.index("<section")]  # no interval is above 50%
     assert 'id="against-beta"' in page and (tmp_path / "plots" / "against_beta.png").exists()
@@ -236,7 +236,7 @@ def test_torn_and_missing_files_leave_a_note(tmp_path):
     with open(path / "metrics.jsonl", "a") as file:
         file.write('{"stage": "dpo", "split": "tr')
     page = write_report([path]).read_text()
-    assert "1 torn line(s) of metrics.jsonl are left out" in page
+    assert "1 damaged line(s) of metrics.jsonl are skipped" in page
     assert 'id="curves"' in page
     (path / "metrics.jsonl").unlink()
     (path / "scores.jsonl").unlink()
@@ -260,7 +260,7 @@ def test_several_runs_share_a_page(tmp_path):
     runs = [make_run(tmp_path, f"beta{k}") for k in range(3)]
     page = write_report(runs, tmp_path / "out" / "page.html").read_text()
     assert page.count("beta1") > 3
-    with pytest.raises(UserError, match="--output: name the page"):
+    with pytest.raises(UserError, match="--output: needed for the page"):
         write_report(runs)
 
 

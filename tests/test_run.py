@@ -40,10 +40,10 @@ def test_what_an_overwriting_run_reads_must_lie_outside_the_run_that_goes(tmp_pa
     run = RunFolder("runs/x")
     run.open(overwrite=True)
     for config, named in (
-        ({"stage": {"reference": "runs/x/policy"}}, "--reference runs/x/policy: lies in the run"),
-        ({"reference": str(tmp_path / "link")}, "--reference .*link: lies in the run"),
-        ({"dataset_name": "./runs/x/samples.jsonl"}, r"--dataset_name \./runs/x/samples\.jsonl: lies in the run"),
-        ({"models": ["a=gpt2", "b=runs/x/policy"]}, "--models runs/x/policy: lies in the run"),
+        ({"stage": {"reference": "runs/x/policy"}}, "--reference runs/x/policy: is in the run"),
+        ({"reference": str(tmp_path / "link")}, "--reference .*link: is in the run"),
+        ({"dataset_name": "./runs/x/samples.jsonl"}, r"--dataset_name \./runs/x/samples\.jsonl: is in the run"),
+        ({"models": ["a=gpt2", "b=runs/x/policy"]}, "--models runs/x/policy: is in the run"),
     ):
         with pytest.raises(UserError, match=named):
             run.check_inputs(config)

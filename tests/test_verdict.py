@@ -27,7 +27,11 @@ def pairs(accuracy, low, high, n=256):
     ("figures", "judged", "advice"),
     [
         ((0.84, 0.79, 0.88), ", better than chance", []),
-        ((0.54, 0.48, 0.60), ", which is not distinguishable from chance", ["Use more test pairs, or train on more."]),
+        (
+            (0.54, 0.48, 0.60),
+            ", which is not distinguishable from chance",
+            ["Use more test pairs, or train on more pairs."],
+        ),
         (
             (0.40, 0.34, 0.46),
             ", worse than chance",
@@ -49,7 +53,7 @@ def test_pairs_against_chance(figures, judged, advice):
     ("before", "end"),
     [
         (0.788, ", more than the reference (79%)."),
-        (0.97, "; the reference's 97% lies in this interval: no difference is shown."),
+        (0.97, "; the reference's 97% is in this interval: no difference is shown."),
         (0.995, ", fewer than the reference (100%)."),
         (None, "(95% interval 96% to 99%)."),
     ],
@@ -75,7 +79,7 @@ def margins(chosen, rejected):
 
 def test_a_policy_that_is_still_its_reference():
     (said,) = of_the_margin(margins(0.01, -0.002))
-    assert said.startswith("The policy barely moved (margin 0.012): raise --learning_rate, or train longer")
+    assert said.startswith("The policy barely moved (margin 0.012): raise --learning_rate or train longer")
     assert of_the_margin(margins(0.3, -0.2)) == []
 
 
@@ -99,10 +103,10 @@ def test_a_validation_loss_that_turned_or_still_falls():
 
 def test_few_held_out_rows():
     (said,) = of_held_out(19, 3, 256)
-    assert said.startswith("19 validation rows cannot choose an epoch")
+    assert said.startswith("19 validation rows are too few to choose an epoch")
     assert of_held_out(19, 1, 256) == [] and of_held_out(64, 3, 256) == []
     (said,) = of_held_out(64, 3, 25)
-    assert said.startswith("25 test rows give a share to ±20 points")
+    assert said.startswith("25 test rows give a share to ±20 percentage points")
 
 
 def test_sft():
@@ -122,7 +126,7 @@ def test_sweeps():
     first, second = of_sweep(rows)
     assert first.startswith("beta0.3 is the best on the validation pairs; it ranks 65% of 256 test pairs right")
     assert second == "The intervals of 1 of 2 other points overlap its own: no difference is shown."
-    assert "the largest that was tried: try larger ones too (--betas)" in of_sweep(rows[:2])[-1]
+    assert "the largest that was tried: also try larger ones (--betas)" in of_sweep(rows[:2])[-1]
     assert of_sweep([point(0.1, 0.4, 0.6), point(0.3, 0.49, 0.6, "best")])[0].startswith("No point beats the reference")
 
 
@@ -137,11 +141,13 @@ def test_comparisons():
     assert of_comparison({"win_rates": [row(0.3, 0.2, 0.44)]}) == [
         "reference wins 70% of 50 prompts against policy, judged by reward model (95% interval 56% to 80%)."
     ]
-    assert of_comparison({"win_rates": [row(0.5, 0.37, 0.63)]})[0].endswith("no difference is shown; ask more prompts.")
-    assert of_comparison({"win_rates": [row(None, None, None) | {"n": 0}]})[0].endswith("no verdict.")
+    assert of_comparison({"win_rates": [row(0.5, 0.37, 0.63)]})[0].endswith("no difference is shown; use more prompts.")
+    assert of_comparison({"win_rates": [row(None, None, None) | {"n": 0}]}) == [
+        "reward model gave no verdict on policy against reference."
+    ]
     answers = {"reference": {"cut": 0.5, "n": 32}, "policy": {"cut": 0.25, "n": 32}}
     assert of_comparison({"comparison": {"answers": answers}}) == [
-        "Of 32 answers per model, these end by themselves: reference 50%, policy 75%.",
+        "Of 32 answers per model, these end on their own: reference 50%, policy 75%.",
         "No judge compared the answers: pass --reward_model or --judge_url for win rates.",
     ]
 

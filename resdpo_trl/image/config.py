@@ -12,12 +12,12 @@ from resdpo_trl.metrics import PAIR_FIGURES
 from resdpo_trl.training import arguments
 from resdpo_trl.training.arguments import OneMachine, ReferenceUpdate, option, preference_loss
 
-SAMPLING = ("random", "uniform", "hard", "all")  # of the rejected classes, `trainer.RejectedClasses`
+SAMPLING = ("random", "uniform", "hard", "all")  # of the rejected classes, see `trainer.RejectedClasses`
 # fields of `TrainingArguments` that these trainers do not honor, and what to do instead
 REFUSED = arguments.REFUSED | {
-    "train_sampling_strategy": "each epoch has an order of its own, drawn by --seed",
+    "train_sampling_strategy": "--seed sets the order of each epoch",
     "neftune_noise_alpha": "images have no embeddings; see --crop_padding and --flip",
-    "use_liger_kernel": "its kernels are language models'; see --torch_compile",
+    "use_liger_kernel": "its kernels are for language models; see --torch_compile",
     "include_num_input_tokens_seen": "images have no tokens",
     **dict.fromkeys(
         ("gradient_checkpointing", "activation_checkpointing"),
@@ -28,18 +28,16 @@ REFUSED = arguments.REFUSED | {
 
 @dataclass
 class ImageModelConfig:
-    """The classifier that is built."""
+    """The architecture of the classifier, and its pretrained weights."""
 
     _argument_group_name = "model"
 
-    arch: str = option(
-        "resnet18", "A ResNet of torchvision's (resnet18, resnet34, resnet50, …), or fast, a small network."
-    )
+    arch: str = option("resnet18", "A torchvision ResNet (resnet18, resnet34, resnet50, …), or fast, a small network.")
     stem: Literal["cifar", "imagenet"] = option(
-        "cifar", "First layers of a ResNet: 3×3 without max-pool (cifar) or torchvision's own (imagenet)."
+        "cifar", "First layers of a ResNet: 3×3 without max-pool (cifar), or those of torchvision (imagenet)."
     )
-    head: Literal["linear", "dropout"] = option("linear", "Last layers: one linear, or two linear ones with dropout.")
-    dropout: float = option(0.1, "Probability of the dropout head.")
+    head: Literal["linear", "dropout"] = option("linear", "Last layers: one linear layer, or two with dropout.")
+    dropout: float = option(0.1, "Dropout probability of --head dropout.")
     widths: list[int] = option([64, 128, 256], "Channels of the stages of --arch fast.")
     pretrained_weights: str | None = option(
         None, "torchvision's ImageNet weights: a name (DEFAULT, IMAGENET1K_V2) or a .safetensors file."
@@ -47,9 +45,9 @@ class ImageModelConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout {self.dropout}: must lie in [0, 1)")
+            raise UserError(f"--dropout {self.dropout}: must be in [0, 1)")
         if not self.widths or min(self.widths) < 1 or self.widths != sorted(self.widths) or self.widths[0] < 24:
-            raise UserError(f"--widths {' '.join(map(str, self.widths))}: must not fall, and start at 24 or more")
+            raise UserError(f"--widths {' '.join(map(str, self.widths))}: must not decrease, and start at 24 or more")
 
 
 @dataclass
@@ -58,23 +56,23 @@ class ImageTraining(OneMachine):
 
     refused = REFUSED
     of_one_stage = OneMachine.of_one_stage | {"warmup_steps"}
-    figures: ClassVar[tuple[str, ...]]  # of the validation images, by which an epoch may be chosen
+    figures: ClassVar[tuple[str, ...]]  # of the validation images, to choose an epoch by
 
-    per_device_train_batch_size: int = option(128, "Images of a step on each device.")
-    per_device_eval_batch_size: int = option(512, "Images of an evaluation batch.")
-    dataloader_drop_last: bool = option(True, "Leave out an epoch's last, smaller batch, whose batch norms are noisy.")
-    max_grad_norm: float = option(0.0, "Clip the gradient's norm; 0 for no clipping.")
-    metric_for_best_model: str | None = option("eval_accuracy", "Figure by which the best epoch is chosen.")
+    per_device_train_batch_size: int = option(128, "Images per step on each device.")
+    per_device_eval_batch_size: int = option(512, "Images per evaluation batch.")
+    dataloader_drop_last: bool = option(True, "Drop an epoch's last, smaller batch: its batch statistics are noisy.")
+    max_grad_norm: float = option(0.0, "Maximum norm of the gradient; 0 disables clipping.")
+    metric_for_best_model: str | None = option("eval_accuracy", "Figure that selects the best epoch.")
     greater_is_better: bool | None = option(
-        None, "Whether the larger figure is the better; by default false for losses and the KL."
+        None, "Whether a larger figure is better; by default false for losses, the KL and rejected rewards."
     )
     bias_learning_rate_scale: float = option(
-        1.0, "Factor on the learning rate of biases and norms, which have no weight decay."
+        1.0, "Factor on the learning rate of biases and norms, which are not decayed."
     )
     muon_learning_rate: float = option(
-        0.0, "Peak learning rate of Muon for the convolutions' weights; 0 trains them by --optim."
+        0.0, "Peak learning rate of Muon for the convolutions' weights; 0 trains them with --optim."
     )
-    channels_last: bool = option(True, "Keep images and weights in channels-last memory order.")
+    channels_last: bool = option(True, "Store images and weights in channels-last memory format.")
 
     def __post_init__(self) -> None:
         if self.bias_learning_rate_scale <= 0:
@@ -103,34 +101,34 @@ class ImageCrossEntropyConfig(ImageTraining, TrainingArguments):  # type: ignore
 
 @dataclass
 class ImageDPOConfig(ReferenceUpdate, ImageTraining, TrainingArguments):  # type: ignore[misc]  # as above
-    """DPO's options under the names of `trl.DPOConfig`, and training's."""
+    """The options of DPO, with the names of `trl.DPOConfig`, and of training."""
 
     _argument_group_name = "DPO and training"
-    refused = REFUSED | {"label_smoothing_factor": "it is cross-entropy's: pass --label_smoothing"}
+    refused = REFUSED | {"label_smoothing_factor": "it applies only to cross-entropy: pass --label_smoothing"}
     figures = (*PAIR_FIGURES, "accuracy", "kl")
 
     output_dir: str | None = option("runs/dpo_cifar", "The run's folder.")
     learning_rate: float = option(1e-4, "Peak learning rate of DPO.")
     beta: float = option(0.1, "Strength of the KL penalty, β, above 0.")
-    loss_type: list[str] = option(["sigmoid"], "Loss or losses; as dpo_hh.py's.")
+    loss_type: list[str] = option(["sigmoid"], "Loss or losses, as in dpo_hh.py.")
     loss_weights: list[float] | None = option(None, "One weight per loss type; 1 by default.")
-    label_smoothing: float = option(0.0, "Probability that a preference is flipped; exo_pair's smoothing.")
+    label_smoothing: float = option(0.0, "Probability that a preference is flipped; for exo_pair, its smoothing.")
     f_divergence_type: str = option("reverse_kl", "reverse_kl, forward_kl, js_divergence or alpha_divergence.")
     f_alpha_divergence_coef: float = option(0.5, "α of the α-divergence.")
     discopop_tau: float = option(0.05, "Temperature of discopop.")
     disable_dropout: bool = option(True, "Run policy and reference without dropout.")
     rejected_sampling: Literal["random", "uniform", "hard", "all"] = option(
         "uniform",
-        "The rejected class: any of all (random), any wrong one (uniform), a wrong one by the reference's "
-        "probabilities (hard), or every wrong one, exactly (all).",
+        "The rejected class: any class (random), any wrong class (uniform), a wrong class drawn by the reference's "
+        "probabilities (hard), or all wrong classes without sampling (all).",
     )
-    compare_modes: list[str] = option([], "Further modes to train from the same reference, as all/copy or hard/polyak.")
+    compare_modes: list[str] = option([], "More modes to train from the same reference, e.g. all/copy or hard/polyak.")
     compare_cross_entropy: bool = option(
-        False, "Also train by cross-entropy from scratch, for --num_train_epochs, and end with a table."
+        False, "Also train with cross-entropy from scratch for --num_train_epochs, and print a table of all models."
     )
 
     def __post_init__(self) -> None:
-        preference_loss(self)  # refuse what makes no sense before anything is loaded
+        preference_loss(self)  # raises for invalid options before anything is loaded
         for mode in self.compare_modes:
             parse_mode(mode)
         super().__post_init__()

@@ -1,12 +1,12 @@
-"""Images in memory: from a Hub id, a folder or a package to uint8 tensors in three splits, and their augmentation.
+"""Images in memory: loading from a Hub id, a folder or a package, three splits, and augmentation.
 
-Every image is decoded once, before training, into one (N, 3, H, W) uint8 tensor per split. Decoding gives the pixels
-that `datasets` gives, rotated according to the EXIF tag. A class is a label that at least one image has. Its number is
-its position among the class names, which the saved model carries.
+Every image is decoded once, before training, into one (N, 3, H, W) uint8 tensor per split. Decoding gives the same
+pixels as `datasets`, rotated according to the EXIF tag. A class is a label that at least one image has. Its number is
+its position among the class names, which are saved with the model.
 
-`Augmentation` transforms whole batches. torchvision's random transforms draw once per call, so that every image of a
-batch is cropped alike. Here each image has its own crop and flip, a function of (seed, epoch, image) alone: they do not
-depend on its batch, the number of workers or the number of processes.
+`Augmentation` transforms whole batches. torchvision's random transforms draw once per call and would give all images of
+a batch the same crop. Here each image has its own crop and flip. They depend only on (seed, epoch, image), not on the
+batch, the number of workers or the number of processes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from resdpo_trl.sources import (
 )
 
 QUICKSTART = "digits"
-DECODED_TOGETHER = 256  # images that one thread decodes at a time
+DECODED_TOGETHER = 256  # images per decoding task
 # Pillow's other readers are rare, and some of them run other programs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# flags of no use to images whose columns and classes are known
+# flags that do not apply if the columns and classes are known
 OF_COLUMNS = (
     "dataset_data_dir", "dataset_revision", "dataset_train_split", "dataset_validation_split", "dataset_test_split",
     "image_column", "label_column", "class_names",
@@ -53,29 +53,29 @@ OF_COLUMNS = (
 
 @dataclass
 class ImageDataConfig(DatasetConfig):
-    """Which labelled images to use, and how many."""
+    """Which labeled images to use, and how many."""
 
     _argument_group_name = "data"
 
     dataset_name: str = field(
         default=QUICKSTART,
         metadata={
-            "help": "Labelled images: a Hub id (uoft-cs/cifar10), a folder of parquet files, a folder with one folder "
-            "of images per class, torchvision's CIFAR-10 folder, or 'digits', the quickstart's, which need no network."
+            "help": "Labeled images: a Hub id (uoft-cs/cifar10), a folder of parquet files, a folder with one folder "
+            "of images per class, torchvision's CIFAR-10 folder, or 'digits', those of the quickstart (no network)."
         },
     )
     validation_fraction: float = field(
-        default=0.02, metadata={"help": "Share held out from the training images where the data has no such split."}
+        default=0.02, metadata={"help": "Share of the training images to hold out if the data has no such split."}
     )
     test_fraction: float = field(
-        default=0.2, metadata={"help": "Share held out for the test where the data has no such split."}
+        default=0.2, metadata={"help": "Share of the images to hold out for the test if the data has no such split."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of images; by default the only one."})
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of labels; by default the only one with class names, or 'label'."}
+        default=None, metadata={"help": "Column of labels; by default the only column with class names, or 'label'."}
     )
     class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes 0, 1, …, where the data has none."}
+        default=None, metadata={"help": "Names of the classes 0, 1, … if the data has none."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Resize every image to this height and width (pixels)."}
@@ -92,7 +92,7 @@ class ImageDataConfig(DatasetConfig):
 
 @dataclass
 class Images:
-    """Labelled images: `pixels` (N, 3, H, W) uint8, `labels` (N,) int64."""
+    """Labeled images: `pixels` (N, 3, H, W) uint8, `labels` (N,) int64."""
 
     pixels: Tensor
     labels: Tensor
@@ -104,15 +104,15 @@ class Images:
         return Images(self.pixels[rows], self.labels[rows])
 
     def take(self, places: np.ndarray) -> Images:
-        """The images at these places; without a copy where they are all images in their order."""
+        """The images at these indices, without a copy if they are all images in order."""
         return self if np.array_equal(places, np.arange(len(self))) else self[torch.from_numpy(places)]
 
     def digests(self) -> list[str]:
-        """(N,) a digest of each image's pixels, whatever its label."""
+        """A digest of each image's pixels, without its label."""
         return [hashlib.blake2b(row.data, digest_size=8).hexdigest() for row in self.pixels.flatten(1).numpy()]
 
     def fingerprint(self) -> str:
-        """A digest of the content, the same however it was loaded."""
+        """A digest of pixels and labels that does not depend on how they were loaded."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
         digest.update(np.ascontiguousarray(self.pixels.numpy()).data)
         return digest.hexdigest()
@@ -131,18 +131,18 @@ class LabelledImages:
 
 
 def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImages:
-    """Load, decode and split labelled images.
+    """Load, decode and split labeled images.
 
-    The data's own validation and test splits are used where it has them; the rest is held out from its training
-    images by a fixed permutation, so that no seed changes what the test is. Where a limit leaves images out, a fixed
-    permutation chooses too, and a smaller limit's images are among a larger one's.
+    The data's own validation and test splits are used if they exist. Otherwise, a fixed permutation holds them out
+    from the training images, so that the test images do not depend on a seed. A fixed permutation also chooses the
+    images under a limit, and the images of a smaller limit are a subset of those of a larger one.
 
     Args:
         config: what to load.
-        held_out: only a test split is wanted: the data's own, or all of a data set that has one split.
+        held_out: load only a test split: the data's own, or all images of a data set with one split.
 
     Raises:
-        UserError: missing columns, fewer than two classes, a label outside them, an image that does not decode or fit.
+        UserError: a column, class, label or image is missing or invalid, or the images differ in size.
     """
     sources, names, notes = _sources(config, held_out)
     if len(names) < 2:
@@ -161,10 +161,10 @@ def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImag
     images = sources["train"]
     digests = {split: np.array(rows.digests()) for split, rows in sources.items()}
     drawn = np.random.default_rng(0).permutation(len(images))
-    # the same order, with an image's copies right after it: they go into one split
+    # the same order, but with copies next to each other, so that they go into one split
     _, first, copy_of = np.unique(digests["train"][drawn], return_index=True, return_inverse=True)
     order = drawn[np.argsort(first[copy_of], kind="stable")]
-    places: dict[str, np.ndarray] = {}  # of each split's images in its source
+    places: dict[str, np.ndarray] = {}  # indices of each split's images in its source
     taken = 0
     for split in ("test", "validation"):
         if split in sources:
@@ -197,14 +197,14 @@ def load_images(config: ImageDataConfig, held_out: bool = False) -> LabelledImag
 
 
 def _limited(places: np.ndarray, limit: int | None) -> np.ndarray:
-    """At most `limit` of the places. A folder's images come class by class, so the first ones would be of one class."""
+    """At most `limit` of the indices, drawn at random: the first images of a folder are all of one class."""
     if limit is None or limit >= len(places):
         return places
     return np.sort(np.random.default_rng(0).permutation(places)[:limit])
 
 
 def _sources(config: ImageDataConfig, held_out: bool) -> tuple[dict[str, Images], list[str], dict[str, Any]]:
-    """Decoded images of the data's own splits by `SPLITS`, the names of the classes, and what was left out."""
+    """The decoded images of the data's own splits, the names of the classes, and what was skipped."""
     place = f"--dataset_name {config.dataset_name}"
     notes: dict[str, Any] = {"splits_left_out": [], "classes_without_images": []}
     folder = Path(config.dataset_name)
@@ -212,7 +212,7 @@ def _sources(config: ImageDataConfig, held_out: bool) -> tuple[dict[str, Images]
     if config.dataset_name == QUICKSTART or (root / CIFAR10.base_folder).is_dir():
         for flag in OF_COLUMNS:
             if getattr(config, flag) is not None:
-                raise UserError(f"--{flag} is of no use with {place}, whose columns and classes are known: drop it")
+                raise UserError(f"--{flag} does not apply to {place}, whose columns and classes are known: omit it")
         if config.dataset_name == QUICKSTART:
             return {"train": _digits(config)}, [str(digit) for digit in range(10)], notes
         return *_torchvision_cifar10(root, config), notes
@@ -226,7 +226,7 @@ def _sources(config: ImageDataConfig, held_out: bool) -> tuple[dict[str, Images]
     names, notes["classes_without_images"], labels = _labels(rows, label_column, config)
     parts = {name: Images(_decode(part, image_column, name, config), labels[name]) for name, part in rows.items()}
     if len({part.pixels.shape[2:] for part in parts.values()}) > 1:
-        raise UserError(f"{place}: splits of different sizes: pass --image_size 32")
+        raise UserError(f"{place}: the splits have different image sizes: pass --image_size 32")
     return {split: _joined([parts.pop(name) for name in own]) for split, own in used.items()}, names, notes
 
 
@@ -238,7 +238,7 @@ def _joined(parts: list[Images]) -> Images:
 
 
 def _digits(config: ImageDataConfig) -> Images:
-    """scikit-learn's handwritten digits, 8×8 gray levels of 0 to 16, as RGB of --image_size, or 32×32."""
+    """scikit-learn's handwritten digits (8×8, gray levels 0 to 16) as RGB of --image_size, by default 32×32."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -252,15 +252,15 @@ def _digits(config: ImageDataConfig) -> Images:
 
 
 def _torchvision_cifar10(root: Path, config: ImageDataConfig) -> tuple[dict[str, Images], list[str]]:
-    """torchvision's CIFAR-10, whose files are unpickled only if their checksums are the published ones."""
+    """torchvision's CIFAR-10. Its files are unpickled only if their checksums are the published ones."""
     sources = {}
     for split in ("train", "test"):
         try:
             data = CIFAR10(str(root), train=split == "train", download=False)
         except RuntimeError:
             raise UserError(
-                f"--dataset_name {root}: {CIFAR10.base_folder} lacks files or holds others than the published ones (by "
-                "their checksums), and pickles of unknown origin are not read: unpack cifar-10-python.tar.gz again"
+                f"--dataset_name {root}: {CIFAR10.base_folder} has missing files or wrong checksums, and pickles of "
+                "unknown origin are not loaded: unpack cifar-10-python.tar.gz again"
             ) from None
         rows = np.stack([np.asarray(_resized(Image.fromarray(row), config.image_size)) for row in data.data])
         sources[split] = Images(torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
@@ -268,7 +268,7 @@ def _torchvision_cifar10(root: Path, config: ImageDataConfig) -> tuple[dict[str,
 
 
 def _columns(rows: datasets.Dataset, config: ImageDataConfig) -> list[str]:
-    """The columns of images and of labels: those of the flags, or the only ones."""
+    """The columns of images and of labels: those of the flags, or the only candidates."""
     features = rows.features
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
@@ -292,11 +292,11 @@ def _columns(rows: datasets.Dataset, config: ImageDataConfig) -> list[str]:
 def _labels(
     parts: dict[str, datasets.Dataset], column: str, config: ImageDataConfig
 ) -> tuple[list[str], list[str], dict[str, Tensor]]:
-    """The classes that images have, and each split's labels.
+    """The classes that occur, and each split's labels.
 
-    The classes come in the order of their names, of the data or of --class_names. Without names they are the labels in
-    rising order, numbers as numbers. A name that no image has is no class: a wrong class drawn among such names would
-    teach nothing, and would always be ranked right.
+    The classes are in the order of their names in the data or in --class_names. Without names, they are the labels in
+    ascending order. A name without images is not a class: as a rejected class it would teach nothing and would always
+    be ranked right.
 
     Returns:
         The names of the classes, the names that no image has, and (N,) class numbers of each split.
@@ -304,9 +304,9 @@ def _labels(
     kinds = {split: _label_kind(rows.features[column]) for split, rows in parts.items()}
     if len(set(kinds.values())) > 1 or None in kinds.values():
         described = ", ".join(f"{kind or parts[split].features[column]} in {split}" for split, kind in kinds.items())
-        raise UserError(f"--label_column {column}: {described}; needs class names, whole numbers or texts, of one kind")
+        raise UserError(f"--label_column {column}: {described}; needs class names, integers or strings, of one kind")
     found: dict[str, list[Any]] = {}
-    named: dict[Any, None] = {}  # a set that keeps its order
+    named: dict[Any, None] = {}  # an ordered set
     for split, rows in parts.items():
         own = getattr(rows.features[column], "names", None)
         names = config.class_names or own or []
@@ -316,14 +316,14 @@ def _labels(
         values = rows[column][:]
         if names:
             name_of: dict[Any, Any] = dict(enumerate(names)) | {name: name for name in names}
-        else:  # in most data sets a number below 0 says that there is no label
+        else:  # in most data sets a negative number means that there is no label
             name_of = {each: each for each in set(values) if isinstance(each, str) or (each is not None and each >= 0)}
         found[split] = [name_of.get(value) for value in values]
         if None in found[split]:
             row = found[split].index(None)
             raise UserError(
                 f"--dataset_name {config.dataset_name}: {split} row {row} has label {values[row]!r}"
-                + (f", outside the {len(names)} classes" if names else ", which is no class")
+                + (f", outside the {len(names)} classes" if names else ", which is not a class")
                 + "; fix it, drop the row, or name the classes with --class_names"
             )
     occur = set().union(*found.values())
@@ -336,15 +336,15 @@ def _labels(
 
 
 def _label_kind(kind: Any) -> str | None:
-    """What a column of labels holds, in words; None where it holds something else."""
+    """The kind of labels in a column; None if they are not supported."""
     if isinstance(kind, datasets.ClassLabel):
         return "class names"
     dtype = kind.dtype if isinstance(kind, datasets.Value) else ""
-    return "whole numbers" if "int" in dtype else "texts" if "string" in dtype else None
+    return "integers" if "int" in dtype else "strings" if "string" in dtype else None
 
 
 def _decode(rows: datasets.Dataset, column: str, split: str, config: ImageDataConfig) -> Tensor:
-    """(N, 3, H, W) uint8; a UserError with the row of the first image that does not decode or fit."""
+    """(N, 3, H, W) uint8; a UserError names the first row that does not decode or has another size."""
     encoded = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])  # {"bytes", "path"} each
     if not len(encoded):
         raise UserError(f"--dataset_name {config.dataset_name}: split {split} has no rows")
@@ -363,7 +363,7 @@ def _decode(rows: datasets.Dataset, column: str, split: str, config: ImageDataCo
             pixels[row] = decoded.transpose(2, 0, 1)
 
     starts = range(0, len(encoded), DECODED_TOGETHER)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow releases the interpreter while it decodes
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow releases the GIL while it decodes
         for _ in tqdm(pool.map(decode, starts), "Decoding", len(starts), leave=False, delay=2):
             pass
     return torch.from_numpy(pixels)
@@ -373,22 +373,22 @@ def _decode_one(image: dict[str, Any] | None, place: str, config: ImageDataConfi
     """(H, W, 3) uint8, rotated according to the EXIF tag."""
     content, path = (image[name] for name in ("bytes", "path")) if image else (None, None)
     if content is None and not Path(path or "").is_file():  # reading a device or a pipe may never end
-        raise UserError(f"{place} has no image{', and its path is no file' if path else ''}; drop the row")
+        raise UserError(f"{place} has no image{', and its path is not a file' if path else ''}; drop the row")
     place = f"{path} ({place})" if path else place
     try:
         with Image.open(path or "" if content is None else io.BytesIO(content), formats=FORMATS) as opened:
             picture = ImageOps.exif_transpose(opened)
-    except Exception as error:  # Pillow's readers raise anything at damaged bytes
+    except Exception as error:  # Pillow raises many kinds of errors on damaged bytes
         raise UserError(f"{place}: the image does not decode ({first_line(error)}); fix it or drop the row") from None
-    if picture.mode.startswith(("I", "F")):  # Pillow would cut them off at 255
+    if picture.mode.startswith(("I", "F")):  # Pillow would clip them at 255
         raise UserError(
             f"{place}: mode {picture.mode} has more than 8 bits per channel; save it with 8 bits, or drop the row"
         )
     if picture.mode != "RGB" and not config.convert_rgb:
         raise UserError(f"{place} has mode {picture.mode}, not RGB: pass --convert_rgb to convert such images")
-    if "transparency" in picture.info:  # of a palette: Pillow warns if it goes in one step
+    if "transparency" in picture.info:  # of a palette: Pillow warns about a direct conversion
         picture = picture.convert("RGBA")
-    picture = picture.convert("RGB")  # without opacity, as `transformers.pipeline` reads an image
+    picture = picture.convert("RGB")  # without alpha, as in `transformers.pipeline`
     return np.asarray(_resized(picture, config.image_size))
 
 
@@ -403,17 +403,17 @@ def _resized(picture: Image.Image, size: int | None) -> Image.Image:
 
 @dataclass
 class AugmentConfig:
-    """What happens to a training image before the network sees it."""
+    """Augmentation of the training images."""
 
     _argument_group_name = "augmentation"
 
     crop_padding: int = field(
-        default=2, metadata={"help": "Random crop after reflecting this many pixels on each side; 0 for none."}
+        default=2, metadata={"help": "Reflect this many pixels on each side, then crop at random; 0 disables it."}
     )
     flip: bool = field(
         default=True,
         metadata={
-            "help": "Flip left and right: each image at random in the first epoch, then by turns "
+            "help": "Flip images horizontally: at random in the first epoch, then alternately "
             "(https://arxiv.org/abs/2404.00498)."
         },
     )
@@ -427,10 +427,10 @@ class Augmentation:
     """Augments (B, 3, H, W) uint8 images of a data set of `count` images.
 
     Args:
-        config: what to do.
+        config: the augmentation.
         count: images in the data set.
-        seed: with the epoch and an image's number it determines what happens to the image.
-        device: where the images are. The drawn numbers are there too, so that no step waits for a copy.
+        seed: with the epoch and an image's number, it determines the image's crop and flip.
+        device: where the images are. The random numbers are there too, so that no step waits for a copy.
     """
 
     def __init__(self, config: AugmentConfig, count: int, seed: int, device: torch.device | str = "cpu"):
@@ -438,7 +438,7 @@ class Augmentation:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw every image's numbers of this epoch."""
+        """Draw the crops and flips of all images for this epoch."""
         flips = torch.rand(self.count, generator=torch.Generator().manual_seed(self.seed)) < 0.5
         self._flip = ((flips ^ bool(epoch % 2)) & self.config.flip).to(self.device)
         generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch, "augment"))
@@ -459,5 +459,5 @@ class Augmentation:
 
 
 def hash_seed(seed: int, epoch: int, purpose: str) -> int:
-    """A seed of its own for each purpose in each epoch."""
+    """A separate seed for each purpose in each epoch."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {purpose}".encode(), digest_size=7).digest(), "little")

@@ -1,4 +1,4 @@
-"""What a classifier does on labelled images: accuracy by class, confusion, calibration, and how far DPO moved it."""
+"""Evaluation of a classifier: accuracy by class, confusion, calibration, and rewards and KL against a reference."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ class EvaluateConfig:
 
     model: str | None = field(default=None, metadata={"help": "A folder or Hub id of a classifier."})
     reference: str | None = field(
-        default=None, metadata={"help": "The reference that it was trained from: adds rewards and the exact KL."}
+        default=None, metadata={"help": "The reference of its training; adds rewards and the exact KL."}
     )
-    split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Images to use."})
+    split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Split to evaluate."})
     beta: float | None = field(
-        default=None, metadata={"help": "β of the rewards, above 0; by default the model's training's, or 0.1."}
+        default=None, metadata={"help": "β of the rewards, above 0; by default that of the model's training, or 0.1."}
     )
     loss_type: list[str] | None = field(
-        default=None, metadata={"help": "The loss; by default the model's training's, or sigmoid."}
+        default=None, metadata={"help": "The loss; by default that of the model's training, or sigmoid."}
     )
-    batch_size: int = field(default=512, metadata={"help": "Images of a batch."})
+    batch_size: int = field(default=512, metadata={"help": "Images per batch."})
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Score in bfloat16; by default as the model's training, or where the hardware has it."},
+        metadata={"help": "Score in bfloat16; by default as in the model's training, or if the hardware has it."},
     )
     test_time_views: Literal[1, 2, 6] = field(
         default=1,
         metadata={
-            "help": "Average the logits over this many views of an image: 1 itself, 2 its mirror image too, 6 both "
-            "also moved by a pixel (https://arxiv.org/abs/2404.00498)."
+            "help": "Average the logits over 1 view (the image), 2 (and its mirror image) or 6 (and both shifted by a "
+            "pixel in two directions; https://arxiv.org/abs/2404.00498)."
         },
     )
     output: str | None = field(default=None, metadata={"help": "Also write the figures to this .json file."})
@@ -78,9 +78,9 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig, data: ImageDataConfig) -> dict[str, Any]:
-    """The figures of `config.model` on one split; written to `config.output` if asked.
+    """The figures of `config.model` on one split; they are also written to `config.output`, if it is set.
 
-    What no flag says is as the model's training had it. Test images that the training has seen are left out.
+    Settings without a flag are those of the model's training. Test images that the training has used are skipped.
     """
     use_the_cores()
     assert config.model is not None

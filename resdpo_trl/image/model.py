@@ -1,4 +1,4 @@
-"""Image classifiers: torchvision's ResNets and a small fast network, as models of transformers.
+"""Image classifiers: torchvision's ResNets and a small fast network, as transformers models.
 
 A saved folder holds the weights (safetensors), the architecture, the label names and the preprocessing. After
 `import resdpo_trl.image`
@@ -42,12 +42,12 @@ class ImageClassifierConfig(PreTrainedConfig):
     """Architecture of an `ImageClassifier`.
 
     Args:
-        arch: a ResNet of torchvision's (`resnet18`, `resnext50_32x4d`, …) or `fast`.
-        stem: `cifar` (3×3, stride 1, no max-pool) or `imagenet` (torchvision's own); `fast` has its own.
+        arch: a torchvision ResNet (`resnet18`, `resnext50_32x4d`, …) or `fast`.
+        stem: `cifar` (3×3, stride 1, no max-pool) or `imagenet` (that of torchvision); `fast` has its own.
         head: `linear`, or `dropout` (dropout, linear to half the width, ReLU, dropout, linear).
         dropout: probability of the dropout head.
         widths: channels of the stages of `fast`.
-        image_size: height and width of the images it was made for.
+        image_size: height and width of the images.
     """
 
     model_type = "resdpo_image_classifier"
@@ -86,11 +86,11 @@ class ImageClassifier(PreTrainedModel):
 
 
 class FastNet(nn.Module):
-    """A small residual network with what fast CIFAR training knows (airbench, https://arxiv.org/abs/2404.00498).
+    """A small residual network with the techniques of airbench (https://arxiv.org/abs/2404.00498).
 
-    A frozen 2×2 whitening convolution; stages of convolution, max-pool, and a residual convolution, all started at the
-    identity; batch norms without a learned scale that follow the newest batches; the maximum over what is left of the
-    image; features scaled by 1/9, which makes up for the head's large initial logits.
+    A frozen 2×2 whitening convolution is followed by stages of a convolution, a max-pool and a residual convolution.
+    The convolutions start as the identity. The batch norms have no learned scale, and follow recent batches. The
+    output is the maximum over all positions, times 1/9 because the head's initial logits would be too large.
 
     (B, 3, H, W) -> (B, widths[-1])
     """
@@ -103,7 +103,7 @@ class FastNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.stages(F.gelu(self.whitening(images)))
-        # not amax: its gradient looks for the maximum by value, and compiled in bfloat16 finds none (0 / 0)
+        # not amax: its gradient finds the maximum by value; compiled in bfloat16, it finds none (0 / 0)
         return features.flatten(2).max(dim=2).values / 9
 
 
@@ -125,8 +125,8 @@ class Whitening(nn.Module):
         """Set the weights from (N, 3, H, W) normalized images; `epsilon` is added to the variance of each direction."""
         patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12).double()
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))
-        # gray images vary along four of the twelve; a batch norm would multiply the gradient of a channel that never
-        # varies by 300, so the directions that vary take the others' places
+        # gray images vary along four of the twelve directions. A batch norm would multiply the gradient of a constant
+        # channel by 300, so the varying directions replace the others
         varying = torch.nonzero(values >= 1e-6 * values[-1]).flatten()
         kept = varying[torch.arange(12) % len(varying)]
         values, vectors = values[kept], vectors[:, kept]
@@ -157,18 +157,18 @@ def _identity_convolution(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class _FastNorm(nn.BatchNorm2d):
-    """A batch norm whose statistics follow the newest batches, with a bias and a scale that stays 1."""
+    """A batch norm whose statistics follow recent batches, with a bias and a fixed scale of 1."""
 
     def __init__(self, channels: int):
         super().__init__(channels, momentum=0.4)
         del self.weight
-        self.register_buffer("weight", torch.ones(channels))  # a frozen parameter would be thawed by from_pretrained
+        self.register_buffer("weight", torch.ones(channels))  # from_pretrained would unfreeze a parameter
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Make every batch norm, in place, torch's SyncBatchNorm: its statistics are over all processes' images.
+    """Convert every batch norm in place to SyncBatchNorm, with statistics over the images of all processes.
 
-    It trains on GPUs only. The state dict stays as it was. `SyncBatchNorm.convert_sync_batchnorm` would make the frozen
+    It trains on GPUs only. The state dict does not change. `SyncBatchNorm.convert_sync_batchnorm` would make the frozen
     scale of `_FastNorm` a parameter.
     """
     for norm in model.modules():
@@ -177,12 +177,12 @@ def share_statistics(model: nn.Module) -> None:
 
 
 def architectures() -> list[str]:
-    """What `arch` may be."""
+    """The values of `arch`."""
     return [FAST, *models.list_models(models, include=("*resnet*", "resnext*"))]
 
 
 def check_architecture(arch: str) -> None:
-    """A UserError with the nearest names for an unknown one."""
+    """Raise a UserError with the nearest names for an unknown architecture."""
     known = architectures()
     if arch not in known:
         near = difflib.get_close_matches(arch, known, 3, cutoff=0.4)
@@ -194,23 +194,23 @@ def check_architecture(arch: str) -> None:
 def build_classifier(
     config: ImageClassifierConfig, seed: int, images: Tensor | None = None, pretrained_weights: str | None = None
 ) -> ImageClassifier:
-    """A classifier with new weights drawn by `seed`, or with torchvision's.
+    """A classifier with random weights, or with those of torchvision.
 
     Args:
         config: its architecture, with label names.
         seed: draws the weights.
         images: (N, 3, H, W) normalized training images, from which `fast` fits its whitening.
-        pretrained_weights: a name of torchvision's (`IMAGENET1K_V2`, `DEFAULT`) or a .safetensors file; what has
-            another shape (a CIFAR stem, the head) stays new.
+        pretrained_weights: a torchvision name (`IMAGENET1K_V2`, `DEFAULT`) or a .safetensors file; layers of another
+            shape (a CIFAR stem, the head) keep random weights.
 
     Raises:
-        UserError: images too small for `fast`, or weights that are not there or of another architecture.
+        UserError: the images are too small for `fast`, or the weights are missing or of another architecture.
     """
-    least = 2 ** len(config.widths) + 1  # the whitening takes a pixel, and each stage halves what is left
+    least = 2 ** len(config.widths) + 1  # the whitening removes a pixel, and each stage halves the size
     if config.arch == FAST and config.image_size < least:
         raise UserError(
-            f"--arch fast: --widths {' '.join(map(str, config.widths))} are {len(config.widths)} halvings, for images "
-            f"of {least}×{least} pixels or more, and these have {config.image_size}×{config.image_size}: pass "
+            f"--arch fast: --widths {' '.join(map(str, config.widths))} halve an image {len(config.widths)} times and "
+            f"need {least}×{least} pixels or more, and these have {config.image_size}×{config.image_size}: pass "
             f"--image_size {least} or more, or fewer --widths"
         )
     with torch.random.fork_rng(devices=[]):
@@ -227,19 +227,19 @@ def build_classifier(
 
 
 def load_classifier(name: str, flag: str) -> ImageClassifier:
-    """A saved classifier, from a folder or the Hub."""
+    """Load a saved classifier from a folder or the Hub."""
     check_model_folder(name, flag)
     try:
         model = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{flag} {name}: can't be loaded ({first_line(error)})") from None
     if not isinstance(model, ImageClassifier):
-        raise UserError(f"{flag} {name}: a {type(model).__name__}; train_cifar.py makes what is needed")
+        raise UserError(f"{flag} {name}: a {type(model).__name__}, not an ImageClassifier as train_cifar.py saves it")
     return model
 
 
 def load_processor(name: str, flag: str) -> ViTImageProcessor:
-    """The preprocessing that was saved with a classifier."""
+    """Load the preprocessing that was saved with a classifier."""
     try:
         return ViTImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -247,24 +247,23 @@ def load_processor(name: str, flag: str) -> ViTImageProcessor:
 
 
 def as_numbered_by(model: ImageClassifier, images: LabelledImages, flag: str, name: str) -> LabelledImages:
-    """The images with their classes numbered as a loaded classifier numbers them; the data may lack some of them.
+    """The images with their classes numbered as in a loaded classifier; the data may lack some of them.
 
     Raises:
-        UserError: a class that the classifier does not know, or images of another size; `flag` and `name` name it.
+        UserError: the classifier lacks a class or takes another image size; the message has `flag` and `name`.
     """
     own = [label for _, label in sorted((model.config.id2label or {}).items())]
     unknown = [label for label in images.label_names if label not in own]
     if unknown:
         raise UserError(
-            f"{flag} {name}: the data has a class {unknown[0]}, which is none of its {len(own)} classes "
+            f"{flag} {name}: the data has a class {unknown[0]}, which is not one of its {len(own)} classes "
             f"({', '.join(own[:10])}{', …' if len(own) > 10 else ''}): pass the data that it was trained on, or "
-            "--class_names with its names where they mean the same"
+            "its names as --class_names if the classes are the same"
         )
     size, (height, width) = model.config.image_size, images["test"].pixels.shape[2:]
     if (height, width) != (size, size):
         raise UserError(
-            f"{flag} {name}: it was made for {size}×{size} images and the data has {width}×{height}: pass "
-            f"--image_size {size}"
+            f"{flag} {name}: it takes {size}×{size} images and the data has {width}×{height}: pass --image_size {size}"
         )
     number = torch.tensor([own.index(label) for label in images.label_names])
     splits = {split: replace(rows, labels=number[rows.labels]) for split, rows in images.splits.items()}
@@ -304,7 +303,7 @@ def _head(config: ImageClassifierConfig, width: int) -> nn.Module:
 
 
 def _load_weights(network: nn.Module, arch: str, weights: str) -> None:
-    """Load torchvision's weights of that name, or those of a .safetensors file, where their shapes fit."""
+    """Load the torchvision weights of that name, or those of a .safetensors file, if their shapes fit."""
     known = models.get_model_weights(arch).__members__
     try:
         if weights in known:

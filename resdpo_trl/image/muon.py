@@ -1,4 +1,4 @@
-"""Muon for convolutions: the update of a filter bank, as a matrix, made orthogonal.
+"""Muon for convolutions: it makes the update of a filter bank, as a matrix, orthogonal.
 
 For a convolution's weight W of shape (out, in, h, w), taken as a matrix of out rows, with gradient G_t, momentum μ and
 learning rate η (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; on filters as in airbench,
@@ -6,9 +6,9 @@ https://github.com/KellerJordan/cifar10-airbench):
 
     B_t = μ·B_{t−1} + G_t
     O_t = NS(G_t + μ·B_t)                     Newton–Schulz: nearly U·Vᵀ of the singular value decomposition U·S·Vᵀ
-    W_t = √out · W_{t−1} / ‖W_{t−1}‖ − η·O_t  a batch norm follows, so that only the direction of W counts
+    W_t = √out · W_{t−1} / ‖W_{t−1}‖ − η·O_t  a batch norm follows, so that only the direction of W matters
 
-`torch.optim.Muon` takes matrices alone and lets weights grow; a test holds the two against each other where they agree.
+`torch.optim.Muon` takes only matrices and lets weights grow. A test compares the two where they must agree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.6
-STEPS = 3  # of Newton–Schulz: the singular values end between 0.5 and 1.3, which is near enough
+STEPS = 3  # of Newton–Schulz: the singular values end between 0.5 and 1.3, close enough to 1
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of its odd polynomial a·x + b·x³ + c·x⁵, steep at zero
 
 
@@ -40,7 +40,7 @@ def orthogonalize(matrix: Tensor, steps: int = STEPS) -> Tensor:
 
 
 def with_muon(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """An optimizer class that is `base`, but for parameter groups with `muon: True`, whose 4-D weights go by Muon."""
+    """A subclass of `base` that updates the 4-D weights of parameter groups with `muon: True` by Muon."""
 
     class WithMuon(base):  # type: ignore[misc, valid-type]
         param_groups: list[dict[str, Any]]
@@ -69,7 +69,7 @@ def _step(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], learning_r
         state["momentum_buffer"] = torch.zeros_like(weight)
     momentum = state["momentum_buffer"].mul_(MOMENTUM).add_(gradient)
     nesterov = gradient.add(momentum, alpha=MOMENTUM)
-    # rows in the memory order of channels-last weights; the order of a row's numbers changes nothing
+    # rows in channels-last memory order; the order within a row does not change the update
     rows = nesterov.permute(0, 2, 3, 1)
     update = orthogonalize(rows.reshape(len(rows), -1)).view(rows.shape).permute(0, 3, 1, 2)
     weight.mul_(len(weight) ** 0.5 / weight.norm()).add_(update, alpha=-learning_rate)

@@ -58,13 +58,13 @@ class ImageRun(Job):
         preset: Path | None = None,
         given: Collection[str] | None = None,
     ):
-        """`training` is DPO's, with cross-entropy `before` it for the reference; or cross-entropy's, alone."""
+        """`training` configures DPO, and `before` the reference's cross-entropy; or it is for cross-entropy alone."""
         self.data, self.model, self.augment = data, model, augment
-        self.reference = training.reference if isinstance(training, ImageDPOConfig) else None  # a finished one's name
+        self.reference = training.reference if isinstance(training, ImageDPOConfig) else None  # of a finished run
         check_architecture(model.arch)
         if is_sharded():
             raise UserError(
-                "image classifiers fit on every GPU, and FSDP and DeepSpeed are not supported for them: use "
+                "FSDP and DeepSpeed are not supported for image classifiers, which fit on one GPU: use "
                 "accelerate_configs/multi_gpu.yaml"
             )
         parts = {"data": data, "model": model, "augmentation": augment}
@@ -73,7 +73,7 @@ class ImageRun(Job):
         super().__init__(training, options, parts, stages, preset, given)
 
     def say_what_runs(self) -> None:
-        """Two lines: the job, and what it runs on."""
+        """Print two lines: the job and the hardware."""
         model = f"from {self.reference}" if self.reference else f"of {self.model.arch}"
         source = self.data.dataset_name
         if source == QUICKSTART:
@@ -84,7 +84,7 @@ class ImageRun(Job):
     # --- images --------------------------------------------------------------------------------------------------
 
     def prepare_images(self) -> LabelledImages:
-        """Decoded images, their preprocessing, and whether a given reference fits both."""
+        """Load the images and set up their preprocessing; check that a given reference fits both."""
         named = self.reference
         if named is None and self.resume and self.run.reference.is_dir():
             named = str(self.run.reference)
@@ -99,7 +99,7 @@ class ImageRun(Job):
         height, width = counts["image_size"]
         if height != width:
             raise UserError(
-                f"--dataset_name {self.data.dataset_name}: images are {width}×{height}: pass --image_size "
+                f"--dataset_name {self.data.dataset_name}: the images are {width}×{height}: pass --image_size "
                 f"{min(height, width)}"
             )
         self.say(describe_images(counts) + describe_cuts(counts, self.data))
@@ -113,19 +113,19 @@ class ImageRun(Job):
         return images
 
     def _statistics(self, images: LabelledImages) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel, of values in [0, 1]; ImageNet's for ImageNet's weights."""
+        """Mean and standard deviation of each channel, of values in [0, 1]; ImageNet's for pretrained weights."""
         if self.model.pretrained_weights:
             return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
         some = images["train"].pixels[:FITTED_ON].float().div_(255)
         return some.mean(dim=(0, 2, 3)).tolist(), some.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
 
     def _new_model(self, images: LabelledImages, seed: int) -> ImageClassifier:
-        """Untrained, as --arch and its like say; or as a given reference is, whose baseline it then is."""
+        """A model with the architecture of a given reference, or else of the flags, before training."""
         names, weights = images.label_names, self.model.pretrained_weights
         if self.reference:
             config = ImageClassifierConfig.from_pretrained(str(self.run.reference))
             if config.arch != self.model.arch:
-                weights = None  # they are --arch's
+                weights = None  # they belong to --arch
         else:
             shape = dataclasses.asdict(self.model)
             del shape["pretrained_weights"]
@@ -136,7 +136,7 @@ class ImageRun(Job):
                 label2id={name: number for number, name in enumerate(names)},
             )
         some = None
-        if config.arch == FAST:  # its whitening is fitted on them
+        if config.arch == FAST:  # fits its whitening to them
             mean, std = (
                 torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std)
             )
@@ -149,13 +149,13 @@ class ImageRun(Job):
     # --- cross-entropy -------------------------------------------------------------------------------------------
 
     def train_cross_entropy(self, images: LabelledImages) -> None:
-        """The recipe of cross-entropy alone: into policy/, then the test, once."""
+        """Train with cross-entropy alone, save the model to policy/, and test it once."""
         if self.past("cross_entropy", self.run.policy, self.run.summary.get("cross_entropy")):
             return
         self.run.summarize(cross_entropy=self._cross_entropy("cross_entropy", images, self.training, self.run.policy))
 
     def make_reference(self, images: LabelledImages) -> None:
-        """The reference, into reference/: one epoch of cross-entropy, or the model as given."""
+        """Train the reference with cross-entropy, or copy a given one, into reference/."""
         if self.past("reference", self.run.reference, self.run.summary.get("reference")):
             return
         if self.reference:
@@ -171,7 +171,7 @@ class ImageRun(Job):
     def _cross_entropy(
         self, stage: str, images: LabelledImages, args: ImageCrossEntropyConfig, folder: Path
     ) -> dict[str, Any]:
-        """Train by cross-entropy into `folder`; what summary.json says of it."""
+        """Train with cross-entropy, save to `folder`, and return the figures for summary.json."""
         set_seed(args.seed)
         trainer = ImageCrossEntropyTrainer(
             model=self._new_model(images, args.seed),
@@ -190,7 +190,7 @@ class ImageRun(Job):
             "steps": trainer.state.global_step, **epochs(trainer), **_speed(trainer, *timed),
         }  # fmt: skip
         for split in ("validation", "test"):
-            if split == "validation" or stage != "reference":  # the reference meets the test with the policy
+            if split == "validation" or stage != "reference":  # the reference is tested together with the policy
                 logps = trainer.logps(images[split])
                 summary[split] = with_intervals(cross_entropy_metrics(logps, images[split].labels))
         if "test" in summary:
@@ -201,7 +201,7 @@ class ImageRun(Job):
     # --- DPO -----------------------------------------------------------------------------------------------------
 
     def make_policy(self, images: LabelledImages) -> None:
-        """DPO from the reference, into policy/; then the test of both, once."""
+        """Train the policy from the reference with DPO, save it to policy/, and test both once."""
         if self.past("dpo", self.run.policy, self.run.summary.get("dpo")):
             return
         dpo, reference = self._dpo("dpo", images, self.training, self.run.policy)
@@ -216,7 +216,7 @@ class ImageRun(Job):
         )
 
     def compare(self, images: LabelledImages) -> None:
-        """The other modes asked for, from the same reference, and cross-entropy from scratch with the same epochs."""
+        """Train the --compare_modes from the same reference, and cross-entropy from scratch for the same epochs."""
         compared: dict[str, Any] = dict(self.run.summary.get("compared", {}))
         folder = self.run.path / "compared"
         if self.run.main_process and (self.training.compare_modes or self.training.compare_cross_entropy):
@@ -238,7 +238,7 @@ class ImageRun(Job):
     def _dpo(
         self, stage: str, images: LabelledImages, args: ImageDPOConfig, folder: Path
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Train by DPO into `folder`; what summary.json says of the policy, and of the reference's test."""
+        """Train with DPO, save to `folder`, and return the policy's figures and the reference's test figures."""
         set_seed(self.training.seed)
         name = str(self.run.reference)
         trainer = ImageDPOTrainer(
@@ -255,7 +255,7 @@ class ImageRun(Job):
             self.push_saves(trainer)
         timed = self.train(trainer, stage)
         self.publish(folder, trainer.save_model, self.processor, self._facts(args, images))
-        if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
+        if trainer.moves_reference:  # the figures compare with the saved reference, not with the moved one
             first = load_classifier(name, "reference").state_dict()
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first)
         loss = preference_loss(args)
@@ -273,14 +273,14 @@ class ImageRun(Job):
             logps, ref_logps = trainer.score(images[split])
             summary[split] = with_intervals(classifier_metrics(logps, ref_logps, images[split].labels, loss))
             reference = with_intervals(cross_entropy_metrics(ref_logps, images[split].labels))
-        if stage == "dpo":  # the loop has ended with the test
+        if stage == "dpo":  # the last iteration was the test
             self._write_scores(images, logps, ref_logps, loss)
         self.run.log(stage, "test", trainer.state.global_step, trainer.state.epoch, summary["test"])
         free(trainer)
         return summary, reference
 
     def _write_scores(self, images: LabelledImages, logps: Tensor, ref_logps: Tensor, loss: PreferenceLoss) -> None:
-        """Every test image's mean rewards; the most wrongly and most rightly ranked ones with a small picture."""
+        """Write each test image's mean rewards, with a thumbnail for extreme margins; keep the confusion matrices."""
         test, names = images["test"], images.label_names
         figures = classifier_metrics(logps, ref_logps, test.labels, loss)
         rows: list[dict[str, Any]] = [
@@ -301,7 +301,7 @@ class ImageRun(Job):
         self.run.write_rows("scores.jsonl", rows)
 
     def finish(self) -> None:
-        """The end of the run, with the model card."""
+        """End the run and write the model card."""
         self.end(describe_results, partial(write_card, self.run, self.run.policy, self.reference))
 
 
@@ -323,7 +323,7 @@ def _speed(trainer: ImageCrossEntropyTrainer, seconds: float, first_step: int) -
 
 
 def describe_images(counts: dict[str, Any]) -> str:
-    """The lines that say what the data became."""
+    """Lines that describe the loaded images."""
     height, width = counts["image_size"]
     lines = [
         f"images: {counts['train']} train, {counts['validation']} validation, {counts['test']} test; "

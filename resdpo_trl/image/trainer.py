@@ -1,7 +1,7 @@
-"""transformers' Trainer on images in memory: by cross-entropy, and by DPO with this project's loss.
+"""Trainers for images in memory: cross-entropy, and DPO with this project's loss.
 
 The data loader yields image numbers. The images are on the device as uint8. A step gathers its images, augments and
-normalizes them there, and reads no figure back, so that no step waits for the device.
+normalizes them there. It reads no figure back, so that no step waits for the device.
 
 An image goes from its file to its loss through four files: `data` (decoding, splits, augmentation), `model` (logits),
 this one (log-probabilities, rejected classes) and `resdpo_trl.losses`.
@@ -34,14 +34,14 @@ from resdpo_trl.training.trainer import RunTrainer
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of `count` numbers per epoch, drawn from seed and epoch: the same on every process.
+    """A permutation of `count` numbers per epoch, drawn from seed and epoch. It is the same on every process.
 
     The Trainer calls `set_epoch` of its loader's sampler, often more than once per epoch, and so does
-    `resdpo_trl.training.trainer`. This sampler passes a new epoch on to everything else that is drawn once per epoch.
+    `resdpo_trl.training.trainer`. This sampler passes a new epoch to all other objects that draw once per epoch.
 
     Args:
-        count: how many numbers.
-        seed: with the epoch's number it determines the order.
+        count: the number of images.
+        seed: determines the order, together with the epoch.
         others: objects with a `set_epoch` method that have already drawn epoch 0.
     """
 
@@ -64,20 +64,20 @@ class EpochSampler(Sampler[int]):
 
 
 class RejectedClasses:
-    """Rejected classes: what makes a preference pair of a label. The true class is chosen; a rejected class is
+    """Draws rejected classes, to make preference pairs from labels. The true class is chosen. The rejected class is
 
         random    any of the K classes; a pair whose rejected class is the true one has no signal and is masked
         uniform   any of the K−1 wrong classes, with equal probability
-        hard      a wrong class, with the reference's probabilities renormalized over the wrong classes
-        all       every wrong class at once: the exact expectation of `uniform`, with nothing drawn
+        hard      a wrong class, drawn with the reference's probabilities renormalized over the wrong classes
+        all       every wrong class at once: the exact expectation of `uniform`, without sampling
 
-    A draw is a function of (seed, epoch, image), and for `hard` of the reference.
+    A draw depends only on (seed, epoch, image) and, for `hard`, on the reference.
 
     Args:
         sampling: one of `SAMPLING`.
         labels: (N,) true classes of the training images.
         classes: K.
-        seed: determines the draw, with the epoch and the image's number.
+        seed: determines the draw, together with the epoch and the image's number.
     """
 
     def __init__(self, sampling: str, labels: Tensor, classes: int, seed: int):
@@ -101,7 +101,7 @@ class RejectedClasses:
             return (draw * self.classes).long().clamp(max=self.classes - 1)[:, None]
         if self.sampling == "uniform":
             place = (draw * (self.classes - 1)).long()
-        else:  # hard: the inverse of the cumulative distribution at the image's own draw
+        else:  # hard: inverse transform sampling with the image's draw
             place = (ref_logps.gather(1, wrong).softmax(1).cumsum(1) <= draw[:, None]).sum(1)
         return wrong.gather(1, place.clamp(max=self.classes - 2)[:, None])
 
@@ -118,10 +118,10 @@ class ImageCrossEntropyTrainer(RunTrainer):
         augment: augmentation of the training images.
 
     Raises:
-        UserError: there are too few images for a batch, or a crop is wider than the images.
+        UserError: there are too few images for a batch, or they are too small for the crop.
 
     On several GPUs the batch norms use the statistics of the global batch (SyncBatchNorm). torch has no SyncBatchNorm
-    for the CPU: there each process normalizes by its own images, and the main process's running statistics are kept.
+    for the CPU: there, each process uses the statistics of its own images, and those of the main process are saved.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class ImageCrossEntropyTrainer(RunTrainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """`--optim` with a separate rate for biases and norms, and Muon for the convolutions' weights if asked for."""
+        """`--optim` with a separate rate for biases and norms, and with Muon for convolutions if it is enabled."""
         created = self.optimizer is None
         if created and self.args.muon_learning_rate:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -220,12 +220,12 @@ class ImageCrossEntropyTrainer(RunTrainer):
 
 
 class ImageDPOTrainer(ImageCrossEntropyTrainer):
-    """DPO for classifiers: the true class is preferred to wrong ones, and every figure of a policy is exact.
+    """DPO for classifiers: the true class is preferred to wrong classes. Evaluation does not sample.
 
     In a step, policy and reference see the same augmented images. The reference runs without gradient in eval mode, so
     that its batch norms do not change. The rejected classes are those of `RejectedClasses`; with `all` the loss of an
-    image is the mean over the K−1 wrong classes. Evaluation always takes every wrong class, without augmentation: means
-    over images of means over their wrong classes.
+    image is the mean over the K−1 wrong classes. Evaluation always uses every wrong class, without augmentation: it
+    averages over the wrong classes of an image, then over images.
 
     Args:
         model: the policy.
@@ -295,9 +295,9 @@ class ImageDPOTrainer(ImageCrossEntropyTrainer):
         return {name: float(values.mean()) for name, values in figures.items()}
 
     def _note(self, pairs: LogProbs, logps: Tensor, ref_logps: Tensor, labels: Tensor, signal: Tensor) -> None:
-        """Keep this step's figures for `log`: means over images of means over their pairs.
+        """Keep this step's figures for `log`: means over an image's pairs, then over images.
 
-        Pairs without a signal add nothing here, and `step_figures` divides by the share of the others.
+        Masked pairs count as zero here, and `step_figures` divides by the share of the other pairs.
         """
         figures = training_figures(pairs, self.preference_loss)
         self.means.add(
@@ -310,7 +310,7 @@ class ImageDPOTrainer(ImageCrossEntropyTrainer):
         )
 
     def step_figures(self) -> dict[str, float]:
-        """Figures of pairs are means over the pairs with a signal; they are left out if no pair has one."""
+        """Average the figures of pairs over the pairs that are not masked; omit them if all pairs are masked."""
         means = super().step_figures()
         share = 1 - means.get("masked_pairs", 0.0)
         of_images = ("accuracy", "kl", "masked_pairs")
@@ -328,12 +328,12 @@ def _check_images(train: Images, args: Any, augment: AugmentConfig) -> None:
         processes = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
         raise UserError(
             f"--per_device_train_batch_size {args.per_device_train_batch_size}{processes}: {len(train)} training "
-            "images are no whole batch: lower it, or pass --dataloader_drop_last false"
+            "images do not fill a batch: lower it, or pass --dataloader_drop_last false"
         )
     height, width = train.pixels.shape[2:]
     if augment.crop_padding >= min(height, width):  # more can't be reflected
         raise UserError(
-            f"--crop_padding {augment.crop_padding}: must be below the images' size, which is {width}×{height} pixels"
+            f"--crop_padding {augment.crop_padding}: must be below the images' size of {width}×{height} pixels"
         )
 
 

@@ -1,6 +1,6 @@
-"""The model card of a run, from the run's own files: the template model_card.md, with metadata that the Hub reads.
+"""The model card of a run: the template model_card.md, filled from the run's files, with metadata for the Hub.
 
-All text of data, models and names is plain in it: the template fences it, or escapes the characters of Markdown.
+The template fences all text that comes from data, models and names, or escapes its Markdown characters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SETTINGS = (
     "bf16", "label_smoothing", "polyak_tau", "metric_for_best_model", "seed",
 )  # fmt: skip
 INACTIVE = {"max_steps": -1, "label_smoothing": 0, "warmup_steps": 0, "muon_learning_rate": 0}  # values that do nothing
-STAGES = {  # how the model was made, and its tag on the Hub: TRL's where it has one
+STAGES = {  # how the model was made, and its tag on the Hub: TRL's tag if TRL has one
     "dpo": ("Trained by Direct Preference Optimization", "dpo"),
     "reward": ("A reward model, trained on preference pairs", "reward-trainer"),
     "cross_entropy": ("Trained by cross-entropy", "cross-entropy"),
@@ -43,11 +43,11 @@ PLOTS = {  # plots/NAME.png of the run; a card shows the first three that exist
     "test_margins": "Margins on the test data",
 }  # fmt: skip
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PROVOKING = re.compile(r"harmless|red.team|hh-rlhf $", re.IGNORECASE)  # data that people wrote to provoke
+PROVOKING = re.compile(r"harmless|red.team|hh-rlhf $", re.IGNORECASE)  # data sets with red-teaming dialogues
 
 
 def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> None:
-    """Write `folder`/README.md; `base_model` is the model from which training started, where there was one."""
+    """Write `folder`/README.md; `base_model` is the model from which training started, if any."""
     import jinja2
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -102,7 +102,7 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
         (folder / "plots").mkdir(exist_ok=True)
         shutil.copyfile(run.path / "plots" / f"{name}.png", folder / "plots" / f"{name}.png")
     script, *flags = run.facts["command"]
-    environment = jinja2.Environment(  # noqa: S701  (Markdown: what others wrote goes through a filter)
+    environment = jinja2.Environment(  # noqa: S701  (Markdown; filters escape external text)
         loader=jinja2.PackageLoader("resdpo_trl.run"), trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"plain": _plain, "fenced": _fenced, "link": _link}
@@ -131,7 +131,7 @@ def write_card(run: RunFolder, folder: Path, base_model: str | None = None) -> N
 
 
 def _prompt(folder: Path) -> str:
-    """How the tokenizer's chat template writes the question; empty without a template."""
+    """The question, rendered with the tokenizer's chat template; empty without a template."""
     if not (folder / "chat_template.jinja").is_file():
         return ""
     from transformers import AutoTokenizer
@@ -155,13 +155,13 @@ def _samples(path: Path) -> list[str]:
 
 
 def _without_folders(word: str) -> str:
-    """A word of the command line, quoted for a shell; of an absolute path its last part alone."""
+    """A command-line argument, quoted for a shell. An absolute path is reduced to its last component."""
     flag, equals, value = word.partition("=") if word.startswith("--") and "=" in word else ("", "", word)
     return flag + equals + shlex.quote(Path(value).name if Path(value).is_absolute() else value)
 
 
 def _link(name: str, kind: str = "") -> str:
-    """A Hub id as a link to its page, the name of an old model (gpt2) too; a path as its last part."""
+    """A link to a Hub id, including model ids without an owner (gpt2); the last component of a local path."""
     if Path(name).exists() or Path(name).is_absolute():
         return f"{_plain(Path(name).resolve().name)}, a local path"
     known = HUB_ID.fullmatch(name) or (kind == "" and re.fullmatch(r"[\w.-]+", name))
@@ -169,14 +169,14 @@ def _link(name: str, kind: str = "") -> str:
 
 
 def _fenced(text: str) -> str:
-    """A code block that its own text cannot end: no Markdown, HTML or mention in it is active."""
+    """A code block that its text cannot end, so that no Markdown, HTML or mention in it is active."""
     text = printable(text, kept="\n")
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
 
 def _plain(value: Any) -> str:
-    """A value as one line of Markdown in which no character is markup."""
+    """A value as one line of Markdown with all markup escaped."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     text = re.sub(r"([\\`*_\[\]{}|~$#!])", r"\\\1", html.escape(printable(" ".join(text.split())), quote=False))
-    return text.replace("@", "&#64;")  # nobody is mentioned
+    return text.replace("@", "&#64;")  # prevents mentions of users

@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, JSON Lines, whole checkpoints, locks, and errors of a full disk.
+"""Atomic writes, JSON Lines, complete checkpoints, locks, and errors of a full disk.
 
 A file is written under another name in the same folder, synced to the disk (`fsync`), then renamed. A process that is
-killed at any moment leaves the old content or the new content, never a part of it.
+killed at any moment leaves the old content or the new content, never part of it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from safetensors import SafetensorError
 
 from resdpo_trl.errors import UserError
 
-ASIDE, OLD = ".tmp", ".old"  # endings of what is being written, and of what is being replaced
+ASIDE, OLD = ".tmp", ".old"  # suffixes of a file that is being written, and of one that is being replaced
 MANIFEST = "checkpoint.json"  # the last file of a checkpoint: the sizes of the others
 _claims: dict[tuple[int, int], int] = {}  # (device, inode) of the folders that this process has locked -> descriptor
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     aside = path.with_name(path.name + ASIDE)
     try:
         with open(aside, "w", encoding="utf-8") as file:
@@ -39,19 +39,19 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
-        aside.unlink(missing_ok=True)  # on a full disk its room is needed
+        aside.unlink(missing_ok=True)  # frees space on a full disk
         raise
 
 
 def read_jsonl(path: Path, torn_lines: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects in a .jsonl or .jsonl.gz file, each with the number of its line. Blank lines are skipped.
+    """Yield (line number, object) for each line of a .jsonl or .jsonl.gz file. Blank lines are skipped.
 
     Args:
         path: the file.
-        torn_lines: where lines that are no objects go. A crash can leave such a line in a run's own file.
+        torn_lines: collects the lines that are not JSON objects. A crash can leave such a line in a run's own file.
 
     Raises:
-        UserError: a line is no JSON object and there is no `torn_lines`, or a gzip file is damaged.
+        UserError: a line is not a JSON object and `torn_lines` is None, or a gzip file is damaged.
     """
     number = 0
     opened: Any = gzip.open if path.suffix == ".gz" else open
@@ -79,7 +79,7 @@ def read_jsonl(path: Path, torn_lines: list[str] | None = None) -> Iterator[tupl
 
 
 def settle(folder: Path) -> None:
-    """Wait until a folder's files, its subfolders and its own entries are on the disk."""
+    """Sync a folder, its files and its subfolders to the disk."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_file() or path.is_dir():
             descriptor = os.open(path, os.O_RDONLY)
@@ -90,7 +90,7 @@ def settle(folder: Path) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new`, a whole folder, to `folder`. The earlier folder is deleted only after that."""
+    """Rename the complete folder `new` to `folder`. The earlier folder is deleted only after that."""
     settle(new)
     old = folder.with_name(folder.name + OLD)
     if folder.exists():
@@ -101,11 +101,11 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def tidy(folder: Path, names: Container[str] | None = None) -> None:
-    """Undo what a killed process began in a folder: delete unfinished writes, bring a half-replaced folder back.
+    """Clean up after a killed process: delete unfinished writes, and restore a half-replaced folder.
 
     Args:
         folder: the folder.
-        names: the files and folders to look after; all by default.
+        names: the files and folders to clean up; all by default.
     """
     for path in list(folder.iterdir()):
         name = path.name.removesuffix(OLD).removesuffix(ASIDE)
@@ -120,7 +120,7 @@ def tidy(folder: Path, names: Container[str] | None = None) -> None:
 
 
 def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Write a checkpoint's last file: the size of every other one, and `facts`."""
+    """Write a checkpoint's last file: the sizes of all other files, and `facts`."""
     sizes = {
         str(path.relative_to(checkpoint)): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))
@@ -130,13 +130,13 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's own facts; {} where another tool wrote it."""
+    """The manifest of a checkpoint; {} if another tool wrote the checkpoint."""
     path = checkpoint / MANIFEST
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def torn(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks to be resumed from, by the sizes in its last file; None if it is whole."""
+    """Why a run cannot resume from a checkpoint, by the sizes in its manifest; None if it can."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, size in manifest["files"].items():
@@ -146,7 +146,7 @@ def torn(checkpoint: Path) -> str | None:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} of {size} bytes"
     except FileNotFoundError:
-        return f"{MANIFEST} is missing: it was not written to its end"
+        return f"{MANIFEST} is missing: the checkpoint is incomplete"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} can't be read ({error})"
     if not any("optim" in name for name in manifest["files"]):
@@ -160,20 +160,20 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """A stage's checkpoints, whole or not, the newest first."""
+    """A stage's checkpoints, complete or not, newest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def last_whole(folder: Path) -> Path | None:
-    """A stage's newest whole checkpoint, or None."""
+    """A stage's newest complete checkpoint, or None."""
     return next((path for path in checkpoints_of(folder) if torn(path) is None), None)
 
 
 def disk_trouble(error: BaseException) -> str | None:
     """The operating system's message if a write failed for lack of space or permission; None for other errors.
 
-    safetensors wraps the system's error in a message that ends in its number, PyTorch in a message of its own.
+    A message of safetensors ends with the number of the system's error. PyTorch raises its own RuntimeError.
     """
     if isinstance(error, OSError):
         return os.strerror(error.errno or 0) if error.errno in DISK else None
@@ -181,18 +181,18 @@ def disk_trouble(error: BaseException) -> str | None:
     if number and int(number[1]) in DISK:
         return os.strerror(int(number[1]))
     if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container|iostream", str(error)):
-        return "PyTorch could not write a file to its end"
+        return "PyTorch could not finish writing a file"
     return None
 
 
 @contextlib.contextmanager
 def writing(target: Path, checkpoints: Iterable[Path], aside: Path | None = None) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into a UserError that names the target, the fix, and what is safe.
+    """Turn errors of a full disk or a read-only folder into a UserError that names the fix and the last checkpoint.
 
     Args:
         target: the file or folder that is written.
-        checkpoints: the folders of the stages' checkpoints (`last_good`).
-        aside: where the target is written first. It is deleted on an error, because its room is needed.
+        checkpoints: the folders of the stages' checkpoints.
+        aside: where the target is written first. It is deleted on an error, to free its space.
     """
     try:
         yield
@@ -203,13 +203,13 @@ def writing(target: Path, checkpoints: Iterable[Path], aside: Path | None = None
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"{target} can't be written ({reason}): make room or the folder writable, then pass "
+            f"{target} can't be written ({reason}): free space or make the folder writable, then pass "
             f"--resume_from_checkpoint; {last_good(checkpoints)}"
         ) from error
 
 
 def last_good(checkpoints: Iterable[Path]) -> str:
-    """The words that name the newest whole checkpoint in these folders."""
+    """A phrase that names the newest complete checkpoint in these folders."""
     newest = max(filter(None, map(last_whole, checkpoints)), key=lambda path: path.stat().st_mtime, default=None)
     return f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
 
@@ -217,7 +217,7 @@ def last_good(checkpoints: Iterable[Path]) -> str:
 def lock(folder: Path) -> bool:
     """Lock a folder for this process until it ends; False if another process holds the lock.
 
-    The kernel releases the lock when the process dies, for whatever reason. A process may lock a folder twice.
+    The kernel releases the lock when the process ends for any reason. A process may lock a folder twice.
     """
     identity = (folder.stat().st_dev, folder.stat().st_ino)
     if identity not in _claims:
@@ -250,7 +250,7 @@ def _flock(folder: Path, kind: int) -> int | None:
 
 
 def _let_go() -> None:
-    """Release the locks in a forked worker, which would hold them after this process has died."""
+    """Release the locks in a forked worker. Otherwise, it would hold them after this process has died."""
     while _claims:
         os.close(_claims.popitem()[1])
 

@@ -1,4 +1,4 @@
-"""A run's folder: what it holds, how it is written, and what it refuses to harm.
+"""A run's folder: its files, how they are written, and the checks that protect an earlier run.
 
     OUTPUT_DIR/
       run.json        command line, configuration, versions, hardware, processes, data fingerprint, start and end
@@ -10,8 +10,8 @@
       metrics.jsonl   one line per log: {"stage", "split", "step", "epoch", metric: value…}
       summary.json    the final figures
       samples.jsonl   (text) prompts and every model's answers
-      scores.jsonl    one line per test pair or image: rewards and margin; the extreme ones have their content
-      verdicts.jsonl  (comparisons) one line per question that a judge was asked
+      scores.jsonl    one line per test pair or image: rewards and margin; with content if extreme
+      verdicts.jsonl  (comparisons) one line per question to a judge
       report.html     one self-contained page; plots/ has its plots as PNG
 
 Only the main process writes. JSON is strict: a value that is not finite is written as null.
@@ -54,17 +54,17 @@ WRITTEN = (
     "run.json", "reference", "policy", "reward_model", "compared", "checkpoints", "metrics.jsonl",
     "summary.json", "samples.jsonl", "scores.jsonl", "verdicts.jsonl", "report.html", "plots",
 )  # fmt: skip
-# how the options begin in which a resumed run may differ: where it reports, what it keeps, how it loads
+# prefixes of the options that may differ in a resumed run: reporting, what it keeps, how it loads data
 FREE = (
     "preset", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "run_name", "project", "report_to",
     "disable_tqdm", "log_level", "save_total_limit", "ddp_timeout", "use_cpu", "push_to_hub", "reference_cache_dir",
     "enable_jit_checkpoint", "_n_gpu", "hub_", "dataloader_", "logging_dir", "trackio_",
     "judge_",
 )  # fmt: skip
-SECRET = ("token", "api_key", "access_key", "secret", "password")  # what the name of a flag or variable ends with
+SECRET = ("token", "api_key", "access_key", "secret", "password")  # in the names of secret flags and variables
 
 
-untrained: set[RunFolder] = set()  # this process's runs that have trained no step yet; `discard` them if it fails
+untrained: set[RunFolder] = set()  # this process's runs without a trained step; `discard` deletes them on failure
 
 
 class RunFolder:
@@ -77,22 +77,22 @@ class RunFolder:
         self.policy = self.path / "policy"
         self.reward_model = self.path / "reward_model"
         self.summary: dict[str, Any] = {}
-        self.earlier: dict[str, Any] = {}  # run.json of the run that is resumed
-        self.facts: dict[str, Any] = {}  # run.json as it is, without secrets
-        self._made = self._started = False  # whether this process made the folder, and began to write into it
-        self._replaced: list[Path] = []  # files and folders of the run that is overwritten, which `start` deletes
+        self.earlier: dict[str, Any] = {}  # run.json of the resumed run
+        self.facts: dict[str, Any] = {}  # the content of run.json
+        self._made = self._started = False  # whether this process created the folder, and whether it wrote to it
+        self._replaced: list[Path] = []  # files and folders of an overwritten run; `start` deletes them
 
     @property
     def trained(self) -> Path:
-        """The model that a run is about: its policy, its reward model, or the reference where it made nothing more."""
+        """The final model of a run: its policy, its reward model, or else its reference."""
         return next((folder for folder in (self.policy, self.reward_model) if folder.is_dir()), self.reference)
 
     def open(self, overwrite: bool = False, resume: bool = False) -> None:
-        """Make the folder ready to write, or say why not. A run that is overwritten stays until `start`.
+        """Prepare the folder for writing. `start`, not this method, deletes a run that is overwritten.
 
         Raises:
-            UserError: the folder holds a run and neither `overwrite` nor `resume` was asked for, or it can't be
-                written.
+            UserError: `overwrite` and `resume` are both true, or the folder holds a run and both are false, or another
+                process writes to the folder, or it can't be written.
         """
         from accelerate import PartialState
 
@@ -109,14 +109,14 @@ class RunFolder:
             self.summary = self._read("summary.json")
         if resume and (self.path / "run.json").exists():
             self.earlier = self.facts = self._read("run.json")
-        PartialState().wait_for_everyone()  # every process has looked before the main one writes
+        PartialState().wait_for_everyone()  # every process reads before the main one writes
         if not self.main_process:
             return
         try:
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             if not lock(self.path):
-                raise UserError(f"--output_dir {self.path}: another process is writing this run; wait until it ends")
+                raise UserError(f"--output_dir {self.path}: another process is writing to this run; wait until it ends")
             tidy(self.path, WRITTEN)
             for folder in (self.path / "compared", *(self.path / "checkpoints").glob("*/")):
                 if folder.is_dir():
@@ -125,10 +125,10 @@ class RunFolder:
             raise self._not_writable(error) from None
 
     def _not_writable(self, error: OSError) -> UserError:
-        return UserError(f"--output_dir {self.path} can't be written ({error.strerror}): name another")
+        return UserError(f"--output_dir {self.path} can't be written ({error.strerror}): name another folder")
 
     def check_inputs(self, config: dict[str, Any]) -> None:
-        """Raise a UserError where a flag names something inside the run that is overwritten, which would be gone."""
+        """Raise a UserError if a flag names a path inside the run that is overwritten."""
         doomed = [path.resolve() for path in self._replaced]
         for name, value in config.items():
             if isinstance(value, dict):
@@ -137,30 +137,30 @@ class RunFolder:
                 named = str(word).partition("=")[2] if name == "models" else str(word)  # NAME=PATH
                 if os.path.exists(named) and any(Path(named).resolve().is_relative_to(path) for path in doomed):
                     raise UserError(
-                        f"--{name} {named}: lies in the run that --overwrite_output_dir replaces: pass another "
+                        f"--{name} {named}: is in the run that --overwrite_output_dir replaces: pass another "
                         "--output_dir, or copy it elsewhere first"
                     )
 
     def check_config(self, config: dict[str, Any]) -> None:
-        """Raise a UserError where a resumed run is asked for something else than what it began as."""
+        """Raise a UserError if an option of a resumed run differs from its value at the start."""
         now = json.loads(to_json(_without_secrets(config)))
         for part, name, before, value in _differences(self.earlier.get("config", {}), now):
             if not name.startswith(FREE):
                 raise UserError(
-                    f"--{name} was {before} when the run in {self.path} began and is {value} now"
+                    f"--{name} was {before} when the run in {self.path} started and is {value} now"
                     + (f" ({part})" if part else "")
-                    + ": pass what it was, or start again with --overwrite_output_dir or another --output_dir"
+                    + ": pass the earlier value, or start again with --overwrite_output_dir or another --output_dir"
                 )
 
     def writing(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """`files.writing` of a file or folder of this run."""
+        """`files.writing` for a file or folder of this run."""
         return writing(self.path / what, (self.path / "checkpoints").glob("*/"))
 
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
 
     def last_checkpoint(self, stage: str) -> Path | None:
-        """The newest whole checkpoint of a stage, or None; newer ones that are not whole are skipped with a warning."""
+        """The newest complete checkpoint of a stage, or None. Newer, incomplete ones are skipped with a warning."""
         for folder in checkpoints_of(self.checkpoints(stage)):
             reason = torn(folder)
             if reason is None:
@@ -169,7 +169,7 @@ class RunFolder:
         return None
 
     def set_aside(self, stage: str, after_step: int) -> None:
-        """Rename the checkpoints of a stage past the one that a resumed training starts from, torn ones among them."""
+        """Rename a stage's checkpoints after the step from which training resumes, including incomplete ones."""
         folder = self.checkpoints(stage)
         if not self.main_process or not folder.is_dir():
             return
@@ -181,16 +181,16 @@ class RunFolder:
                 os.rename(checkpoint, aside)
 
     def start(self, config: dict[str, Any], seed: int, data_fingerprint: dict[str, str] | None = None) -> None:
-        """Write run.json: what runs, without secrets. The run that is overwritten is deleted now.
+        """Write run.json, without secrets. A run that is overwritten is deleted first.
 
         Raises:
-            UserError: a run is resumed with other data than it began with, or the folder can't be written.
+            UserError: the data of a resumed run have changed, or the folder can't be written.
         """
         from resdpo_trl.training.processes import parallelism
 
         if self.earlier.get("data_fingerprint", data_fingerprint) != data_fingerprint:
             raise UserError(
-                f"the data have changed since the run in {self.path} began: bring them back, or start again with "
+                f"the data have changed since the run in {self.path} started: restore them, or start again with "
                 "--overwrite_output_dir or another --output_dir"
             )
         try:
@@ -229,10 +229,10 @@ class RunFolder:
         self.record(ended=_now())
 
     def discard(self) -> None:
-        """Delete what this process has written: a run that trained no step has nothing to go on from."""
+        """Delete what this process has written. A run that has trained no step has nothing to resume from."""
         _delete([self.path / name for name in WRITTEN] if self._started else [])
         if self._made:
-            with contextlib.suppress(OSError):  # somebody else has put something into it
+            with contextlib.suppress(OSError):  # it has files that this process did not write
                 self.path.rmdir()
 
     def log(self, stage: str, split: str, step: int, epoch: float | None, metrics: dict[str, Any]) -> None:
@@ -251,9 +251,9 @@ class RunFolder:
         return None
 
     def forget_metrics(self, stage: str, after_step: int, at_step: Container[str] = ()) -> None:
-        """Drop a stage's lines past the step that a resumed training starts from: it will write them again.
+        """Drop a stage's lines after the step from which training resumes: it will write them again.
 
-        `at_step` are the splits whose line of that very step came before the checkpoint.
+        `at_step` has the splits whose line of that step was written before the checkpoint.
         """
         path = self.path / "metrics.jsonl"
         if not self.main_process or not path.exists():
@@ -300,28 +300,28 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON with floats at full precision; what is not finite becomes null."""
+    """Strict JSON with floats at full precision. Values that are not finite become null."""
     plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda _: None)
-    # the name of a file may hold bytes that are no UTF-8
+    # a file name may have bytes that are not UTF-8
     return json.dumps(plain, indent=indent, ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say of a set, of a number of numpy or torch, or of anything else."""
+    """A JSON value for a set, a NumPy or torch number, or any other object."""
     if isinstance(value, set | frozenset):
         return list(value)
     return value.item() if hasattr(value, "item") else str(value)
 
 
 def redacted(text: str) -> str:
-    """Text without the tokens and keys that this process was given: by flag, by environment, by `hf auth login`."""
+    """Text without the tokens and keys that came from flags, the environment or `hf auth login`."""
     from huggingface_hub import get_token
 
     words = [part for word in sys.argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     given = [*os.environ.items(), *((flag, value) for flag, value in pairwise(words) if flag.startswith("--"))]
     secrets = {value for name, value in given if name.lower().replace("-", "_").endswith(SECRET)}
     for secret in (secrets | {get_token() or ""}) - {""}:
-        # a short one would take words out of the text, but not where it is a word of the command line
+        # a short secret may be part of ordinary text: replace it only if it is a whole argument or value
         if len(secret) >= 8 or text == secret or text.endswith(f"={secret}"):
             text = text.replace(secret, "[redacted]")
     return text
@@ -336,7 +336,7 @@ def write_figures(path: str, figures: dict[str, Any]) -> None:
 
 
 def hardware() -> dict[str, Any]:
-    """What this process runs on."""
+    """The hardware that this process runs on."""
     import psutil
     import torch
 
@@ -349,9 +349,9 @@ def hardware() -> dict[str, Any]:
 
 
 def use_the_cores() -> None:
-    """Give a CPU process its share of the cores where `accelerate launch` left it one thread, and reuse its memory.
+    """Give a CPU process its share of the cores if `accelerate launch` limited it to one thread, and reuse its memory.
 
-    Without --cpu or a config file the launcher sets OMP_NUM_THREADS=1 whatever the machine has.
+    Without --cpu or a config file, the launcher sets OMP_NUM_THREADS=1 on every machine.
     """
     import torch
 
@@ -366,7 +366,8 @@ def use_the_cores() -> None:
 def _reuse_freed_memory() -> None:
     """Let glibc keep large freed blocks until `trim_heap`.
 
-    By default it maps every tensor above 32 MiB anew, and each of its pages faults at the first write.
+    By default, it maps new pages for every tensor above 32 MiB, and each page faults at the first write.
+    benchmarks/LOG.md has the cost.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if set_option is not None:
@@ -376,9 +377,9 @@ def _reuse_freed_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Give the operating system what has been freed; where the C library is glibc, which keeps it.
+    """Return freed memory to the operating system; glibc keeps it otherwise.
 
-    After a training step that is its activations, over a gigabyte.
+    After a training step, this memory is over a gigabyte of activations.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
@@ -415,7 +416,7 @@ def _cpu_name() -> str:
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an extra that this machine does not have
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # an extra that is not installed
             found[package] = importlib.metadata.version(package)
     return found
 

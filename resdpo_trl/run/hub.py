@@ -1,7 +1,7 @@
-"""Pushing a run to the Hub: the finished model with its card, and checkpoints during training.
+"""Push a run to the Hub: the finished model with its card, and checkpoints during training.
 
-A push is huggingface_hub's `upload_folder`. transformers' own pushes of checkpoints are not used: they include
-`training_args.bin`, a pickle, read a checkpoint that is renamed meanwhile, and do not report a failure.
+A push calls `upload_folder` of huggingface_hub. transformers' own pushes of checkpoints are not used: they include
+the pickle `training_args.bin`, read a checkpoint while it is renamed, and do not report a failure.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from resdpo_trl.run.files import MANIFEST
 from resdpo_trl.run.folder import RunFolder, read_object, redacted
 
 FIXES = {
-    401: "the Hub does not accept the token: run `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there: take one with write permission, or another --hub_model_id",
-    404: "the Hub has no such place, or the token may not see it: check --hub_model_id and the token",
+    401: "the Hub rejects the token: run `hf auth login`, or set HF_TOKEN",
+    403: "the token has no write permission: use one that has it, or another --hub_model_id",
+    404: "the repository does not exist, or the token cannot read it: check --hub_model_id and the token",
 }
-PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # nobody should load these: they are not pushed with a model
-# files of a checkpoint that are not the model's
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # unsafe to load, so not pushed with a model
+# files of a checkpoint that are not part of the model
 STATE = ["trainer_state.json", "log_state_*.json", MANIFEST, "reference.safetensors", "global_step*"]
-ID = "FOLDER_OR_ID"  # in a card, the place that the model is loaded from
+ID = "FOLDER_OR_ID"  # placeholder in a card for the model's id
 
 
 @dataclass
 class Hub:
     """The repository that a run is pushed to; the first push creates it.
 
-    The strategies are transformers': with `checkpoint` the repository's folder run/ also holds what a run needs to
-    resume from its newest checkpoint, with `all_checkpoints` from each one.
+    The strategies are those of transformers. With `checkpoint`, the repository's folder run/ also has the files to
+    resume from the newest checkpoint; with `all_checkpoints`, from every checkpoint.
     """
 
     run: Path
@@ -56,33 +56,33 @@ class Hub:
             validate_repo_id(self.name)
         except HFValidationError:
             raise UserError(
-                f"--hub_model_id {self.name}: not a name on the Hub: letters, digits, '-', '_' and '.', as name or "
+                f"--hub_model_id {self.name}: not a valid id: use letters, digits, '-', '_' and '.', as name or "
                 "owner/name" + ("" if self.model_id else "; the default is the folder's name")
             ) from None
         self.api = HfApi(token=token)
         self._push: Future[None] | None = None
 
     def push_model(self, folder: Path) -> None:
-        """Push the finished model and its card, after a checkpoint whose push has not ended; print the result.
+        """Push the finished model and its card after the pending push of a checkpoint, and print the result.
 
-        A failure is one line with the command that publishes the run later.
+        On a failure, print one line with the command to publish the run later.
         """
         if self._push is not None:
             self._push.result()
         try:
             print(f"pushed to {self.upload(folder)}")
-        except Exception as error:  # whatever the client raises: the run must come to its end
+        except Exception as error:  # any error of the client: the run must finish
             later = ["resdpo-trl", "publish", str(self.run), "--hub_model_id", self.name]
             later += ["--hub_private_repo"] if self.private else []
             later += ["--hub_revision", self.revision] if self.revision else []
             print(
-                f"\nnot pushed: {reason(error)}; the run is complete in {self.run}; later: {shlex.join(later)}",
+                f"\nnot pushed: {reason(error)}; the run is complete in {self.run}; push it later: {shlex.join(later)}",
                 file=sys.stderr,
             )
 
     def upload(self, folder: Path) -> str:
-        """Push a model's folder; its address."""
-        # an adapter that an earlier push left would be loaded on top of a full model
+        """Push a model's folder and return its URL."""
+        # an adapter from an earlier push would be loaded on top of a full model
         repo_id = self._upload(folder, f"{folder.name} of {self.run.resolve().name}", delete_patterns="adapter_*")
         if (card := folder / "README.md").is_file():
             text = card.read_text(encoding="utf-8").replace(ID, repo_id)
@@ -93,9 +93,9 @@ class Hub:
         return f"{self.api.endpoint}/{repo_id}"
 
     def push_save(self, checkpoint: Path) -> None:
-        """Push a checkpoint in the background. One that --save_total_limit deletes meanwhile is not pushed."""
+        """Push a checkpoint in the background. It is not pushed if --save_total_limit deletes it first."""
         if self._push is None or self._push.done() or self.always:
-            disable_progress_bars()  # the run has its own
+            disable_progress_bars()  # the run has its own bars
             self._push = self.api.run_as_future(self._push_save, checkpoint)
 
     def _push_save(self, checkpoint: Path) -> None:
@@ -112,10 +112,10 @@ class Hub:
                     delete_patterns="checkpoints/*" if self.strategy == "checkpoint" else None,
                 )  # fmt: skip
         except Exception as error:  # as above
-            print(f"\n{checkpoint.name} not pushed: {reason(error)}; training goes on", file=sys.stderr)
+            print(f"\n{checkpoint.name} not pushed: {reason(error)}; training continues", file=sys.stderr)
 
     def _upload(self, folder: Path, message: str, path_in_repo: str | None = None, **patterns: Any) -> str:
-        """Push the files of a folder; the repository's full id."""
+        """Push the files of a folder and return the repository's full id."""
         repo_id = self.api.create_repo(self.name, private=self.private, exist_ok=True).repo_id
         if self.revision is not None:
             self.api.create_branch(repo_id, branch=self.revision, exist_ok=True)
@@ -133,17 +133,17 @@ def check_public_base(base: str) -> None:
     if os.path.isdir(base) or os.path.isabs(base) or base.count("/") > 1:
         raise UserError(
             f"the adapter's base {base} is a local folder, which nobody else can load: push the full model with "
-            "--merge_adapter, or push the base to the Hub and name its id (--model_name_or_path of a training, "
-            "base_model_name_or_path in the adapter_config.json of a finished one)"
+            "--merge_adapter, or push the base to the Hub and name its id (--model_name_or_path for a new run, "
+            "base_model_name_or_path in adapter_config.json for a finished one)"
         )
 
 
 def publish(hub: Hub, merge: Callable[[Path], None] | None = None) -> str:
-    """Push a finished run's model: policy/, reward_model/, or reference/ of a run that made nothing more. Its address.
+    """Push a finished run's model (policy/, reward_model/, or else reference/) and return its URL.
 
     Args:
         hub: the run and its repository.
-        merge: called with the run's folder first, to make its adapter a full model (`text.pipeline.merge_run`).
+        merge: called first with the run's folder, to merge its adapter (`text.pipeline.merge_run`).
     """
     from resdpo_trl.run.report import load_run
 
@@ -168,5 +168,5 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
-        return f"{FIXES.get(status, 'the Hub refuses')} (HTTP {status})"
+        return f"{FIXES.get(status, 'the Hub refuses the request')} (HTTP {status})"
     return redacted(" ".join(f"{type(error).__name__}: {error}".split())[:200])

@@ -1,8 +1,7 @@
-"""What a model's folder says of its training, in resdpo_trl.json, so that a copied model is judged as it was trained.
+"""The facts of a model's training in resdpo_trl.json, so that an evaluation uses the settings of the training.
 
-The file holds the loss with its β, the cap, the precision, and the digests of the rows that the training has seen:
-those that it trained on, and those of its validation set. A folder that a run copied its base model into names the
-base.
+The file has the loss with its β, the maximum length, the precision, and digests of the training and validation rows.
+If the folder is a copy of the base model, the file names the base.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ LOSS = {
 
 
 def training_facts(args: Any, trained: Iterable[str], validated: Iterable[str], **more: Any) -> dict[str, Any]:
-    """What is kept of a training.
+    """The facts of a training that are saved with the model.
 
     Args:
-        args: its configuration; the fields of a preference loss count where it has them.
-        trained: digests of the rows that it was trained on.
-        validated: digests of the rows that it was validated on, by which an epoch or a setting may have been chosen.
-        more: further facts: the cap.
+        args: its configuration, with or without the fields of a preference loss.
+        trained: digests of its training rows.
+        validated: digests of its validation rows, which may have been used to choose an epoch or a setting.
+        more: further facts, such as the maximum length.
     """
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     loss = {name: getattr(args, name) for name in LOSS} if hasattr(args, "beta") else {}
@@ -52,12 +51,12 @@ def write_facts(folder: str | Path, facts: dict[str, Any]) -> None:
 
 
 def read_facts(name: str, revision: str | None, flag: str) -> dict[str, Any]:
-    """The facts of a folder or Hub id; none where it has no such file."""
+    """The facts of a folder or Hub id; {} if it has no such file."""
     from transformers.utils import cached_file
 
     try:
         path = cached_file(name, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # there is no such model, which its loading says
+    except OSError:  # the model does not exist; loading it reports that
         path = None
     try:
         return {} if path is None else read_object(Path(path))
@@ -66,13 +65,13 @@ def read_facts(name: str, revision: str | None, flag: str) -> dict[str, Any]:
 
 
 def as_trained(facts: dict[str, Any], asked: dict[str, Any], defaults: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """The settings of an evaluation, each with where it comes from: a flag, the model's folder, or the defaults.
+    """The settings of an evaluation, each with its origin: a flag, the model's folder, or a default.
 
     Args:
-        facts: of `read_facts`.
-        asked: name -> what the flag says, None where it is not given. Another loss type than the trained
-            one has none of its weights and smoothing.
-        defaults: what holds otherwise; the loss's and the hardware's precision are known here.
+        facts: the result of `read_facts`.
+        asked: name -> the flag's value, or None if it is not given. If it gives another loss type than the trained one,
+            all other settings of the trained loss except β are ignored.
+        defaults: further defaults, in addition to those of the loss and the precision.
     """
     defaults = {**LOSS, "precision": "bfloat16" if has_bfloat16() else "float32", **defaults}
     if asked.get("loss_type") not in (None, facts.get("loss_type")):
@@ -88,7 +87,7 @@ def loss_of(settings: dict[str, tuple[Any, str]]) -> PreferenceLoss:
 
 
 def seen_by(*facts: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """Digests of the rows that the trainings of these models trained on, and of those that they validated on."""
+    """Digests of the training rows of these models, and of their validation rows."""
     trained, validated = (
         {digest for each in facts for digest in each.get(name, "").split()} for name in ("trained_on", "validated_on")
     )
@@ -96,25 +95,25 @@ def seen_by(*facts: dict[str, Any]) -> tuple[set[str], set[str]]:
 
 
 def unseen(digests: list[str], facts: Iterable[dict[str, Any]], flag: str) -> tuple[np.ndarray, dict[str, int]]:
-    """The places of the rows that no training of these facts has seen, and how many of the others it trained on or only
-    validated on.
+    """The indices of the rows that no training in `facts` has used, and the numbers of the rows that one trained on or
+    only validated on.
 
     Raises:
-        UserError: all rows were seen.
+        UserError: all rows were used.
     """
     trained, validated = seen_by(*facts)
     seen = trained | validated
     kept = np.flatnonzero([digest not in seen for digest in digests])
     if len(digests) and not len(kept):
         raise UserError(
-            f"{flag}: the training of the models has seen all {len(digests)} rows: name others, or pass --split train"
+            f"{flag}: the models' training has used all {len(digests)} rows: name other data, or pass --split train"
         )
     trained_on = sum(digest in trained for digest in digests)
     return kept, {"trained_on": trained_on, "validated_on": len(digests) - len(kept) - trained_on}
 
 
 def describe_settings(settings: dict[str, tuple[Any, str]], left_out: dict[str, int]) -> list[str]:
-    """The lines that say which settings an evaluation used, and how many rows it left out."""
+    """Lines with the settings of an evaluation and the number of rows that it skipped."""
     texts = {"beta": "β {:g}", "loss_type": "loss {}", "max_length": "cap {}"}
     texts |= {"max_response_length": "responses {}", "precision": "{}"}
     origins = {"model": "as trained", "flag": "by flag", "default": "by default (the model's folder does not say)"}

@@ -1,8 +1,8 @@
 """report.html: one self-contained page of one or several runs.
 
-A page is a title, what it opens with, and sections: dictionaries that the template page.html renders, with all text of
-models and data escaped. The pages of a sweep and of a comparison build their own sections from the parts of this module
-and hand them to `write_page`.
+A page is a dictionary with a title, an opening and sections. The template page.html renders it and escapes all text of
+models and data. The pages of a sweep and of a comparison build their sections with the functions of this module and
+pass them to `write_page`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from resdpo_trl.run.folder import read_object
 from resdpo_trl.run.verdict import STAGES, before_and_after, test_of, verdict
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, source_name
 
-INK = "#010203"  # what plots are drawn with; in the page it becomes the color of the text, light or dark
+INK = "#010203"  # the color of plots; the page replaces it with its text color, light or dark
 GREY = "#888888"
 PALETTE = ("#4a90e2", "#e07b26", "#3aa657", "#c0504d", "#8a63c7", "#1aa3a3", "#b8860b", "#d05a9e")
 SHOWN_TEXT = 3000  # characters of a prompt or an answer
 SHOWN_POINTS = 400  # of a curve
 SIDE_BY_SIDE = ("", "test accuracy", "95% interval", "KL from reference", "seconds", "images/s")
-# flags that a sweep sets for each of its points, or that belong to one run alone
+# flags that a sweep sets per point, or that apply only to a single run
 OF_A_POINT = (
     "beta", "learning_rate", "seed", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub",
     "hub_model_id", "hub_token",
@@ -62,16 +62,16 @@ class Run:
 
 
 def load_run(folder: str | Path) -> Run:
-    """Read a run's folder. A missing or damaged file leaves a note: a crash during a write must not hide the rest.
+    """Read a run's folder. A missing or damaged file becomes a note, so that the rest is still shown.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder has no run.
     """
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name the --output_dir of a run")
     if not (path / "run.json").exists() and not (path / "summary.json").exists():
-        raise UserError(f"{path}: not a run's folder (neither run.json nor summary.json in it)")
+        raise UserError(f"{path}: not a run's folder: it has neither run.json nor summary.json")
     loaded = Run(path, printable(path.resolve().name))
     for name in ("run.json", "summary.json", "metrics.jsonl", "samples.jsonl", "scores.jsonl"):
         file, torn = path / name, list[str]()
@@ -82,23 +82,23 @@ def load_run(folder: str | Path) -> Run:
             loaded.notes += [f"{path.name} has no {name}."] if file.suffix == ".json" else []
         except (OSError, ValueError) as error:
             loaded.notes.append(f"{path.name}: {name} can't be read ({str(error)[:100]}).")
-        loaded.notes += [f"{path.name}: {len(torn)} torn line(s) of {name} are left out."] if torn else []
+        loaded.notes += [f"{path.name}: {len(torn)} damaged line(s) of {name} are skipped."] if torn else []
     if loaded.run and loaded.run.get("ended") is None:
-        loaded.notes.append(f"{path.name} has not ended: the figures are those that it has written so far.")
+        loaded.notes.append(f"{path.name} has not ended: the figures are preliminary.")
     return loaded
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None, refresh: float | None = None) -> Path:
-    """Write the page of these runs, and PNG copies of its plots in plots/ next to it.
+    """Write the page of these runs, with PNG copies of its plots in plots/ next to it.
 
     Args:
         folders: one or several runs.
         output: the page; by default report.html in the folder of a single run.
-        refresh: seconds after which a browser loads the page again.
+        refresh: seconds after which a browser reloads the page.
     """
     runs = [load_run(folder) for folder in folders]
     if output is None and len(runs) > 1:
-        raise UserError("--output: name the page that several runs share")
+        raise UserError("--output: needed for the page of several runs")
     target = Path(output) if output is not None else runs[0].path / "report.html"
     plots = Plots(target.parent / "plots")
     there = {row["stage"] for run in runs for row in run.metrics}
@@ -124,14 +124,14 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
 
 
 def write_page(target: Path, page: dict[str, Any], refresh: float | None = None) -> Path:
-    """Write what the template page.html makes of `page`; its sections that are None are left out."""
+    """Render `page` with the template page.html and write it. Sections that are None are skipped."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("resdpo_trl.run"),
         autoescape=True,
         trim_blocks=True,
-        finalize=lambda value: printable(value, kept="\n\t") if type(value) is str else value,  # not of our own SVG
+        finalize=lambda value: printable(value, kept="\n\t") if type(value) is str else value,  # our SVG is a subclass
     )
     page = page | {"sections": list(filter(None, page["sections"])), "version": __version__, "refresh": refresh}
     try:
@@ -147,11 +147,11 @@ def section_of(identity: str, title: str, **parts: Any) -> dict[str, Any]:
     return {"id": identity, "title": title, **parts}
 
 
-# --- what a page opens with ------------------------------------------------------------------------------------------
+# --- opening ---------------------------------------------------------------------------------------------------------
 
 
 def run_title(run: Run) -> str | None:
-    """What the run made, of which model and data; None if its files do not say."""
+    """The stage, model and data of the run as a title; None if its files lack them."""
     config = run.run.get("config", {})
     made = {"dpo": "DPO", "reward": "A reward model", "cross_entropy": "Cross-entropy", "sft": "SFT"}
     what = next((text for stage, text in made.items() if stage in run.summary), None)
@@ -181,21 +181,21 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _first_answers(run: Run) -> dict[str, Any] | None:
-    """The answers of reference, policy and people to the first prompt."""
+    """The first prompt with the answers of reference and policy, and the chosen answer."""
     for row in run.samples[:1]:
         said = {name: kinds["greedy"] for name, kinds in row["answers"].items() if name != "base" and "greedy" in kinds}
-        return _pair(row, "", [_answer(*each) for each in [*said.items(), ("people's answer", row["chosen"])]])
+        return _pair(row, "", [_answer(*each) for each in [*said.items(), ("chosen answer", row["chosen"])]])
     return None
 
 
 def _next_steps(run: Run) -> list[tuple[str, str]]:
-    """(what, command) of what may follow a finished run."""
+    """(description, command) of the next steps after a finished run."""
     if run.run.get("ended") is None:
         return []
     folder, flags = shlex.quote(str(run.path)), run.run["command"][1:]
     steps = []
     if "dpo" in run.summary and run.samples:
-        steps.append(("Talk to the reference and the policy", f"resdpo-trl chat {folder}"))
+        steps.append(("Chat with the reference and the policy", f"resdpo-trl chat {folder}"))
     if "dpo" in run.summary and "classes" not in run.summary["data"]:
         kept, dropped = [], False
         for word in flags:
@@ -204,7 +204,7 @@ def _next_steps(run: Run) -> list[tuple[str, str]]:
             kept += [] if dropped else [shlex.quote(word)]
         betas = " ".join(f"{factor * run.summary['dpo']['beta']:.2g}" for factor in (1 / 3, 1, 3))
         steps.append(("Try other values of β", " ".join([f"resdpo-trl sweep --betas {betas}", *kept])))
-    return [*steps, ("Publish it", f"resdpo-trl publish {folder} --hub_model_id NAME")]
+    return [*steps, ("Publish the model", f"resdpo-trl publish {folder} --hub_model_id NAME")]
 
 
 def _pair(row: dict[str, Any], title: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _pair(row: dict[str, Any], title: str, answers: list[dict[str, Any]]) -> dic
 
 
 def _answer(name: str, text: str, marked: bool = True) -> dict[str, Any]:
-    """An answer for the template; its name says its flaw if it is `marked`."""
+    """An answer for the template; if it is `marked`, its name includes its flaw."""
     found = flaw(text) if marked else None
     return {"name": f"{name} — {found}" if found else name, "pieces": [("same", shown_text(text))] if text else []}
 
@@ -230,7 +230,7 @@ class Plots:
     def draw(
         self, name: str, caption: str, paint: Callable[[Any], None], y: str, x: str, legend_below: bool = False
     ) -> dict[str, Any]:
-        """What `paint` draws on matplotlib's axes. A legend below the axes has room for the names of many runs."""
+        """The plot that `paint` draws on matplotlib's axes. A legend below the axes has room for many runs."""
         import markupsafe
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -258,24 +258,24 @@ class Plots:
             figure.savefig(self.folder / f"{name}.png", dpi=200, facecolor="white")
         text = svg.getvalue()
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-        # several figures share the page: their ids must differ
+        # the ids of the figures on a page must differ
         text = re.sub(r'(id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text.replace(INK, "currentColor"))
         return {"svg": markupsafe.Markup(text), "caption": caption}  # noqa: S704  (matplotlib escapes the names)
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A color for each name, and another kind of line each time the colors repeat."""
+    """A color for each name, and a new line style each time the colors repeat."""
     looks = itertools.product(("-", "--", ":", "-."), PALETTE)
     return {name: {"color": color, "linestyle": line} for name, (line, color) in zip(names, itertools.cycle(looks))}
 
 
 def mark_end(axes: Any, x: Sequence[float], y: Sequence[float], color: str, text: str) -> None:
-    """Write the last epoch at the end of a line, so that its direction is seen."""
+    """Write `text` at the end of a line, to show its direction."""
     axes.annotate(text, (x[-1], y[-1]), (5, 4), textcoords="offset points", fontsize=9, color=color, zorder=9)
 
 
 def curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -> dict[str, Any] | None:
-    """Every figure against the epoch, SFT's loss first. Of several runs the one named `best` is drawn thicker."""
+    """Every figure against the epoch, SFT's loss first. The run named `best` has a thicker line."""
     single = len(runs) == 1 and best is None
     drawn, looks = [], styles([run.name for run in runs])
     wanted = [(stage, name, figure.words) for name, figure in FIGURES.items()]
@@ -310,7 +310,7 @@ def curves(runs: list[Run], stage: str, plots: Plots, best: str | None = None) -
         drawn.append(plots.draw(slug, words, paint, words, "epoch", legend_below=not single))
     if not drawn:
         return None
-    text = "Thin lines are training, averaged over the steps between two log lines; dots are validation."
+    text = "Thin lines show training, averaged over the steps between two log lines. Dots show validation."
     if best:
         text += f" The thick line is the best point on the validation pairs: {best}."
     return section_of("curves", "Curves", text=text, plots=drawn)
@@ -335,11 +335,11 @@ def _margins(run: Run, plots: Plots) -> dict[str, Any] | None:
 
 
 def bin_edges(values: Sequence[float]) -> list[float]:
-    """Edges of about 40 bins that hold all values, with zero among them: no bin has both signs."""
+    """Edges of about 40 bins that cover all values. Zero is an edge, so that no bin has both signs."""
     least, most = min(values), max(values)
     width = (most - least) / 40 or 1.0
     edges = [width * k for k in range(math.floor(least / width), math.floor(most / width) + 2)]
-    edges[0], edges[-1] = min(edges[0], least), max(edges[-1], most)  # the products are rounded
+    edges[0], edges[-1] = min(edges[0], least), max(edges[-1], most)  # rounding may exclude them
     return edges
 
 
@@ -362,15 +362,15 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
     counts = ", ".join(str(test["n"]) for test in tests if test)
     unit = "images" if any("classes" in run.summary.get("data", {}) for run in runs) else "pairs"
     text = (
-        f"Means over {counts} held-out {unit} that neither training nor the choice of the epoch has seen. "
-        "Intervals are Wilson's for shares and bootstrap intervals for other means. An arrow shows which way is better."
-        + (" A coin's loss is ln 2 = 0.6931." if all(map(_is_sigmoid, runs)) else "")
+        f"Means over {counts} held-out {unit} that neither training nor the choice of the epoch used. "
+        "Intervals are Wilson intervals for shares and bootstrap intervals for means. Arrows point to better values."
+        + (" Random guessing has a loss of ln 2 = 0.6931." if all(map(_is_sigmoid, runs)) else "")
     )
     return section_of("results", "On the test data", text=text, tables=[{"head": head, "rows": rows, "numbers": True}])
 
 
 def side_by_side(summary: dict[str, Any]) -> list[list[str]]:
-    """Of images: the rows of `SIDE_BY_SIDE` for reference, policies and baseline."""
+    """The rows of `SIDE_BY_SIDE` for the reference, the policies and the baseline of an image run."""
     mode = "{rejected_sampling}/{reference_update}".format(**summary["dpo"])
     models = {"reference": summary["reference"], f"DPO, {mode}": summary["dpo"]}
     for name, found in summary.get("compared", {}).items():
@@ -398,7 +398,7 @@ def _extremes(run: Run) -> dict[str, Any] | None:
         side = "ranked right" if (row["margin"] or 0.0) > 0 else "ranked wrong"
         title = f"{side}, margin {number(row['margin'])}: {short_text(row['prompt'])}"
         pairs.append(_pair(row, title, [_answer(name, row[name], marked=False) for name in ("chosen", "rejected")]))
-    title, text = "The pairs ranked most wrongly and most rightly", "Prompts are shown as the models see them."
+    title, text = "Pairs with the lowest and the highest margins", "Prompts are shown as the models see them."
     return section_of("extremes", title, text=text, pairs=pairs) if pairs else None
 
 
@@ -409,16 +409,13 @@ def _samples(run: Run) -> dict[str, Any] | None:
         for name, text in said.items():
             flaws.setdefault(name, Counter())[flaw(text)] += 1
         answers = [_answer(name, text) for name, text in said.items()]
-        answers += [_answer(f"people, {name}", row[name], marked=False) for name in ("chosen", "rejected")]
+        answers += [_answer(f"data, {name}", row[name], marked=False) for name in ("chosen", "rejected")]
         pairs.append(_pair(row, "", answers))
     kinds = ("repeats itself", "ends at once")
     rows = [[name, *(found[kind] for kind in kinds), found.total()] for name, found in flaws.items()]
     table = {"head": ["", *kinds, "answers"], "rows": rows, "numbers": True}
-    return (
-        section_of("answers", "Answers", text="Answers to held-out prompts.", tables=[table], pairs=pairs)
-        if pairs
-        else None
-    )
+    parts: dict[str, Any] = {"text": "Answers to held-out prompts.", "tables": [table], "pairs": pairs}
+    return section_of("answers", "Answers", **parts) if pairs else None
 
 
 def _pictures(run: Run) -> dict[str, Any] | None:
@@ -429,22 +426,22 @@ def _pictures(run: Run) -> dict[str, Any] | None:
         if "png" in row
     ]
     text = (
-        "The images with the least mean margin, then those with the largest, each with the class to which reference "
-        "and policy give the most probability."
+        "The images with the smallest mean margin, then those with the largest, each with the most probable class "
+        "under reference and policy."
     )
-    title = "Images ranked most wrongly and most rightly"
+    title = "Images with the lowest and the highest margins"
     return section_of("images", title, text=text, pictures=pictures) if pictures else None
 
 
 def _cuts(run: Run) -> dict[str, Any] | None:
-    """What became of the rows: used, dropped, truncated."""
+    """The numbers of rows that were used, dropped and truncated."""
     data = run.summary.get("data")
     if not data:
         return None
     rows = [["used", ", ".join(f"{data[split]} {split}" for split in ("train", "validation", "test") if split in data)]]
     dropped = ", ".join(f"{n} {reason}" for reason, n in data.get("dropped", {}).items() if n)
     rows.append(["dropped", dropped or "none"])
-    rows += [["left out by limits", str(data["cut_by_limits"])]] if data.get("cut_by_limits") else []
+    rows += [["skipped by limits", str(data["cut_by_limits"])]] if data.get("cut_by_limits") else []
     if "cap" in data:
         cap = {name: sum(split[name] for split in data["cap"].values()) for name in data["cap"]["train"]}
         text = f"shortened prompts: {cap['prompts_shortened']}; dropped turns: {cap['turns_dropped']}; truncated "
@@ -465,7 +462,7 @@ def what_ran(runs: list[Run]) -> dict[str, Any]:
             facts["hardware"] = "; ".join([cpu, *found["gpus"]])
         facts["throughput"] = ", ".join(f"{k}: {v:.4g}" for k, v in run.summary.get("throughput", {}).items())
         if run.run.get("resumed"):
-            facts["throughput"] += "; a resumed part counts from its start"
+            facts["throughput"] += "; since the last resume"
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in run.run.get("versions", {}).items())
         rows = [[name, fact] for name, fact in facts.items() if fact not in (None, "")]
         tables.append({"title": run.name if len(runs) > 1 else "", "rows": [["folder", run.path.name], *rows]})
@@ -482,7 +479,7 @@ def _without_empty(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_sigmoid(run: Run) -> bool:
-    """Whether the loss is Bradley–Terry's, which is ln 2 for a coin."""
+    """Whether the loss is the Bradley–Terry loss, which is ln 2 for random guessing."""
     return "reward" in run.summary or run.summary.get("dpo", {}).get("loss_type") == ["sigmoid"]
 
 
@@ -493,5 +490,5 @@ def shown_text(text: str) -> str:
 
 
 def short_text(text: str) -> str:
-    """The last turn of a dialogue, or another text, in at most 90 characters of one line."""
+    """The last turn of a dialogue, or any other text, in one line of at most 90 characters."""
     return textwrap.shorten(text.strip().removesuffix("Assistant:").rpartition("Human:")[2], 90, placeholder=" …")

@@ -1,6 +1,6 @@
-"""What a run, a sweep or a comparison shows, and what to try next, in plain sentences from its own files.
+"""Plain sentences on what a run, a sweep or a comparison shows, and on what to try next.
 
-Each rule is a function of the figures that returns its sentences, or none. The thresholds are below.
+Each rule is a function of the figures that returns a list of sentences, which may be empty.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from resdpo_trl.metrics import percent
 from resdpo_trl.sources import FEW_TO_TEST
 
-STAGES = ("dpo", "reward", "cross_entropy")  # the stages with test figures, in order: a run is about the first it has
-BARELY_MOVED = 0.05  # a margin of that size moves σ(margin) from 0.5 to 0.512
+STAGES = ("dpo", "reward", "cross_entropy")  # stages with test figures; the first one that a run has is its main stage
+BARELY_MOVED = 0.05  # this margin moves σ(margin) from 0.5 to 0.512
 DIVERGED = 3.0  # times the loss before training
-TURNED = 0.02  # of a loss: a smaller change between epochs is noise
+TURNED = 0.02  # relative change of a loss between epochs; a smaller one is noise
 FEW_TO_CHOOSE_BY = 30  # validation rows
 
 
@@ -47,7 +47,7 @@ def verdict(summary: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list[
 
 
 def stage_of(summary: dict[str, Any]) -> str | None:
-    """The stage that a run is about; None for SFT alone."""
+    """The main stage of a run; None for SFT alone."""
     return next((stage for stage in STAGES if stage in summary), None)
 
 
@@ -57,7 +57,7 @@ def test_of(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def before_and_after(summary: dict[str, Any]) -> list[tuple[str, float, list[float], int]]:
-    """(name, share, its 95% interval, n) of the reference and of the model that was trained."""
+    """(name, share, its 95% interval, n) of the reference and of the trained model."""
     test = test_of(summary)
     if "accuracy" in test:
         before = summary.get("reference", {}).get("test", {})
@@ -85,7 +85,7 @@ def of_sft(sft: dict[str, Any]) -> list[str]:
 
 
 def of_the_test(summary: dict[str, Any]) -> list[str]:
-    """What the held-out rows say before and after training, and whether the interval excludes that nothing changed.
+    """The accuracy on held-out rows before and after training, and whether the interval excludes no change.
 
     The first sentence is the lead of the page and of the model card.
     """
@@ -100,7 +100,7 @@ def of_the_test(summary: dict[str, Any]) -> list[str]:
         if before is None:
             return [f"{said}."]
         if low <= before <= high:
-            return [f"{said}; the reference's {percent(before, n)} lies in this interval: no difference is shown."]
+            return [f"{said}; the reference's {percent(before, n)} is in this interval: no difference is shown."]
         return [f"{said}, {'more' if before < low else 'fewer'} than the reference ({percent(before, n)})."]
     who = "The policy's implicit reward" if name == "policy" else f"The {name}"
     said = f"{who} ranks {said.format('pairs')}"
@@ -110,12 +110,12 @@ def of_the_test(summary: dict[str, Any]) -> list[str]:
     if high < 0.5:
         advice = "Look at a few pairs: chosen and rejected may be swapped (--prefer)."
         return [f"{said}, worse than chance{known}.", advice]
-    return [f"{said}, which is not distinguishable from chance{known}.", "Use more test pairs, or train on more."]
+    return [f"{said}, which is not distinguishable from chance{known}.", "Use more test pairs, or train on more pairs."]
 
 
 def of_divergence(loss: float | None, start: float | None) -> list[str]:
-    """A loss that is far above that of the untrained model, or none at all."""
-    if loss is None:  # what is not finite is null in the files
+    """A loss that is not finite, or far above that of the untrained model."""
+    if loss is None:  # values that are not finite are null in the files
         return ["The test loss is not finite: training diverged. Lower --learning_rate."]
     if start is not None and loss > DIVERGED * start:
         return [
@@ -125,13 +125,13 @@ def of_divergence(loss: float | None, start: float | None) -> list[str]:
 
 
 def of_the_margin(test: dict[str, Any]) -> list[str]:
-    """A policy that is still its reference, and rewards that fall together."""
+    """A policy that is almost its reference, or rewards that both fall."""
     margin, chosen, rejected = (test.get(f"rewards/{name}") for name in ("margins", "chosen", "rejected"))
     if margin is None or chosen is None or rejected is None:
         return []
     if abs(margin) < BARELY_MOVED:
         return [
-            f"The policy barely moved (margin {margin:.3f}): raise --learning_rate, or train longer "
+            f"The policy barely moved (margin {margin:.3f}): raise --learning_rate or train longer "
             "(--num_train_epochs)."
         ]
     if chosen < 0 and rejected < 0 and margin > 0:
@@ -142,14 +142,14 @@ def of_the_margin(test: dict[str, Any]) -> list[str]:
 def of_epochs(
     losses: Sequence[tuple[float, float]], kept: float | None, dpo: bool = True, rows: int | None = None
 ) -> list[str]:
-    """A validation loss that has turned, or that still falls.
+    """A validation loss that has risen again, or that still falls.
 
     Args:
         losses: (epoch, validation loss) of each evaluation.
         kept: the epoch whose weights were kept.
-        dpo: whether β holds the model back.
-        rows: validation rows. The loss of a row varies about as much as it is large, so that the mean over n rows is
-            known to about 1/√n of itself: a smaller change is noise.
+        dpo: whether the stage has a β to raise.
+        rows: number of validation rows. The standard deviation of a row's loss is about its mean, so that the mean
+            over n rows has a relative error of about 1/√n. A smaller change is noise.
     """
     if len(losses) < 2:
         return []
@@ -167,17 +167,17 @@ def of_epochs(
 
 
 def of_held_out(validation: int | None, evaluations: int, test: int | None) -> list[str]:
-    """Held-out rows that are too few for what they are used for."""
+    """Numbers of held-out rows that are too small for their use."""
     said = []
     if validation is not None and validation < FEW_TO_CHOOSE_BY and evaluations > 1:
         said.append(
-            f"{validation} validation rows cannot choose an epoch: use more of them (--validation_fraction), or "
+            f"{validation} validation rows are too few to choose an epoch: use more (--validation_fraction), or pass "
             "--select last."
         )
     if test is not None and test < FEW_TO_TEST:
         said.append(
-            f"{test} test rows give a share to ±{98 / math.sqrt(test):.0f} points: repeat the run with other test rows "
-            "(cross-validation) before believing a difference."
+            f"{test} test rows give a share to ±{98 / math.sqrt(test):.0f} percentage points: repeat the run with "
+            "other test rows (cross-validation) before you trust a difference."
         )
     return said
 
@@ -204,8 +204,8 @@ def of_sweep(rows: Sequence[dict[str, Any]]) -> list[str]:
     for name, flag in (("beta", "--betas"), ("learning_rate", "--learning_rates")):
         tried = sorted({row[name] for row in done})
         if len(tried) > 1 and best[name] in (tried[0], tried[-1]):
-            end, word = ("least", "smaller") if best[name] == tried[0] else ("largest", "larger")
-            said.append(f"Its {name} {best[name]:g} is the {end} that was tried: try {word} ones too ({flag}).")
+            end, word = ("smallest", "smaller") if best[name] == tried[0] else ("largest", "larger")
+            said.append(f"Its {name} {best[name]:g} is the {end} that was tried: also try {word} ones ({flag}).")
     return said
 
 
@@ -216,27 +216,27 @@ def of_comparison(summary: dict[str, Any]) -> list[str]:
         answers = summary["comparison"]["answers"]
         ended = [f"{name} {percent(1 - found['cut'], found['n'])}" for name, found in answers.items()]
         return [
-            f"Of {next(iter(answers.values()))['n']} answers per model, these end by themselves: {', '.join(ended)}.",
+            f"Of {next(iter(answers.values()))['n']} answers per model, these end on their own: {', '.join(ended)}.",
             "No judge compared the answers: pass --reward_model or --judge_url for win rates.",
         ]
     said = []
     for row in rates:
         model, against, n = row["model"], row["against"], row["n"]
         if not n:
-            said.append(f"{model} against {against}, judged by {row['judge']}: no verdict.")
+            said.append(f"{row['judge']} gave no verdict on {model} against {against}.")
             continue
         shares = (row["win_rate"], *row["interval_95"])
         if row["win_rate"] < 0.5:
             model, against, shares = against, model, (1 - shares[0], 1 - shares[2], 1 - shares[1])
         rate, low, high = (percent(share, n) for share in shares)
         won = f"{model} wins {rate} of {n} prompts against {against}, judged by {row['judge']}"
-        shown = "" if shares[1] > 0.5 else ": no difference is shown; ask more prompts"
+        shown = "" if shares[1] > 0.5 else ": no difference is shown; use more prompts"
         said.append(f"{won} (95% interval {low} to {high}){shown}.")
     return said
 
 
 def _loss_before(stage: str, summary: dict[str, Any], metrics: Iterable[dict[str, Any]]) -> float | None:
-    """The loss of a model that has learned nothing: by its formula, or the first that was logged."""
+    """The loss before training: by its formula, or the first logged value."""
     if stage == "reward" or summary[stage].get("loss_type") == ["sigmoid"]:
         return math.log(2)
     if stage == "cross_entropy":

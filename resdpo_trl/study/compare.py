@@ -1,7 +1,7 @@
-"""The same prompts answered by several models: answers, rewards under each policy, win rates, one page.
+"""Compare several models on the same prompts: answers, rewards under each policy, win rates, and one page.
 
-The recipe calls the steps in order. One model is in memory at a time. Each verdict is in verdicts.jsonl at once:
-`--resume_from_checkpoint` draws the same answers again and asks a judge only what has no verdict yet.
+The recipe calls the steps in order. One model is in memory at a time. Each verdict is written to verdicts.jsonl as it
+arrives. `--resume_from_checkpoint` generates the same answers again and asks only questions without a verdict.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from resdpo_trl.training.arguments import RunConfig
 
 @dataclasses.dataclass
 class Answer:
-    """What a model said to one prompt."""
+    """A model's answer to one prompt."""
 
-    ids: list[int]  # with the end-of-text token where it ended by itself
+    ids: list[int]  # with the end-of-text token if the answer ended on its own
     text: str
     ended: bool
     tokenizer: str  # the NAME whose tokenizer `ids` belong to
@@ -71,7 +71,7 @@ class Comparison:
             name: load_tokenizer(path, model, config.trust_remote_code, flag)
             for name, (path, flag) in self.places.items()
         }
-        if config.reward_model is not None:  # before anything is answered
+        if config.reward_model is not None:  # before any answer is generated
             check_reward_model(config.reward_model, config.trust_remote_code)
         self.beta = self._beta()
         self.run = RunFolder(config.output_dir, main_process=self.state.is_main_process)
@@ -92,7 +92,7 @@ class Comparison:
         self.rewards: dict[str, dict[str, list[float]]] = {}  # policy -> whose answers -> (N,) β·log(π/π_ref)
         # (judge, model, against) -> (N,) 1.0 won, 0.5 tie, 0.0 lost, None no verdict
         self.outcomes: dict[tuple[str, str, str], list[float | None]] = {}
-        self.answer_seconds, self.answer_tokens = 0.0, 0  # of everything that was drawn
+        self.answer_seconds, self.answer_tokens = 0.0, 0  # of all generated answers
 
     def _beta(self) -> float:
         """--beta, or that of the models' training, or 0.1."""
@@ -106,7 +106,7 @@ class Comparison:
         return next(iter(betas), 0.1)
 
     def _judge(self) -> EndpointJudge | None:
-        """The judge of pairs. An endpoint that does not answer is refused before any model is loaded."""
+        """The judge of pairs, if any. An endpoint that does not answer is an error before any model is loaded."""
         config = self.config
         if config.judge_url is None or config.judge_model is None:
             return None
@@ -121,7 +121,7 @@ class Comparison:
         return judge
 
     def say(self, text: str) -> None:
-        """Print on the main process, without what a terminal would obey."""
+        """Print on the main process, without terminal control characters."""
         if self.state.is_main_process:
             print(printable(text, kept="\n"), flush=True)
 
@@ -139,7 +139,7 @@ class Comparison:
     # --- answers -------------------------------------------------------------------------------------------------
 
     def answer(self) -> None:
-        """Every model's answers; samples.jsonl is written again after each model."""
+        """Generate every model's answers. samples.jsonl is rewritten after each model."""
         shortened = {}
         for name in self.models:
             prompts, lost = self._prompt_ids(self.prompts, self.tokenizers[name])
@@ -149,7 +149,7 @@ class Comparison:
         self.run.summarize(data=self.counts | {"prompts_shortened": shortened})
 
     def add_best_of_n(self, reward_model: RewardModel) -> None:
-        """One more model: of n sampled answers to a prompt, the one that the reward model scores highest,
+        """Add a model whose answer is that with the highest score among n sampled answers to a prompt,
 
             y* = argmax_{i ≤ n} r(x, y_i),   y_1 … y_n ~ π(·|x)
 
@@ -166,11 +166,11 @@ class Comparison:
         self.answers[name] = [drawn[at] for at in best]
 
     def _prompt_ids(self, prompts: list[Prompt], tokenizer: Any) -> tuple[list[list[int]], list[int]]:
-        """Token ids of prompts that leave room for an answer, and how many tokens each lost."""
+        """Token ids of the prompts, truncated to leave room for an answer, and how many tokens each lost."""
         return prompt_ids(prompts, tokenizer, self.config.max_length - self.config.max_new_tokens)
 
     def _drawn(self, name: str, prompts: list[list[int]], sampled: bool, description: str) -> list[Answer]:
-        """An answer per prompt; every process answers its share of the prompts."""
+        """One answer per prompt. Every process answers its share of the prompts."""
         model, tokenizer = self._load(name), self.tokenizers[name]
         started = time.perf_counter()
         with self.state.split_between_processes(prompts) as mine:
@@ -188,7 +188,7 @@ class Comparison:
     # --- rewards -------------------------------------------------------------------------------------------------
 
     def score(self) -> None:
-        """The reward model's score of every answer, best-of-n with it, and the implicit rewards."""
+        """Score every answer with the reward model, add best-of-n, and compute the implicit rewards."""
         if self.config.reward_model is not None:
             reward_model = RewardModel(self.config.reward_model, self.model, self.config.trust_remote_code)
             if self.config.best_of_n:
@@ -213,8 +213,8 @@ class Comparison:
         return [float(score) for score in scores]
 
     def _implicit_rewards(self, reference: str) -> None:
-        """β·(log π(y|x) − log π_ref(y|x)) of every answer y under every policy π (Eq. 5 of DPO, arXiv 2305.18290, up to
-        the term of the prompt alone); under policies with the reference's tokenizer, others have no such ratio.
+        """β·(log π(y|x) − log π_ref(y|x)) of every answer y under every policy π with the reference's tokenizer (Eq. 5
+        of DPO, arXiv 2305.18290, without the term that depends only on the prompt).
         """
         tokenizer = self.tokenizers[reference]
         prompts, _ = self._prompt_ids(self.prompts, tokenizer)
@@ -228,7 +228,7 @@ class Comparison:
             for name, found in self.answers.items()
         }
         names = list(ids)
-        # two models' answers to a prompt are scored as a pair; the last one's with itself where their number is odd
+        # two models' answers to a prompt are scored as a pair; an odd last model is paired with itself
         pairs = [(names[at], names[min(at + 1, len(names) - 1)]) for at in range(0, len(names), 2)]
         rows = [
             {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
@@ -250,7 +250,7 @@ class Comparison:
         }
 
     def _retokenized(self, answers: list[Answer], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """The texts of answers in the tokens of another tokenizer than theirs."""
+        """The token ids of answers under another tokenizer."""
         found, _ = answer_ids(self.prompts, [one.text for one in answers], tokenizer)
         end = stop_tokens(tokenizer)[-1:]
         return [
@@ -261,7 +261,7 @@ class Comparison:
     # --- verdicts ------------------------------------------------------------------------------------------------
 
     def judge(self) -> None:
-        """Every pair of models, judged in both orders; each verdict is in verdicts.jsonl as soon as it is there."""
+        """Judge every pair of models in both orders. Each verdict is written to verdicts.jsonl as it arrives."""
         if not self.state.is_main_process:
             return
         pairs, judges = list(itertools.combinations(self.answers, 2)), {}
@@ -292,16 +292,16 @@ class Comparison:
         self.run.summarize(win_rates=rates, judges=judges)
 
     def _ask(self, name: str, judge: EndpointJudge, pairs: list[tuple[str, str]]) -> dict[Question, Verdict]:
-        """The verdict on every question: a final one of an earlier run, or what the judge says."""
+        """The verdict on every question: a final one of an earlier run, or a new one."""
         path = self.run.path / "verdicts.jsonl"
         rows = [row for _, row in read_jsonl(path, torn_lines=[])] if path.exists() else []
-        self.run.write_rows(path.name, rows)  # without a torn end that the next line would be joined to
+        self.run.write_rows(path.name, rows)  # without a damaged last line
         kept = {row["key"]: Verdict(row["verdict"], row["reason"]) for row in rows if row["judge"] == name}
         asked: dict[Question, dict[str, Any]] = {}
         for pair in pairs:
             for first, second in (pair, pair[::-1]):
                 for place, question in enumerate(self._questions(first, second)):
-                    if question.first != question.second:  # equal answers are a tie that nobody needs to judge
+                    if question.first != question.second:  # equal answers are a tie without a judge
                         row = {"judge": name, "prompt": place, "first": first, "second": second}
                         asked.setdefault(question, row | {"key": question.digest()})
         found = {question: kept[row["key"]] for question, row in asked.items() if row["key"] in kept}
@@ -317,7 +317,7 @@ class Comparison:
         return found
 
     def _questions(self, first: str, second: str) -> list[Question]:
-        """Of every prompt, which of two models' answers is better."""
+        """For every prompt, the question of which of two models' answers is better."""
         texts = [prompt if isinstance(prompt, str) else dialogue(prompt) for prompt in self.prompts]
         return [
             Question(text.strip().removesuffix("Assistant:").strip(), one.text.strip(), other.text.strip())
@@ -327,10 +327,10 @@ class Comparison:
     # --- files ---------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """summary.json, the page, the table."""
-        if self.state.is_main_process:  # the others may be done by now: judging is not theirs to wait for
+        """Write summary.json and the page, and print the tables."""
+        if self.state.is_main_process:  # the other processes do not wait for the judge
             seconds, speed = self.answer_seconds, {}
-            if seconds:  # none where every answer was there already
+            if seconds:
                 speed = {"answer_seconds": seconds, "answer_tokens_per_second": self.answer_tokens / seconds}
             self.run.summarize(
                 comparison={

@@ -1,4 +1,4 @@
-"""What the page of a comparison shows: win rates, rewards, and the answers side by side with their words compared."""
+"""The page of a comparison: win rates, rewards, and the answers side by side with word-level differences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from resdpo_trl.run.report import (
 from resdpo_trl.run.verdict import of_comparison
 
 PAGE_BYTES = 3_500_000  # of answers; a page stays below 5 MB
-ALIKE = 0.2  # below this share of common words, marks would cover everything and say nothing
+ALIKE = 0.2  # below this share of common words, nearly all words would be marked
 
 Piece = tuple[Literal["same", "added", "removed"], str]
 
@@ -59,9 +59,9 @@ def describe(folder: Path) -> str:
 
 
 def compared_words(old: str, new: str) -> list[Piece]:
-    """`new` in pieces, with the words that `old` has and `new` lacks between them.
+    """The pieces of `new`, and between them the words that only `old` has.
 
-    Two texts with few words in common are given unmarked. White space around marked words is outside the marks.
+    Texts with few words in common are not marked. White space around marked words is outside the marks.
     """
     before, after = old.split(), re.findall(r"\S+\s*", new)
     matcher = difflib.SequenceMatcher(None, before, [word.strip() for word in after], False)
@@ -73,7 +73,7 @@ def compared_words(old: str, new: str) -> list[Piece]:
         if kind == "equal":
             pieces.append(("same", text))
             continue
-        if i < j:  # between words of the other text: it needs room on both sides
+        if i < j:  # removed words need a space on both sides
             room = " " if pieces and not pieces[-1][1][-1].isspace() else ""
             pieces += [("same", room), ("removed", " ".join(before[i:j])), ("same", " ")]
         if text:
@@ -86,12 +86,12 @@ def _win_rates(run: Run, plots: Plots) -> dict[str, Any] | None:
     if not rates:
         return None
     text = (
-        "Share of n prompts won, a tie as half a win, with 95% Wilson intervals; prompts without a verdict are left "
-        "out of n."
+        "A win rate is the share of n prompts won, with a tie as half a win. Intervals are 95% Wilson intervals. "
+        "Prompts without a verdict are not part of n."
     )
     for name, found in run.summary["judges"].items():
         text += (
-            f" {name} saw every pair in both orders: an answer won only where it won in both, equal answers are ties."
+            f" {name} saw every pair in both orders. An answer wins only if it wins in both. Equal answers are ties."
         )
         first, second = (found["verdicts"].get(place, 0) for place in ("first", "second"))
         if first + second:
@@ -148,15 +148,15 @@ def _rewards(run: Run) -> dict[str, Any] | None:
         [name, *(cell for figures, figure in columns.values() for cell in shown(figures[name], figure))]
         for name in found["answers"]
     ]
-    text = "Means over the prompts with 95% bootstrap intervals."
+    text = "The table has means over the prompts with 95% bootstrap intervals."
     if policies:
         text = (
-            f"β·log(π/π_ref) of every model's answers under each policy, β = {found['beta']:g}, π_ref = "
+            f"A reward is β·log(π/π_ref) of an answer under a policy, with β = {found['beta']:g} and π_ref = "
             f"{found['reference']}. " + text
         )
         left_out = [name for name in found["models"] if name not in policies and name != found["reference"]]
         if left_out:
-            text += f" Not under {', '.join(left_out)}: another tokenizer than the reference's."
+            text += f" Policies with another tokenizer than the reference have no rewards: {', '.join(left_out)}."
     return section_of("rewards", "Rewards", text=text, tables=[{"head": head, "rows": rows, "numbers": True}])
 
 
@@ -168,10 +168,10 @@ def _figures(run: Run) -> dict[str, Any]:
         shares = (found["cut"], *(flaws.count(kind) / n for kind in ("repeats itself", "ends at once")))
         distinct = [number(found[f"distinct_{size}"], 3) for size in (1, 2)]
         rows.append([name, *shown(found, "length_tokens"), *(percent(share, n) for share in shares), *distinct, n])
-    head = ["", "tokens", "95% interval", "cut short", "repeat", "empty", "distinct-1", "distinct-2", "n"]
+    head = ["", "tokens", "95% interval", "truncated", "repeat", "empty", "distinct-1", "distinct-2", "n"]
     text = (
-        "Tokens of an answer, the shares of n answers that the limit of tokens cut, that repeat themselves and that "
-        "end at once, and the different tokens and pairs of tokens over all of them (distinct-1, distinct-2)."
+        "The table has the tokens per answer, the shares of n answers that are truncated, repeat themselves or are "
+        "empty, and the shares of distinct tokens and pairs of tokens (distinct-1, distinct-2)."
     )
     tables = [{"head": head, "rows": rows, "numbers": True}]
     return section_of("figures", "The answers in figures", text=text, tables=tables)
@@ -200,8 +200,8 @@ def _answers(run: Run) -> dict[str, Any] | None:
     if not prompts:
         return None
     text = (
-        f"Underlined words are not in the answer of {baseline}. Words struck through are only there. An answer that "
-        "shares hardly a word with it is left unmarked."
+        f"Underlined words are not in the answer of {baseline}. Struck-through words are only in that answer. An "
+        "answer with few words in common is not marked."
     )
     if len(prompts) < len(run.samples):
         text += f" These are the first {len(prompts)} of {len(run.samples)} prompts; all are in samples.jsonl."
@@ -209,7 +209,7 @@ def _answers(run: Run) -> dict[str, Any] | None:
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
-    """A prompt for a reader: a text as it is, messages with their roles."""
+    """A prompt as text. Messages have their roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -224,7 +224,7 @@ def _scores(row: dict[str, Any], name: str) -> list[str]:
 
 
 def _outcomes(row: dict[str, Any]) -> list[str]:
-    """Who won, a line per judge."""
+    """The winners, one line per judge."""
     words = {1.0: "beats", 0.5: "ties with", 0.0: "loses to", None: "has no verdict against"}
     said: dict[str, list[str]] = {}
     for one in row["outcomes"]:

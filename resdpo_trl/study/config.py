@@ -18,61 +18,61 @@ class CompareConfig:
 
     models: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=PATH of every model: a folder (LoRA adapters too) or a Hub id."},
+        metadata={"help": "NAME=PATH of every model. PATH is a folder (also of a LoRA adapter) or a Hub id."},
     )
     prompts: str | None = field(
         default=None,
         metadata={
-            "help": "A .jsonl or .jsonl.gz file (rows with prompt, or HH's pairs) or a .txt file with a question per "
-            "line; by default held-out prompts of the quickstart."
+            "help": "A .jsonl or .jsonl.gz file (rows with prompt, or HH's pairs) or a .txt file with one question "
+            "per line; by default held-out prompts of the quickstart."
         },
     )
     max_prompts: int | None = field(
         default=None,
-        metadata={"help": "Use the first so many prompts; all of a file's by default, the quickstart's 32."},
+        metadata={"help": "Maximum number of prompts; by default all of a file, or 32 of the quickstart."},
     )
     output_dir: str = field(default="runs/compare_hh", metadata={"help": "The comparison's folder."})
     reference: str | None = field(
         default=None, metadata={"help": "A NAME of --models, a folder or a Hub id: adds β·log(π/π_ref) of answers."}
     )
     beta: float | None = field(
-        default=None, metadata={"help": "β of these rewards, above 0; by default that of the models' training, or 0.1."}
+        default=None, metadata={"help": "β of these rewards, above 0; by default as in the models' training, or 0.1."}
     )
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Maximum tokens of an answer."})
     max_length: int = field(
         default=256,
-        metadata={"help": "Tokens of a prompt with its answer, at most: the prompt loses its oldest turns."},
+        metadata={"help": "Maximum tokens of a prompt with its answer; longer prompts lose their oldest turns."},
     )
-    do_sample: bool = field(default=False, metadata={"help": "Draw the answers; greedy otherwise."})
-    temperature: float = field(default=1.0, metadata={"help": "Of --do_sample and --best_of_n."})
-    top_p: float = field(default=1.0, metadata={"help": "Of --do_sample and --best_of_n."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample the answers instead of greedy decoding."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of --do_sample and --best_of_n."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of --do_sample and --best_of_n."})
     batch_size: int = field(
-        default=32, metadata={"help": "Prompts answered at once, and pairs of answers scored at once."}
+        default=32, metadata={"help": "Prompts per batch of answers, and pairs per batch of scores."}
     )
     prefix_sharing: bool = field(default=True, metadata={"help": "Score two answers of a prompt as one row."})
     bf16: bool | None = field(
-        default=None, metadata={"help": "Score in bfloat16, as the training did; by itself where the hardware has it."}
+        default=None, metadata={"help": "Score in bfloat16, as the training did; by default if the hardware has it."}
     )
     reward_model: str | None = field(
-        default=None, metadata={"help": "A reward model (resdpo-trl reward): scores every answer and judges."}
+        default=None, metadata={"help": "A reward model (resdpo-trl reward) that scores every answer and judges."}
     )
     best_of_n: int | None = field(
         default=None,
-        metadata={"help": "One more model: the best of so many samples of the first of --models by --reward_model."},
+        metadata={"help": "Add a model: the best of this many samples of the first of --models, by --reward_model."},
     )
     judge_url: str | None = field(
-        default=None, metadata={"help": "An OpenAI-compatible endpoint that judges; JUDGE_API_KEY has its key."}
+        default=None, metadata={"help": "An OpenAI-compatible endpoint that judges, with its key in JUDGE_API_KEY."}
     )
     judge_model: str | None = field(default=None, metadata={"help": "The model's name at --judge_url."})
     judge_options: str = field(
         default='{"temperature": 0}', metadata={"help": "Further fields of the request to --judge_url, as JSON."}
     )
-    judge_workers: int = field(default=8, metadata={"help": "Questions that --judge_url is asked at once."})
-    seed: int = field(default=42, metadata={"help": "Draws the answers."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
+    judge_workers: int = field(default=8, metadata={"help": "Concurrent requests to --judge_url."})
+    seed: int = field(default=42, metadata={"help": "Seed of the sampled answers."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from a model's repository."})
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"nargs": "?", "const": "last", "help": "Continue in --output_dir: the verdicts there are kept."},
+        metadata={"nargs": "?", "const": "last", "help": "Continue in --output_dir and keep the verdicts there."},
     )
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class CompareConfig:
                 raise UserError(f"--{flag} {value}: must be at least 1")
         if self.max_length < self.max_new_tokens + SHORTEST // 2:
             raise UserError(
-                f"--max_length {self.max_length}: must leave {SHORTEST // 2} tokens of the prompt next to "
+                f"--max_length {self.max_length}: must leave {SHORTEST // 2} tokens for the prompt in addition to "
                 f"--max_new_tokens {self.max_new_tokens}"
             )
         if not self.temperature > 0 or not 0 < self.top_p <= 1:

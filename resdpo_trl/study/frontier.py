@@ -1,9 +1,9 @@
 """Expected reward against KL from the reference, over the checkpoints of a sweep.
 
-The figure by which the DPO paper compares methods (Figure 2, left, https://arxiv.org/abs/2305.18290): a policy is good
-that earns much reward for little divergence. Both coordinates come from the same sampled answers y ~ π(·|x) to
+The DPO paper compares methods by this figure (Figure 2, left, https://arxiv.org/abs/2305.18290): a good policy has a
+high reward at a low KL. Both coordinates come from the same sampled answers y ~ π(·|x) to
 held-out prompts: the mean reward of a trained reward model, and the mean of log π(y|x) − log π_ref(y|x), an unbiased
-estimate of KL(π‖π_ref) per answer, in nats. The reference itself is at zero.
+estimate of KL(π‖π_ref) per answer, in nats. The KL of the reference is 0.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from resdpo_trl.text.tokens import tokenize
 
 
 class Frontier:
-    """Measures the points of a sweep, one row per checkpoint, into frontier.csv."""
+    """Measures the points of a sweep and writes frontier.csv, with one row per checkpoint."""
 
     def __init__(self, config: EvaluateConfig, data: TextDataConfig, model: TextModelConfig):
-        """`config` names the reward model, the cap, the number of prompts and what is drawn; not yet the policies."""
+        """`config` has the reward model, the maximum length and the sampling. Its policy and reference are not used."""
         assert config.reward_model is not None
         self.config, self.data, self.model = config, data, model
-        self.max_length = config.max_length or 256  # as `evaluate` has it where neither a flag nor the model says
+        self.max_length = config.max_length or 256  # the default of `evaluate`
         self.reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
         self._reward_weights = weights_digest(self.reward.model)
 
     def measure(self, points: Sequence[Point], failures: dict[str, str], path: Path) -> list[dict[str, Any]]:
-        """The rows of all points, written to `path` after each; rows that are there and still hold are kept.
+        """Measure all points, and write their rows to `path` after each. Rows that are still valid are reused.
 
-        A point that failed, or a checkpoint that can't be read, is a row that says so in `status`.
+        A point that failed, or a checkpoint that can't be read, has a row with the reason in `status`.
         """
         known = {row["key"]: row for row in read_rows(path, FRONTIER_COLUMNS) if row["status"] == "done"}
         checkpoints = {point: _checkpoints(point) for point in points}
@@ -57,7 +57,7 @@ class Frontier:
                     if place == 0:
                         rows.append(self._open(reference, point, known))
                     start = _row(point.name, point)
-                    why = failures.get(point.name) or "no checkpoint in it; keep them with --save_strategy"
+                    why = failures.get(point.name) or "it has no checkpoint; keep them with --save_strategy"
                     if point.name in failures or not checkpoints[point]:
                         rows.append(start | {"status": f"failed: {why}"})
                         continue
@@ -69,13 +69,13 @@ class Frontier:
                             rows.append(at | {"status": f"failed: {error}"})
                         bar.update()
                     listed = {row["key"] for row in rows}
-                    ahead = [row for key, row in known.items() if key not in listed]  # a kill here loses none of them
+                    ahead = [row for key, row in known.items() if key not in listed]  # a kill loses none of them
                     write_rows(path, FRONTIER_COLUMNS, [*rows, *ahead])
         write_rows(path, FRONTIER_COLUMNS, rows)
         return rows
 
     def _open(self, reference: Path, point: Point, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Load a reference with its prompts; its own row, at KL 0."""
+        """Load a reference with its prompts, and return its row, at KL 0."""
         config, name = self.config, str(reference)
         self.tokenizer = load_tokenizer(name, self.model, config.trust_remote_code, "reference")
         texts = load_preferences(self.data, self.tokenizer)
@@ -94,7 +94,7 @@ class Frontier:
         return row | self._figures(None, known)
 
     def _figures(self, policy: str | None, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """KL and reward of one policy's answers; of the reference's own where none is named."""
+        """KL and reward of a policy's answers, or of the reference's own answers if there is no policy."""
         config = self.config
         model = self.ref_model
         if policy is not None:
@@ -129,6 +129,6 @@ def _checkpoints(point: Point) -> list[tuple[Path, int, float]]:
     """(folder, step, epoch) of every checkpoint of a point's DPO, oldest first."""
     found = []
     for folder in reversed(checkpoints_of(point.folder / "checkpoints" / "dpo")):
-        with suppress(OSError, ValueError):  # torn: a crash while saving; a resumed run would not start from it either
+        with suppress(OSError, ValueError):  # damaged by a crash: a resumed run does not start from it either
             found.append((folder, step_of(folder), float(read_object(folder / "trainer_state.json")["epoch"])))
     return found

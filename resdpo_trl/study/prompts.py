@@ -15,11 +15,11 @@ QUICKSTART_PROMPTS = 32
 
 
 def load_prompts(path: str | None, limit: int | None) -> tuple[list[Prompt], dict[str, Any]]:
-    """Distinct prompts, and counts of what the file holds.
+    """Load distinct prompts; return them with counts of the file's rows.
 
     Args:
         path: a .txt, .jsonl or .jsonl.gz file as `--prompts` takes it; None for held-out prompts of the quickstart.
-        limit: the number of prompts to use, at most.
+        limit: the maximum number of prompts.
 
     Raises:
         UserError: the file is missing, a row is invalid (the message names its line), or there is no prompt.
@@ -30,7 +30,7 @@ def load_prompts(path: str | None, limit: int | None) -> tuple[list[Prompt], dic
     else:
         (found, empty), source = _read(Path(path)), path
         if not found:
-            raise UserError(f"--prompts {path}: no prompt in it ({empty} empty lines)")
+            raise UserError(f"--prompts {path}: it has no prompt ({empty} empty lines)")
     unique = {json.dumps(prompt): prompt for prompt in found}
     used = list(unique.values())[:limit]
     repeated = len(found) - len(unique)

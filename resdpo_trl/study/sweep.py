@@ -1,4 +1,4 @@
-"""A sweep: one command line per point, run one after another or several at once, each in its own folder.
+"""A sweep runs one command line per point, one after another or several at once, each in its own folder.
 
     OUTPUT_DIR/
       sweep.json      the flags that all points share
@@ -37,7 +37,7 @@ from resdpo_trl.run.verdict import of_sweep
 from resdpo_trl.sources import first_line
 from resdpo_trl.study.sweep_page import AXES, Sweep, points_table, write_sweep_page
 
-FIGURE_OF = {figure.column: name for name, figure in FIGURES.items() if figure.column}  # of a column
+FIGURE_OF = {figure.column: name for name, figure in FIGURES.items() if figure.column}  # column -> figure
 COLUMNS = (
     "point", *AXES, "status", "best", "loss", "accuracy", "accuracy_low", "accuracy_high", *list(FIGURE_OF)[2:], "n",
     "validation_loss", "validation_accuracy", "best_epoch", "kept_epoch", "seconds", "folder",
@@ -57,28 +57,28 @@ class SweepConfig:
 
     betas: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "Values of --beta."})
     learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "Values of --learning_rate; its own by default."}
+        default=None, metadata={"help": "Values of --learning_rate; by default its value."}
     )
     seeds: list[int] | None = field(
-        default=None, metadata={"help": "Values of --seed for DPO; its own by default. All points share one SFT."}
+        default=None, metadata={"help": "Values of --seed for DPO; by default its value. SFT does not depend on them."}
     )
     sft_epochs_list: list[float] | None = field(
-        default=None, metadata={"help": "Values of --sft.num_train_epochs; its own by default. One SFT a value."}
+        default=None, metadata={"help": "Values of --sft.num_train_epochs; by default its value. One SFT per value."}
     )
     reward_model: str | None = field(
         default=None,
         metadata={
-            "help": "A reward model: measures every checkpoint's reward and KL from the reference. It may be added to "
-            "a finished sweep with --resume_from_checkpoint."
+            "help": "A reward model, to measure every checkpoint's reward and KL from the reference. It may be added "
+            "to a finished sweep with --resume_from_checkpoint."
         },
     )
     frontier_samples: int = field(
-        default=128, metadata={"help": "Held-out prompts that each checkpoint answers for it, --max_new_tokens each."}
+        default=128, metadata={"help": "Held-out prompts that each checkpoint answers for --reward_model."}
     )
     jobs: int = field(default=1, metadata={"help": "Points to run at once; they share the cores or the GPUs."})
     print_commands: bool = field(
         default=False,
-        metadata={"help": "Make the reference, then print the points' command lines, for Slurm or ray, and end."},
+        metadata={"help": "Make the reference and print the points' command lines, for Slurm or Ray; run no point."},
     )
 
     def __post_init__(self) -> None:
@@ -121,14 +121,14 @@ def points_of(
     sft_epochs: float = 1.0,
     reference: str | None = None,
 ) -> list[Point]:
-    """Every combination, each once.
+    """Every distinct combination.
 
-    `learning_rate`, `seed` and `sft_epochs` are the values of axes that the configuration leaves out. The points of
-    `sft_epochs` itself have names without it, so that the axis can be added to a sweep later. With a finished
-    `reference` no SFT is run.
+    `learning_rate`, `seed` and `sft_epochs` are the values of axes that the configuration does not set. The names of
+    points with the value `sft_epochs` do not include it, so that the axis can be added to a sweep later. With a
+    finished `reference`, there is no SFT.
     """
     if reference and config.sft_epochs_list:
-        raise UserError("--sft_epochs_list runs SFT and --reference skips it: drop either")
+        raise UserError("--sft_epochs_list runs SFT and --reference skips it: omit one of them")
     grid = itertools.product(
         dict.fromkeys(config.sft_epochs_list or [sft_epochs]),
         dict.fromkeys(config.betas),
@@ -146,7 +146,7 @@ def points_of(
 
 
 def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
-    """Write sweep.json, or check that the points which are there were run with the same shared flags."""
+    """Write sweep.json. In an earlier sweep's folder, check that it has the same shared flags."""
     path = output_dir / "sweep.json"
     if path.exists():
         if not resume:
@@ -173,7 +173,7 @@ def remember(output_dir: Path, shared: Sequence[str], resume: bool) -> None:
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether a run has come to its end, with its report."""
+    """Whether a run has ended and has written its report."""
     try:
         return bool(read_object(folder / "run.json").get("complete"))
     except (OSError, ValueError):
@@ -181,7 +181,7 @@ def has_ended(folder: Path) -> bool:
 
 
 def command_of(recipe: Path, point: Point, shared: Sequence[str]) -> list[str]:
-    """The command line of a point; it goes on where it was interrupted."""
+    """The command line of a point. It resumes a point that was interrupted."""
     resume = ["--resume_from_checkpoint"] if point.folder.exists() else []
     return [sys.executable, str(recipe), *shared, *point.flags(), *resume]
 
@@ -193,10 +193,10 @@ def run_points(
     jobs: int,
     after_each: Callable[[dict[str, str]], Any] = lambda failures: None,
 ) -> dict[str, str]:
-    """Run the points that have not ended; return {name: what went wrong} of those that failed.
+    """Run the points that have not ended; return {name: error} of those that failed.
 
-    A failure does not end the others. A point's output goes to its log.txt. SIGTERM and Ctrl-C are passed on, and no
-    further point starts. `after_each` gets the failures so far whenever a point has ended.
+    A failure does not stop the other points. A point's output goes to its log.txt. SIGTERM and Ctrl-C end the running
+    points, and no further point starts. `after_each` gets the failures so far whenever a point has ended.
     """
     gpus, slot, numbers = _gpus(), threading.local(), itertools.count()
     failures: dict[str, str] = {}
@@ -207,7 +207,7 @@ def run_points(
         command = command_of(recipe, point, shared)
         point.folder.mkdir(parents=True, exist_ok=True)
         while is_locked(point.folder) and not stopped.wait(1):
-            pass  # a sweep that was killed has left the point running
+            pass  # the point still runs from a killed sweep
         if stopped.is_set() or has_ended(point.folder):
             return
         own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
@@ -220,7 +220,7 @@ def run_points(
                 failures[point.name] = _why(point.folder / "log.txt", status)
 
     def begin() -> None:
-        """Give a thread its GPU; more threads than GPUs share them."""
+        """Assign a GPU to a thread. Threads share GPUs if there are more threads."""
         slot.gpu = gpus[next(numbers) % len(gpus)] if gpus else None
 
     with (
@@ -241,7 +241,7 @@ def run_points(
 
 
 def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path) -> list[dict[str, Any]]:
-    """Write table.csv and report.html of the points, the latter with frontier.csv if it exists; the table's rows."""
+    """Write table.csv and report.html (with frontier.csv if it exists), and return the table's rows."""
     rows = []
     for point in points:
         row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"point": point.name, "folder": str(point.folder)}
@@ -268,7 +268,7 @@ def collect(points: Sequence[Point], failures: dict[str, str], output_dir: Path)
 
 
 def write_sweep_report(output_dir: Path, output: str | None = None, refresh: float | None = None) -> Path:
-    """The page of a sweep from its own files, as `write_report`'s of a run; report.html in its folder by default."""
+    """Write the page of a sweep from its own files, by default as report.html in its folder."""
     rows = read_rows(output_dir / "table.csv", COLUMNS)
     frontier = read_rows(output_dir / "frontier.csv", FRONTIER_COLUMNS)
     done = [output_dir / "points" / row["point"] for row in rows if row["status"] == "done"]
@@ -280,7 +280,7 @@ def write_sweep_report(output_dir: Path, output: str | None = None, refresh: flo
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """Write a table as CSV, whole or not at all."""
+    """Write a table as CSV, atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
@@ -289,14 +289,14 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of table.csv or frontier.csv, numbers as numbers; a UserError names a damaged file."""
+    """The rows of table.csv or frontier.csv, with numbers as floats. A UserError names a damaged file."""
     if not path.exists():
         return []
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
             if list(reader.fieldnames or ()) != list(columns):
-                raise ValueError("columns are missing, or others")
+                raise ValueError("unexpected columns")
             rows = list(reader)
             if any(cell is None for row in rows for cell in row.values()):
                 raise ValueError("a cell is missing")
@@ -313,8 +313,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 def best_of(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> dict[str, Any] | None:
     """The row of the best point on the validation pairs, never on the test; None if no point has ended.
 
-    With the sigmoid loss alone that is the least loss: the Bradley–Terry cross-entropy of the preferences has one scale
-    for every β. Other losses depend on β, and the largest accuracy decides.
+    With only the sigmoid loss, the best point has the lowest loss: the Bradley–Terry cross-entropy of the preferences
+    has the same scale for every β. Other losses depend on β, so the best point has the highest accuracy.
     """
     done = [row for row in rows if row["status"] == "done"]
     ended = [point.folder / "summary.json" for point in points if has_ended(point.folder)]
@@ -332,7 +332,7 @@ def describe(rows: Sequence[dict[str, Any]], output_dir: Path, seconds: float) -
     counts = ", ".join(map(str, sorted({row["n"] for row in rows if row["n"] != ""}))) or "–"
     lines += [
         "",
-        f"  figures of the test pairs, n = {counts}; * best on validation; kept: the epoch; {seconds:.0f} s",
+        f"  figures of the test pairs, n = {counts}; * best on validation; kept: epoch of the weights; {seconds:.0f} s",
         *(f"  {path}" for name in ("table.csv", "frontier.csv") if (path := output_dir / name).exists()),
     ]
     return "\n".join([*lines, "", f"open {output_dir / 'report.html'}"])
@@ -348,7 +348,7 @@ def _gpus() -> list[str]:
 
 
 def _why(log: Path, status: int) -> str:
-    """The last line of a log that says something."""
+    """The exit status and the last error line of a log, or else its last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
     return f"status {status}, {said[-200:]}"

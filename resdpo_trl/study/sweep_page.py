@@ -25,7 +25,7 @@ from resdpo_trl.run.report import (
 )
 from resdpo_trl.run.verdict import STAGES, of_sweep, test_of
 
-AXES = {"beta": "β", "learning_rate": "rate", "seed": "seed", "sft_epochs": "SFT epochs"}  # what points differ in
+AXES = {"beta": "β", "learning_rate": "rate", "seed": "seed", "sft_epochs": "SFT epochs"}  # the axes of a sweep
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Sweep:
     frontier: list[dict[str, Any]]  # of frontier.csv
 
     def name_of(self, row: dict[str, Any], without: str = "") -> str:
-        """A point by the axes on which the points differ, apart from the one named `without`."""
+        """A name for a point: its values on the axes on which points differ, except the axis `without`."""
         varied = [axis for axis in AXES if len({str(other[axis]) for other in self.rows}) > 1]
         parts = [
             f"{AXES[axis]} {row[axis] if isinstance(row[axis], str) else format(row[axis], 'g')}"
@@ -55,7 +55,7 @@ class Sweep:
 
 
 def write_sweep_page(folders: Sequence[Path], sweep: Sweep, target: Path, refresh: float | None = None) -> Path:
-    """Write the page of a sweep, whose finished points are in `folders`, and PNG copies of its plots in plots/."""
+    """Write the page of a sweep with finished points in `folders`, and PNG copies of its plots in plots/."""
     runs, plots = [load_run(folder) for folder in folders], Plots(target.parent / "plots")
     points = {row["point"]: row for row in sweep.rows}
     for run in runs:
@@ -91,9 +91,9 @@ def _next_steps(runs: list[Run], sweep: Sweep) -> list[tuple[str, str]]:
         return []
     script, *flags = run.run["command"]
     return [
-        ("Talk to the best point", f"python {Path(script).parent / 'chat.py'} {shlex.quote(str(run.path))}"),
+        ("Chat with the best point", f"python {Path(script).parent / 'chat.py'} {shlex.quote(str(run.path))}"),
         ("Its page", str(run.path / "report.html")),
-        ("Its command; name another --output_dir", shlex.join(["accelerate", "launch", script, *flags])),
+        ("Its command (pass another --output_dir)", shlex.join(["accelerate", "launch", script, *flags])),
     ]
 
 
@@ -128,14 +128,14 @@ def _against_beta(runs: list[Run], sweep: Sweep, plots: Plots) -> dict[str, Any]
 
 
 def _failures(sweep: Sweep) -> list[str]:
-    """A note for each point that did not end, and for each row that the frontier lacks."""
+    """A note for each point that did not end, and for each failed row of the frontier."""
     failed = {row["point"]: row["status"] for row in sweep.rows if row["status"] != "done"}
     notes = [f"{point}: {status}" for point, status in failed.items()]
     for row in sweep.frontier:
         if row["status"] != "done":
             step = f", step {row['step']:g}" if row["step"] != "" else ""
             why = "it did not end" if row["point"] in failed else row["status"]
-            notes.append(f"{row['point']}{step} is left out of the frontier: {why}")
+            notes.append(f"{row['point']}{step} is missing from the frontier: {why}")
     return notes
 
 
@@ -156,17 +156,17 @@ def points_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[
         figures[1] = f"{share} ({low} to {high})"
         epochs = ("–" if row[column] is None else f"{row[column]:g}" for column in ("best_epoch", "kept_epoch"))
         cells.append([name, *figures, *epochs])
-    return [*head, "least loss at", "kept"], cells
+    return [*head, "lowest loss at", "kept"], cells
 
 
 def _points(sweep: Sweep) -> dict[str, Any]:
-    """The table of the points, the best marked."""
+    """The table of the points, with the best marked."""
     names = [sweep.name_of(row) + (" — best" if row["best"] else "") for row in sweep.rows]
     head, rows = points_table(sweep.rows, names)
     counts = sorted({row["n"] for row in sweep.done})
     text = (
-        f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs. The best point was chosen on the validation "
-        "pairs, and so was the epoch that each point kept; 'least loss at' is the epoch of least validation loss. "
+        f"Means over {', '.join(f'{n:g}' for n in counts)} held-out pairs. The best point and the epoch that each "
+        "point kept were chosen on the validation pairs. 'lowest loss at' is the epoch of the lowest validation loss. "
         "Every figure is in table.csv."
     )
     tables = [{"head": head, "rows": rows, "numbers": True}]
@@ -198,10 +198,10 @@ def _frontier(sweep: Sweep, plots: Plots) -> dict[str, Any] | None:
     caption = "Expected reward against KL(policy‖reference), both from the same sampled answers"
     counts = ", ".join(sorted({f"{row['n']:g}" for row in done}))
     text = (
-        f"Each dot is one checkpoint: the mean reward of its sampled answers to {counts} held-out prompts by the "
-        "trained reward model, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. A "
-        "line joins a point's epochs (the last is numbered); thin bars are 95% intervals of the reward. Higher at the "
-        "same KL is better (Figure 2, left, of the DPO paper). The rows, with both intervals, are in frontier.csv."
+        f"Each dot is one checkpoint: the trained reward model's mean reward of its sampled answers to {counts} "
+        "held-out prompts, and log π − log π_ref of the same answers, an unbiased estimate of the KL per answer. Lines "
+        "join a point's epochs (the last is labeled). Thin bars are 95% intervals of the reward. A higher reward at "
+        "the same KL is better (Figure 2, left, of the DPO paper). The rows and both intervals are in frontier.csv."
     )
     plot = plots.draw("frontier", caption, paint, "reward", "KL(policy‖reference), nats per answer", legend_below=True)
     return section_of("frontier", "Reward and KL", text=text, plots=[plot])

@@ -398,11 +398,11 @@ def test_the_figures_to_choose_by_are_those_of_an_evaluation(tmp_path):
 
 
 def test_images_that_make_no_batch_or_are_smaller_than_the_crop(tmp_path):
-    message = "--per_device_train_batch_size 65: 64 training images are no whole batch: lower it, or pass"
+    message = "--per_device_train_batch_size 65: 64 training images do not fill a batch: lower it, or pass"
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, per_device_train_batch_size=65)
     trainer(tmp_path, per_device_train_batch_size=65, dataloader_drop_last=False, max_steps=1).train()
-    with pytest.raises(UserError, match=r"--crop_padding 16: must be below the images' size, which is 16×16 pixels"):
+    with pytest.raises(UserError, match=r"--crop_padding 16: must be below the images' size of 16×16 pixels"):
         trainer(tmp_path, augment=AugmentConfig(crop_padding=16))
     trainer(tmp_path, augment=AugmentConfig(crop_padding=15), max_steps=1).train()
 

@@ -184,7 +184,7 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, image_folder):
         (["--crop_padding", "16"], "--crop_padding 16: must be below the images' size"),
         (
             ["--max_train_samples", "50", "--per_device_train_batch_size", "64"],
-            "50 training images are no whole batch",
+            "50 training images do not fill a batch",
         ),
         (["--image_size", "8"], "--arch fast: --widths"),
     ],
@@ -204,9 +204,9 @@ def test_bad_input_is_one_line_and_status_2(recipe, tmp_path, image_folder, argu
     [
         (
             {"names": ("red", "green", "cyan", "yellow")},
-            "the data has a class cyan, which is none of its 4 classes (red, green, blue, yellow): pass",
+            "the data has a class cyan, which is not one of its 4 classes (red, green, blue, yellow): pass",
         ),
-        ({"size": 24}, "it was made for 16×16 images and the data"),
+        ({"size": 24}, "it takes 16×16 images and the data"),
     ],
 )
 def test_a_reference_of_another_shape(recipe, tmp_path, finished, options, message):

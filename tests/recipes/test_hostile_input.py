@@ -104,7 +104,7 @@ def test_a_path_in_the_data_that_is_no_file_is_refused(tmp_path):
     kind = table.schema.field("img").type
     named = pa.array([{"bytes": None, "path": str(tmp_path / "pipe")}] * 4, kind)
     pq.write_table(table.set_column(0, table.schema.field("img"), named), config.dataset_name)
-    with pytest.raises(UserError, match="train row 0 has no image, and its path is no file"):
+    with pytest.raises(UserError, match="train row 0 has no image, and its path is not a file"):
         load_images(config)
 
 

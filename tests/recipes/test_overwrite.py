@@ -20,7 +20,7 @@ def test_a_run_that_can_not_begin_leaves_the_old_one(recipe, tmp_path, image_fol
         (
             "dpo_cifar.py",
             [*data, "--reference", folder / "policy"],
-            f"--reference {folder}/policy: lies in",
+            f"--reference {folder}/policy: is in",
         ),
         ("dpo_cifar.py", [*data, "--reference", tmp_path / "none"], "--reference"),
     ):

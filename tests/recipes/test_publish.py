@@ -46,7 +46,7 @@ def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub,
     )  # fmt: skip
     assert status == 0, err
     assert f"pushed to {hub.url}/me/colours" in said and "seconds in all" in said
-    assert "not pushed: the token may not write there" in err and "training goes on" in err
+    assert "not pushed: the token has no write permission" in err and "training continues" in err
     repository = hub.repositories["me/colours"]
     last = max((tmp_path / "run" / "checkpoints" / "dpo").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     assert repository.private
@@ -76,7 +76,7 @@ def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub,
     status, said, err = recipe(*arguments, "--output_dir", tmp_path / "elsewhere", "--resume_from_checkpoint")
     assert status == 0, err
     assert "seconds since the last resume" in said and "seconds in all" not in said
-    assert "a resumed part counts from its start" in (tmp_path / "elsewhere" / "report.html").read_text()
+    assert "since the last resume" in (tmp_path / "elsewhere" / "report.html").read_text()
     weights = [(tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in ("run", "elsewhere")]
     assert weights[0] == weights[1]
 
@@ -100,5 +100,5 @@ def test_what_publish_refuses(recipe, hub, tmp_path):
     assert status == 2 and "no finished model" in said
     (tmp_path / "policy" / "model.safetensors").write_bytes(b"")
     status, _, said = recipe("publish.py", tmp_path, "--hub_model_id", "../../x")
-    assert status == 2 and "--hub_model_id ../../x: not a name on the Hub" in said
+    assert status == 2 and "--hub_model_id ../../x: not a valid id" in said
     assert not hub.requests

@@ -89,7 +89,7 @@ def test_the_sft_stage_is_the_same_whether_or_not_the_reference_moves(parse, ask
         (["--sft.learning_rate", "x"], "argument --sft.learning_rate"),
         (["--sft.lerning_rate", "1"], "unknown flag --sft.lerning_rate; did you mean sft.learning_rate?"),
         (["--sft.packing"], "--sft.packing is not supported here"),
-        (["--sft.hub_model_id", "a"], "--sft.hub_model_id is of the whole run: pass --hub_model_id"),
+        (["--sft.hub_model_id", "a"], "--sft.hub_model_id applies to the whole run: pass --hub_model_id"),
         (["--sft_epochs", "1"], "unknown flag --sft_epochs; here it is --sft.num_train_epochs"),
         (["--sft_batch_size", "1"], "unknown flag --sft_batch_size; here it is --sft.per_device_train_batch_size"),
     ],

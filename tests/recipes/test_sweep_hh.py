@@ -50,7 +50,7 @@ def check_the_frontier(folder):
     assert all(row["n"] == 6 and row["reward_low"] <= row["reward"] <= row["reward_high"] for row in rows[:4])
     assert len({row["kl"] for row in rows[:4]}) == 4
     page = (folder / "report.html").read_text()
-    assert 'id="frontier"' in page and "left out of the frontier: it did not end" in page
+    assert 'id="frontier"' in page and "missing from the frontier: it did not end" in page
 
 
 def test_a_sweep_from_one_reference_and_a_point_added_later(recipe, tmp_path, model_folder):
@@ -209,7 +209,7 @@ def test_other_flags_are_another_sweep(tmp_path):
             "--sft_epochs_list runs SFT and --reference skips it",
         ),
         (["--reward_model", "./nowhere"], "--reward_model ./nowhere: no such folder"),
-        (["--beta", "0.3"], "--beta is each point's own: pass --betas"),
+        (["--beta", "0.3"], "--beta is set per point: pass --betas"),
         (["--hub_token", "hf_x"], "--hub_token is for one run"),
         (["--bettas", "0.3"], "unknown flag --bettas; did you mean betas?"),
     ],

@@ -130,7 +130,7 @@ def test_models_of_other_tokenizers_answer_too(folders, tmp_path):
         assert row["answers"]["other"]["greedy"] == other.decode(row["answer_ids"]["other"], skip_special_tokens=True)
         assert set(row["rewards"]["other"]) == {"good"}  # 'other' has no log-ratio to a reference of other tokens
     assert list(job.rewards) == ["good"]
-    assert "Not under other: another tokenizer" in (tmp_path / "report.html").read_text()
+    assert "another tokenizer than the reference have no rewards: other" in (tmp_path / "report.html").read_text()
 
 
 def test_the_best_of_n_is_the_one_that_the_reward_model_scores_highest(folders, tmp_path, monkeypatch):

@@ -169,7 +169,7 @@ def test_the_quickstarts_prompts_are_held_out(monkeypatch):
         ("p.jsonl", [{"prompt": "half \ud83d"}], r"p\.jsonl, line 1: half of a surrogate pair"),
         ("p.jsonl", ['{"prompt":' * 100_000], r"p\.jsonl, line 1: (nested too deeply|not JSON)"),
         ("p.jsonl", [{"chosen": "no marker", "rejected": "x"}], r"p\.jsonl, line 1: needs 'prompt'"),
-        ("p.txt", ["", " "], r"no prompt in it \(2 empty lines\)"),
+        ("p.txt", ["", " "], r"it has no prompt \(2 empty lines\)"),
         ("p.csv", ["a"], "neither .txt nor .jsonl"),
     ],
 )
