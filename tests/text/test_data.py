@@ -107,7 +107,7 @@ def test_every_file_format_gives_the_same_pairs(tmp_path):
     for name in ("p.jsonl.gz", "p.parquet", "saved"):
         assert load(tmp_path / name)["train"]["chosen"][:] == expected
     assert load(tmp_path / "folder", dataset_data_dir="part")["train"]["chosen"][:] == expected
-    with pytest.raises(UserError, match=r"--dataset_data_dir part: .*saved is what save_to_disk wrote.*drop it"):
+    with pytest.raises(UserError, match=r"--dataset_data_dir part: .*saved was written by save_to_disk; remove"):
         load(tmp_path / "saved", dataset_data_dir="part")
 
 
@@ -147,9 +147,9 @@ def test_splits_are_known_by_the_first_word_of_their_names(tmp_path):
     [
         (
             ("train_prefs", "train_sft"),
-            r"its splits train_prefs and train_sft are both for train: name one with --data",
+            r"the splits train_prefs and train_sft match train: choose one with --data",
         ),
-        (("train", "val", "dev"), r"val and dev are both for validation: name one with --dataset_validation_split"),
+        (("train", "val", "dev"), r"val and dev match validation: choose one with --dataset_validation_split"),
         (("test", "validation"), r"no training split \(found: test, validation\): .*--dataset_train_split"),
         (("default",), r"no training split \(found: default\)"),
     ],
@@ -166,7 +166,7 @@ def test_splits_of_unknown_names_are_not_trained_on(tmp_path):
     pairs = load(folder, validation_fraction=0.1)
     assert len(pairs["train"]) + len(pairs["validation"]) == 50 and len(pairs["test"]) == 15
     assert pairs.counts["splits_left_out"] == ["train_more", "rephrased"]
-    assert "splits left out: train_more, rephrased (" in describe_left_out(pairs.counts)
+    assert "unused splits: train_more, rephrased (" in describe_left_out(pairs.counts)
     flags = {"dataset_train_split": ["train", "train_more"], "dataset_validation_split": "rephrased"}
     named = load(folder, **flags)
     assert [len(named[split]) for split in ("train", "validation", "test")] == [60, 15, 15]
@@ -206,7 +206,7 @@ def test_a_pair_of_a_held_out_split_is_not_trained_on(tmp_path, chat_tokenizer, 
     pairs = load_preferences(TextDataConfig(dataset_name=str(folder)), chat_tokenizer if chat else None)
     assert pairs.counts["copies_removed"] == {"train": 4, "validation": 1}
     assert [len(pairs[split]) for split in ("train", "validation", "test")] == [31, 10, 10]
-    assert "a held-out split has them too: 4 from train, 1 from validation" in describe_left_out(pairs.counts)
+    assert "also in a held-out split: 4 from train, 1 from validation" in describe_left_out(pairs.counts)
     assert not set(pairs["train"]["pair"]) & {*pairs["validation"]["pair"], *pairs["test"]["pair"]}
     # a limit on the test does not bring them back
     few = load_preferences(TextDataConfig(dataset_name=str(folder), max_test_samples=1))
@@ -251,9 +251,9 @@ def test_a_pair_is_the_same_in_every_layout(tmp_path, chat_tokenizer, train, tes
 
 def test_a_split_without_a_usable_pair_is_named(tmp_path):
     same = [{"chosen": f"{H}q{A} same", "rejected": f"{H}q{A} same"}] * 3
-    with pytest.raises(UserError, match="nothing usable in its split test; fix that split"):
+    with pytest.raises(UserError, match="the split test has no usable rows; fix that split"):
         load(saved(tmp_path / "d", train=write_pairs(40), test=same))
-    with pytest.raises(UserError, match="nothing usable in its split train"):
+    with pytest.raises(UserError, match="the split train has no usable rows"):
         load(saved(tmp_path / "e", train=same, validation=write_pairs(40), test=write_pairs(40)))
     with pytest.raises(UserError, match=r"--validation_fraction 0.0001 .* split validation"):
         load("chitchat", validation_fraction=0.0001)
