@@ -61,7 +61,7 @@ def test_a_run_needs_a_folder(config, folder):
         ({"beta": math.nan}, "--beta nan: must be above 0"),
         ({"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0, math.nan]}, "^--loss_weights must be finite"),
         ({"discopop_tau": 0.0}, "^--discopop_tau must be a finite number above 0"),
-        ({"loss_type": ["hinge"], "label_smoothing": 0.1}, r"^--label_smoothing 0\.1 .* not for hinge"),
+        ({"loss_type": ["hinge"], "label_smoothing": 0.1}, r"^--label_smoothing 0\.1 .* not to hinge"),
     ],
 )
 def test_losses(config, options, message):

@@ -211,7 +211,7 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not 0 < value < math.inf:  # also false for nan
-            raise UserError(f"--{name} {value}: must be finite and above 0")
+            raise UserError(f"--{name} {value}: must be above 0 and finite")
 
 
 def refuse(config: Any, refused: Mapping[str, str]) -> None:
@@ -228,7 +228,7 @@ def refuse(config: Any, refused: Mapping[str, str]) -> None:
 def preference_loss(args: Any) -> PreferenceLoss:
     """The loss of a configuration with the fields of `DPOConfig`. Raise a UserError for invalid options."""
     if not 0 < args.beta < math.inf:
-        raise UserError(f"--beta {args.beta}: must be finite and above 0 (typically 0.1 to 0.5)")
+        raise UserError(f"--beta {args.beta}: must be above 0 (typically 0.1 to 0.5)")
     try:
         return PreferenceLoss(
             loss_types=tuple(args.loss_type),

@@ -362,8 +362,8 @@ def test_half_a_surrogate_pair_is_no_message(folders):
         ({"max_new_tokens": 0}, "--max_new_tokens 0: must be at least 1"),
         ({"do_sample": True, "temperature": 0.0}, "--temperature 0.0: must be above 0"),
         ({"do_sample": True, "top_p": 1.5}, r"--top_p 1.5: must be in \(0, 1\]"),
-        ({"temperature": 0.7}, "pass --do_sample with them"),
-        ({"seed": -1}, "--seed -1: must lie between"),
+        ({"temperature": 0.7}, "only affect sampling: add --do_sample"),
+        ({"seed": -1}, "--seed -1: must be between"),
     ],
 )
 def test_senseless_options_name_the_flag(changes, message):
