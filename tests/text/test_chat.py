@@ -174,14 +174,14 @@ def test_an_answer_that_was_cut_is_remarked_on(folders, capsys):
     chat = chat_with(folders, "first", max_new_tokens=2)
     capsys.readouterr()  # transformers' progress bar of loading
     chat.ask("What is rain?")
-    assert capsys.readouterr().err == "(first was cut at --max_new_tokens 2)\n"
+    assert capsys.readouterr().err == "(first was truncated at --max_new_tokens 2)\n"
 
 
 def test_the_oldest_turns_go_where_there_is_no_room(folders, capsys):
     chat = chat_with(folders, "first", system="Be brief.", max_new_tokens=8)
     (speaker,) = chat.speakers
     speaker.room = 120
-    while "no room" not in (said := capsys.readouterr().err):
+    while "does not see" not in (said := capsys.readouterr().err):
         before = list(speaker.history)
         chat.ask("What is rain?")
     turns = [turn for exchange in before for turn in exchange]
@@ -192,7 +192,7 @@ def test_the_oldest_turns_go_where_there_is_no_room(folders, capsys):
         for start in range(system, len(whole))
         if whole[start] == whole[0] and system + len(whole) - start <= 120
     )
-    assert f"(first has no room for the oldest {len(whole) - len(kept)} tokens of the conversation; /reset" in said
+    assert f"(first does not see the oldest {len(whole) - len(kept)} tokens of the conversation; /reset" in said
     assert speaker.history[-1] == ("What is rain?", generated(speaker.path, kept, 8))
     assert speaker.history[:-1] == before
 
