@@ -70,7 +70,7 @@ def test_lines_of_stdin_are_a_conversation(recipe, run, monkeypatch):
         (["RUN/both", "--prompt", ""], "--prompt: is empty"),
         (["RUN/both", "--prompt", "-"], "--prompt -: stdin is empty"),
         (["RUN/plain", "--system", "Be brief."], "--system: policy has no chat template"),
-        (["RUN/strict"], "refuses the conversation"),
+        (["RUN/strict"], "rejects the conversation"),
         (["RUN/both", "--max_new_tokens", "99999"], "--max_new_tokens 99999: must leave"),
         (["RUN/both", "--use_peft"], "--use_peft is not supported here: a folder with a LoRA adapter is loaded"),
         (["RUN/both", "--model_name_or_path", "x"], "--model_name_or_path is not supported here: name the models"),

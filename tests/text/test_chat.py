@@ -341,7 +341,7 @@ def test_a_template_that_refuses_is_named_before_a_model_is_loaded(folders, chat
     chat_tokenizer.chat_template = "{% if messages[2:] %}{{ raise_exception('one question') }}{% endif %}" + CHATML
     save_model(tmp_path / "strict", chat_tokenizer)
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"--models strict .*refuses the conversation.*one question"):
+    with pytest.raises(UserError, match=r"--models strict .*rejects the conversation.*one question"):
         chat_with(tmp_path, "strict")
     with pytest.raises(UserError, match="--system: plain has no chat template"):
         chat_with(folders, "first", "plain", system="Be brief.")

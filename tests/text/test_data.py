@@ -281,7 +281,7 @@ def test_a_column_group_of_the_users_own_is_not_looked_at(tmp_path):
 def test_what_a_single_file_has_not_is_refused(tmp_path, options):
     ((flag, value),) = options.items()
     for name in ("chitchat", write_jsonl(tmp_path / "p.jsonl", write_pairs(30))):
-        with pytest.raises(UserError, match=f"--{flag} {value}: .*{name}.*drop it"):
+        with pytest.raises(UserError, match=f"--{flag} {value}: .*{name}.*remove it"):
             load(name, **options)
 
 
@@ -392,7 +392,7 @@ def test_a_template_that_leaves_other_pairs_is_refused(tmp_path, tokenizer):
     )
     first, second = (load_preferences(config, with_template(tokenizer, text)) for text in (TEMPLATE, hides))
     assert second.counts["dropped"]["identical"] + second.counts["dropped"]["empty"] == 4
-    with pytest.raises(UserError, match="--reward_model r: its chat template leaves other pairs"):
+    with pytest.raises(UserError, match="--reward_model r: its chat template keeps other pairs"):
         for split in ("train", "validation", "test"):
             first.check_same_pairs(second, split, "r")
 
@@ -765,9 +765,9 @@ WINDOWS = {side: f"{H}q{A} {side}".replace("\n", "\r\n") for side in ("chosen", 
         ("p.jsonl", jsonl({"chosen": "good", "rejected": "bad"}), "no common prompt: name its column with --columns"),
         ("p.jsonl", jsonl(WINDOWS), r"lines of the dialogues end in \\r\\n; convert"),
         ("p.jsonl", jsonl(PAIR | {"rejected": "good "}), "both responses are the same; two different"),
-        ("p.jsonl", jsonl(PAIR | {"chosen": " "}), "a prompt or a response has no text; fill"),
-        ("p.jsonl", jsonl(PAIR | {"prompt": None}, PAIR | {"prompt": ""}), "a prompt or a response has no text; fill"),
-        ("p.jsonl", jsonl(TURNS_OF_PAIR | {"chosen": [{"role": "assistant", "content": ""}]}), "has no text; fill"),
+        ("p.jsonl", jsonl(PAIR | {"chosen": " "}), "a prompt or a response has no text; add"),
+        ("p.jsonl", jsonl(PAIR | {"prompt": None}, PAIR | {"prompt": ""}), "a prompt or a response has no text; add"),
+        ("p.jsonl", jsonl(TURNS_OF_PAIR | {"chosen": [{"role": "assistant", "content": ""}]}), "has no text; add"),
         ("p.jsonl", jsonl({"prompt": "q", "chosen": "a", "worse": "b"}), r"no column rejected \(found: chosen, pr"),
         ("p.jsonl", jsonl(PAIR | {"chosen": 1}), "must be text or lists of messages .*int64"),
         ("p.jsonl", jsonl(PAIR | {"prompt": {"text": "q"}}), "must be text or lists of messages .*text"),
@@ -901,7 +901,7 @@ def test_parts_of_type_text_are_joined_and_others_refused(tmp_path, chat_tokeniz
     ]
     assert found[0]["train"].to_list() == found[1]["train"].to_list()
     path = write_jsonl(tmp_path / "image.jsonl", [in_parts(row) for row in rows] + [in_parts(talk(13), "image")])
-    with pytest.raises(UserError, match=r"row 13: a message has a content of another type than text .*image.*drop"):
+    with pytest.raises(UserError, match=r"row 13: a message has content that is not text .*image.*remove"):
         load_preferences(TextDataConfig(dataset_name=path), chat_tokenizer)
 
 

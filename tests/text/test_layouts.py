@@ -146,7 +146,7 @@ def test_a_table_is_text(tmp_path):
             r"a column system and no prompt; name .*prompt=",
         ),
         ("p.jsonl", '{"prompt": 5, "chosen": "a", "rejected": "b"}\n', r"must be text or lists of messages \(prompt: "),
-        ("p.jsonl", '{"chosen": "a", "rejected": "b"}\n', r"begin with no common prompt: .*--columns prompt=COLUMN"),
+        ("p.jsonl", '{"chosen": "a", "rejected": "b"}\n', r"have no common prompt: .*--columns prompt=COLUMN"),
     ],
 )
 def test_a_file_that_is_none_is_named(tmp_path, name, content, message):
