@@ -62,7 +62,7 @@ def test_lines_of_stdin_are_a_conversation(recipe, run, monkeypatch):
     [
         ([], "pass either the folder of a run, e.g. runs/quickstart, or --models NAME=PATH"),
         (["RUN/both", "--models", "a=RUN/both/policy"], "pass either the folder of a run"),
-        (["RUN/nowhere"], "nowhere: no such folder; name a run of dpo_hh.py"),
+        (["RUN/nowhere"], "nowhere: no such folder; pass a run of dpo_hh.py"),
         (["RUN"], "it has neither reference/ nor policy/; pass a run of dpo_hh.py"),
         (["RUN/empty"], "RUN RUN/empty/policy: not a model folder (no config.json in it)"),
         (["--models", "a=./nowhere"], "--models a ./nowhere: no such folder"),

@@ -99,7 +99,7 @@ def test_the_summary_has_counts_and_intervals(finished, model_folder):
     assert 0 < summary["dpo"]["train"]["loss"] < 1
     assert summary["sft"]["validation"]["loss_after"] < summary["sft"]["validation"]["loss_before"]
     assert summary["throughput"]["dpo_pairs_per_second"] > 0
-    for line in ("pairs ranked right", "margin of rewards", "pairs per second", str(folder), "no pair lost"):
+    for line in ("pairs ranked right", "margin of rewards", "pairs per second", str(folder), "no pairs lost"):
         assert line in done.stdout, line
     assert done.stdout.startswith(f"SFT and DPO of {model_folder} on ")
     assert "--config hh/gpt2.yaml" in done.stdout.splitlines()[0]

@@ -198,7 +198,7 @@ def test_a_best_epoch_by_a_figure_that_is_not_there(tmp_path, tokenizer, kind, h
         if isinstance(held_out, dict)
         else tokenized(held_out)
     )
-    with pytest.raises(UserError, match=f"metric_for_best_model .*: no such figure; evaluation has {named}"):
+    with pytest.raises(UserError, match=f"metric_for_best_model .*: must be among {named}"):
         build(kind, tmp_path, tokenizer, held_out=held_out, **best)
 
 
