@@ -216,7 +216,7 @@ def with_large_weights(model):
 @pytest.mark.parametrize("kind", LOCAL)
 def test_a_model_in_which_a_shared_row_differs_is_refused_and_right_without(kind):
     model = new_model(kind)
-    with pytest.raises(UserError, match=r"^\w+ (gives other log-prob|does not take).*: pass --prefix_sharing false$"):
+    with pytest.raises(UserError, match=r"^\w+ (has other log-prob|rejects the mask).*: pass --prefix_sharing false$"):
         add_response_head(model, longest_row=70)
     with_large_weights(model)
     pairs = random_pairs(6)
