@@ -526,7 +526,7 @@ def check_arguments(trainer: Any, args: Any, config: type, **refused: Any) -> No
     """Raise a UserError for a configuration of another class, and for arguments that a trainer does not support."""
     name = type(trainer).__name__
     if not isinstance(args, config):
-        raise UserError(f"args is of class {type(args).__name__}: {name} needs {config.__name__}")
+        raise UserError(f"args is of class {type(args).__name__}: {name} takes {config.__name__}")
     for each, value in refused.items():
         if value is not None:
             raise UserError(f"{each} is not supported by {name}: omit it")

@@ -73,7 +73,7 @@ def test_lines_of_stdin_are_a_conversation(recipe, run, monkeypatch):
         (["RUN/strict"], "rejects the conversation"),
         (["RUN/both", "--max_new_tokens", "99999"], "--max_new_tokens 99999: must leave"),
         (["RUN/both", "--use_peft"], "--use_peft is not supported here: a folder with a LoRA adapter is loaded"),
-        (["RUN/both", "--model_name_or_path", "x"], "--model_name_or_path is not supported here: name the models"),
+        (["RUN/both", "--model_name_or_path", "x"], "--model_name_or_path is not supported here: pass the models"),
         (["RUN/both", "more"], "unexpected argument 'more'"),
         (["RUN/both", "--beta", "1"], "unknown flag --beta"),
     ],

@@ -669,14 +669,14 @@ def test_a_template_that_refuses_everything_is_named_with_split_and_row(tmp_path
     )
     never = with_template(tokenizer, "{{ raise_exception('no\n\x1b[31mway') }}")
     with pytest.raises(
-        UserError, match=r"p\.jsonl, split train, row 2: the chat template refuses .*Question 0.*no"
+        UserError, match=r"p\.jsonl, split train, row 2: the chat template rejects .*Question 0.*no"
     ) as e:
         load_preferences(TextDataConfig(dataset_name=name), never)
     assert "\n" not in str(e.value) and "--dialogue_format plain" in str(e.value)
     # a file of one user who never speaks: nothing is left after the repair
     rows = [{"chosen": f"{A} a {n}{A} yes", "rejected": f"{A} a {n}{A} no"} for n in range(9)]
     name = write_jsonl(tmp_path / "q.jsonl", rows)
-    with pytest.raises(UserError, match=r"q\.jsonl, split train, row 1: the chat template refuses"):
+    with pytest.raises(UserError, match=r"q\.jsonl, split train, row 1: the chat template rejects"):
         load_preferences(TextDataConfig(dataset_name=name), with_template(tokenizer, STRICT))
 
 

@@ -143,7 +143,7 @@ def test_a_table_is_text(tmp_path):
         (
             "p.jsonl",
             '{"chosen": "a", "rejected": "b", "system": "c"}\n',
-            r"a column system and no prompt; name .*prompt=",
+            r"a column system but no prompt; name .*prompt=",
         ),
         ("p.jsonl", '{"prompt": 5, "chosen": "a", "rejected": "b"}\n', r"must be text or lists of messages \(prompt: "),
         ("p.jsonl", '{"chosen": "a", "rejected": "b"}\n', r"have no common prompt: .*--columns prompt=COLUMN"),

@@ -195,7 +195,7 @@ def half_llama():
 def test_a_gguf_file_becomes_a_folder_once(tmp_path, cache, half_llama, chat_tokenizer, capsys):
     file = write_gguf(tmp_path / "tiny.gguf", half_llama, chat_tokenizer)
     folder = local_model(str(file), FLAG)
-    assert capsys.readouterr().out == f"tiny.gguf: converting its weights to float32, once, into {folder}\n"
+    assert capsys.readouterr().out == f"tiny.gguf: converting its weights to float32 (only once), into {folder}\n"
     assert {path.suffix for path in cache.iterdir()} - {".lock"} == {""}
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert loaded.dtype == torch.float32 and not getattr(loaded, "is_quantized", False)

@@ -30,7 +30,7 @@ def test_an_attention_that_is_not_installed(model_folder):
     [
         (TextDPOConfig, False, "add --use_peft to train adapters"),
         (TextSFTConfig, False, "add --use_peft to train adapters"),
-        (TextRewardConfig, True, "name a checkpoint that is not quantized"),
+        (TextRewardConfig, True, "pass a checkpoint that is not quantized"),
         (TextDPOConfig, True, None),
     ],
 )
