@@ -136,7 +136,7 @@ class Job:
         )  # fmt: skip
 
     def push_saves(self, trainer: Any) -> None:
-        """Push the checkpoints of the last stage, if --hub_strategy says so."""
+        """Push the checkpoints of the last stage, if --hub_strategy requires it."""
         if self.hub is not None and self.hub.strategy != "end":
             trainer.add_callback(PushCallback(self.hub))
 

@@ -6,7 +6,7 @@
 
 in two blocks. The first half of the queries sees only the first half of the keys, so a quarter of the T×T scores is not
 computed. The backward pass of PyTorch's flash kernel for the CPU is slower if rows have a few hundred tokens
-(benchmarks/attention.py). The probabilities are stored for the backward pass, with 1.5 bytes per score.
+(benchmarks/attention.py). The probabilities are stored for the backward pass: T×T×1.5 bytes per row and head.
 
 SDPA handles all other cases: float32, CUDA, dropout, a key–value cache, and masks that are not boolean. SDPA's kernels
 support either a mask or `enable_gqa`, so with a mask transformers copies the keys and values of grouped queries for

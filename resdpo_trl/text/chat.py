@@ -166,7 +166,7 @@ class Chat:
             finally:
                 say("\n")
             if cut:
-                remark(f"{speaker.name} was truncated at --max_new_tokens {self.config.max_new_tokens}")
+                remark(f"{speaker.name}'s answer was truncated at --max_new_tokens {self.config.max_new_tokens}")
 
     def talk(self) -> None:
         """Read messages and commands from the terminal until one of them ends the chat."""

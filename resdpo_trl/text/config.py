@@ -36,7 +36,7 @@ REFUSED = arguments.REFUSED | {
     "packing_strategy": LENGTHS,
     "eval_packing": LENGTHS,
     "pad_to_multiple_of": "batches are padded to their longest row",
-    "truncation_mode": "the cap keeps every pair; see --max_response_length",
+    "truncation_mode": "truncation keeps every pair; see --max_response_length",
     "model_init_kwargs": "use --dtype, --attn_implementation and --model_revision",
     "pad_token": FOLDER,
     "eos_token": FOLDER,
@@ -156,8 +156,8 @@ class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore
     prefix_sharing: bool = option(True, "Run a pair's prompt once for both responses. The results are the same.")
     precompute_ref_log_probs: bool = option(
         True,
-        "Compute the reference's log-probabilities once before training, and keep no reference model in memory. It is "
-        "false if --reference_update is not frozen.",
+        "Compute the reference's log-probabilities once before training, and keep no reference model in memory. "
+        "Disabled if --reference_update is not frozen.",
     )
     reference_cache_dir: str = option(
         "auto",
@@ -252,9 +252,9 @@ class ChatConfig:
         if self.models is not None:
             named_models(self.models)
         if self.prompt is not None and not self.prompt.strip():
-            raise UserError("--prompt: is empty; pass a message, or - to read it from stdin")
+            raise UserError("--prompt is empty: pass a message, or - to read it from stdin")
         if self.system is not None and not self.system.strip():
-            raise UserError("--system: is empty; pass a message, or remove the flag")
+            raise UserError("--system is empty: pass a message, or remove the flag")
         if self.max_new_tokens < 1:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
         check_positive(self, "temperature")

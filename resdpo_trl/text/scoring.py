@@ -273,7 +273,7 @@ def check_adapters(model: Any, new: PeftConfig | None, prefix_sharing: bool) -> 
     """Raise a UserError for a PEFT method with wrong log-probabilities. tests/text/test_peft.py tests all methods.
 
     The unsupported methods need a task id (POLY), calls at every step (ADALORA) or their own loss (CPT), or compute a
-    token's output from other rows of the batch (LILY).
+    token's output from the rest of the batch (LILY).
 
     Args:
         model: the model, whose adapters are checked.

@@ -102,7 +102,7 @@ def cached_map(
         rows: the rows to map.
         columns: columns of the result: name -> `text`, `int` or `ids` (a list of integers).
         description: the label of the progress bar.
-        tokenizer, options: arguments of the function. They must have a `repr` that determines their value.
+        tokenizer, options: arguments of the function. The `repr` of an option must determine its value.
     """
     from datasets import Features, List, Value
 

@@ -103,7 +103,7 @@ class OneMachine:
     eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.")
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps or epoch.")
     select: str | None = option(
-        None, "Keep the weights of the epoch with the best validation figure (best, the default) or of the last epoch.",
+        None, "Keep the weights of the best epoch in validation (best, the default), or of the last epoch (last).",
         choices=["best", "last"],
     )  # fmt: skip
     load_best_model_at_end: bool | None = option(

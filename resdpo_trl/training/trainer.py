@@ -138,7 +138,7 @@ class RunTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """transformers' batches of one optimizer step on this process. `keep_rows` marks an epoch's last batch."""
+        """transformers' batches of one optimizer step on this process. `keep_rows` marks a last batch with padding."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         processes, rows = self.args.world_size, self.args.train_batch_size
         last = len(self.train_dataset) % (rows * processes)  # rows of the last global batch, if it is smaller

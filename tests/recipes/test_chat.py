@@ -67,7 +67,7 @@ def test_lines_of_stdin_are_a_conversation(recipe, run, monkeypatch):
         (["RUN/empty"], "RUN RUN/empty/policy: not a model folder (no config.json in it)"),
         (["--models", "a=./nowhere"], "--models a ./nowhere: no such folder"),
         (["--models", "a"], "--models a: needs NAME=PATH"),
-        (["RUN/both", "--prompt", ""], "--prompt: is empty"),
+        (["RUN/both", "--prompt", ""], "--prompt is empty"),
         (["RUN/both", "--prompt", "-"], "--prompt -: stdin is empty"),
         (["RUN/plain", "--system", "Be brief."], "--system: policy has no chat template"),
         (["RUN/strict"], "rejects the conversation"),

@@ -174,7 +174,7 @@ def test_an_answer_that_was_cut_is_remarked_on(folders, capsys):
     chat = chat_with(folders, "first", max_new_tokens=2)
     capsys.readouterr()  # transformers' progress bar of loading
     chat.ask("What is rain?")
-    assert capsys.readouterr().err == "(first was truncated at --max_new_tokens 2)\n"
+    assert capsys.readouterr().err == "(first's answer was truncated at --max_new_tokens 2)\n"
 
 
 def test_the_oldest_turns_go_where_there_is_no_room(folders, capsys):
@@ -357,8 +357,8 @@ def test_half_a_surrogate_pair_is_no_message(folders):
     [
         ({"models": ["a"]}, "--models a: needs NAME=PATH"),
         ({"models": ["a=x", "a=y"]}, "the name a is given twice"),
-        ({"prompt": " \n"}, "--prompt: is empty"),
-        ({"system": ""}, "--system: is empty"),
+        ({"prompt": " \n"}, "--prompt is empty"),
+        ({"system": ""}, "--system is empty"),
         ({"max_new_tokens": 0}, "--max_new_tokens 0: must be at least 1"),
         ({"do_sample": True, "temperature": 0.0}, "--temperature 0.0: must be above 0"),
         ({"do_sample": True, "top_p": 1.5}, r"--top_p 1.5: must be in \(0, 1\]"),
