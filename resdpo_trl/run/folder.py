@@ -349,16 +349,31 @@ def hardware() -> dict[str, Any]:
 
 
 def use_the_cores() -> None:
-    """Give a CPU process its share of the cores where `accelerate launch` left it one thread.
+    """Give a CPU process its share of the cores where `accelerate launch` left it one thread, and reuse its memory.
 
     Without --cpu or a config file the launcher sets OMP_NUM_THREADS=1 whatever the machine has.
     """
     import torch
 
+    if not torch.cuda.is_available():
+        _reuse_freed_memory()
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or torch.cuda.is_available() or torch.get_num_threads() > 1:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _reuse_freed_memory() -> None:
+    """Let glibc keep large freed blocks until `trim_heap`.
+
+    By default it maps every tensor above 32 MiB anew, and each of its pages faults at the first write. benchmarks/LOG.md
+    has what that costs.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
+    if set_option is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        set_option(m_mmap_threshold, 1 << 30)
+        set_option(m_trim_threshold, (1 << 31) - 1)
 
 
 def trim_heap() -> None:
