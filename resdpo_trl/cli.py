@@ -1,9 +1,9 @@
-"""The command `resdpo-trl`: the recipes of an installed package, by name.
+"""The `resdpo-trl` command, which runs a recipe by name.
 
-resdpo-trl NAME [flags]                   what `python recipes/NAME.py [flags]` does in a clone
-resdpo-trl launch [options] NAME [flags]  what `accelerate launch [options] recipes/NAME.py [flags]` does
+resdpo-trl NAME [flags]                   same as `python recipes/NAME.py [flags]` in a clone
+resdpo-trl launch [options] NAME [flags]  same as `accelerate launch [options] recipes/NAME.py [flags]`
 
-A wheel has recipes/ and accelerate_configs/ inside the package; in a clone they are next to it.
+A wheel contains recipes/ and accelerate_configs/ inside the package. In a clone they are next to it.
 """
 
 import ast
@@ -24,13 +24,13 @@ RECIPE_IN_TEXT = re.compile(r"(?:(?:accelerate launch|python) )?(?:recipes/)?\b(
 
 
 def recipes() -> dict[str, Path]:
-    """Command name -> file; `_hh` is not a part of a name."""
+    """Map each command name to its file. A command name omits the suffix `_hh`."""
     files = sorted((ROOT / "recipes").glob("*.py"))
     return {file.stem.removesuffix("_hh").replace("_", "-"): file for file in files if file.name != "command_line.py"}
 
 
 def recipe_of(name: str) -> Path:
-    """The file of a command; ends the process with status 2 if there is none."""
+    """Return the file of a command. Exit with status 2 if the command is unknown."""
     found = recipes()
     if name not in found:
         near = difflib.get_close_matches(name, found, 1)
@@ -44,14 +44,14 @@ def refuse(message: str) -> NoReturn:
 
 
 def as_commands(text: str) -> str:
-    """A recipe's help without a clone: `accelerate launch recipes/dpo_hh.py` becomes `resdpo-trl dpo`."""
+    """Rewrite a recipe's help for the command: `accelerate launch recipes/dpo_hh.py` becomes `resdpo-trl dpo`."""
     names = {file.stem: name for name, file in recipes().items()}
     text = RECIPE_IN_TEXT.sub(lambda found: f"resdpo-trl {names[found[1]]}" if found[1] in names else found[0], text)
     return text.replace("recipes/configs/", "")
 
 
 def overview() -> str:
-    """The commands with the first line of each recipe's docstring, and the names of the presets."""
+    """List the commands, the first line of each recipe's docstring, and the presets."""
     presets = sorted(f"{path.parent.name}/{path.name}" for path in ROOT.glob("recipes/configs/*/*.yaml"))
     about = {"launch": "Run COMMAND in several processes with accelerate: launch --config_file multi_gpu.yaml dpo"}
     for name, file in recipes().items():
@@ -72,7 +72,7 @@ def overview() -> str:
 
 
 def launch(words: list[str]) -> NoReturn:
-    """Run a recipe by accelerate, whose own parser finds the recipe's name among its options."""
+    """Run a recipe with `accelerate launch`, whose parser separates its own options from the recipe's name."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     parser = launch_command_parser()
@@ -87,7 +87,7 @@ def launch(words: list[str]) -> NoReturn:
         arguments.config_file = str(ours[arguments.config_file])
     try:
         launch_command(arguments)
-    except subprocess.CalledProcessError as ended:  # the recipe has said why
+    except subprocess.CalledProcessError as ended:  # the recipe has printed the reason
         sys.exit(ended.returncode)
     sys.exit(0)
 

@@ -1,4 +1,4 @@
-"""What the text job and the image job do alike: open the run, find checkpoints, publish models, end."""
+"""Steps that text and image runs share: open the run, find checkpoints, publish models, finish."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from resdpo_trl.training.processes import check_sharding, fewer_than_asked, para
 
 
 class Job:
-    """One run in one folder. `training` holds transformers' `TrainingArguments` of the stage that ends it."""
+    """A run and its folder. `training` is the last stage's `TrainingArguments`."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class Job:
     ):
         """
         Args:
-            training: configuration of the stage that ends the run.
-            options: the run's.
-            parts: the other configurations, dataclasses, by their names in run.json.
-            before: the stage before the last one, by its name; empty where there is none.
-            preset: the YAML file under the flags, for run.json.
-            given: names of the fields that flags give: what they do not give is adapted to small data (None: nothing).
+            training: configuration of the last stage.
+            options: options of the run.
+            parts: the other configurations (dataclasses) by their names in run.json.
+            before: configuration of the stage before the last one, by its name; empty if there is none.
+            preset: the YAML file that the flags override, for run.json.
+            given: names of the fields that flags set. Others may be adapted to small data. None adapts nothing.
         """
         check_sharding(training)
         self.training, self.options, self.given, self.before = training, options, given, before
@@ -56,7 +56,7 @@ class Job:
         self.started = time.perf_counter()
         use_the_cores()
         self.run = RunFolder(training.output_dir, main_process=PartialState().is_main_process)
-        # the Hub keeps the token: the arguments are pickled into every checkpoint
+        # only `hub` keeps the token, because the arguments are pickled into every checkpoint
         token, training.hub_token = training.hub_token, None
         self.hub = self._hub(token) if training.push_to_hub else None
         self.run.open(overwrite=options.overwrite_output_dir, resume=self.resume)
@@ -69,15 +69,15 @@ class Job:
         self.run.check_inputs(self._config)
         self.run.check_config(self._config)
         if self.run.earlier.get("complete"):
-            raise NothingToDo(f"the run in {self.run.path} ended at {self.run.earlier['ended']}: nothing to resume")
+            raise NothingToDo(f"the run in {self.run.path} finished at {self.run.earlier['ended']}: nothing to resume")
         self.say = _say if self.run.main_process else silent
         if self.resume and not self.run.earlier:
-            self.say(f"{self.run.path} holds no run: nothing to resume, so this is its beginning")
+            self.say(f"{self.run.path} contains no run to resume: starting a new one")
 
     def adapt(self, rows: int) -> dict[str, int]:
-        """Smaller batches and a denser log where `rows` training rows are few: field -> its new value.
+        """Reduce the batch size and the logging interval for few training rows. Return field -> new value.
 
-        An epoch gets at least `LEAST_STEPS` steps, and a training five lines of metrics.
+        An epoch gets at least `LEAST_STEPS` steps, and a stage logs at least five lines of metrics, if possible.
         """
         args, adapted = self.training, dict[str, int]()
         if self.given is None:
@@ -99,7 +99,7 @@ class Job:
         return adapted
 
     def arguments(self, stage: str, args: Any) -> Any:
-        """A stage's training arguments in this run's folder; the Hub is the run's, not a trainer's."""
+        """A stage's training arguments with this run's folder. The run uploads to the Hub, so the trainer does not."""
         return dataclasses.replace(
             args,
             output_dir=str(self.run.checkpoints(stage)),
@@ -109,20 +109,20 @@ class Job:
         )
 
     def facts(self, args: Any, trained: Iterable[str], validated: Iterable[str], **more: Any) -> dict[str, Any]:
-        """What a model's folder tells of its training: its settings, and digests of all rows that it has seen."""
+        """The facts of training for a model's folder: settings, and digests of all rows that the model has seen."""
         reference = [read_facts(str(self.run.reference), None, "reference")] if self.run.reference.is_dir() else []
         seen, looked_at = seen_by(*reference)
         return training_facts(args, seen.union(trained), looked_at.union(validated), **more)
 
     def begin(self, data_fingerprint: dict[str, str], counts: dict[str, Any]) -> None:
-        """Write the first files, once the data are there: until then a run that is overwritten is whole.
+        """Write the first files. Call it after the data are loaded: until then, a run to overwrite stays intact.
 
         Args:
             data_fingerprint: digest of each split.
-            counts: what summary.json says of the data.
+            counts: the data section of summary.json.
 
         Raises:
-            UserError: a run is resumed with other data than it began with, or its folder can't be written.
+            UserError: the data of a resumed run have changed, or its folder can't be written.
         """
         self.run.start(self._config, self.training.seed, data_fingerprint)
         self.run.summarize(data=counts)
@@ -136,12 +136,12 @@ class Job:
         )  # fmt: skip
 
     def push_saves(self, trainer: Any) -> None:
-        """Push the checkpoints of the stage that ends the run, if --hub_strategy asks for it."""
+        """Push the checkpoints of the last stage, if --hub_strategy requires it."""
         if self.hub is not None and self.hub.strategy != "end":
             trainer.add_callback(PushCallback(self.hub))
 
     def hardware_line(self) -> str:
-        """What the run uses, and where its files go; a warning before it where that is less than was asked for."""
+        """The device, the precision and the output folder, after a warning if fewer processes run than requested."""
         less = fewer_than_asked()
         precision = (
             "bfloat16" if self.training.bf16 else "float16 with loss scaling" if self.training.fp16 else "float32"
@@ -149,20 +149,20 @@ class Job:
         device = self.training.device.type
         threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         processes = parallelism()["num_processes"]
-        line = f"{device}{threads}, {processes} process(es), {precision}; files go to {self.run.path}"
+        line = f"{device}{threads}, {processes} process(es), {precision}; output folder: {self.run.path}"
         return f"warning: {less}\n{line}" if less else line
 
     def _asked_checkpoint(self) -> Path | None:
-        """The checkpoint that --resume_from_checkpoint names, if it names one; a UserError where it is none of this
-        run or not whole."""
+        """The checkpoint that --resume_from_checkpoint names, or None. Raise a UserError if it is incomplete or of
+        another run."""
         asked = self.training.resume_from_checkpoint
         if asked in (None, "last"):
             return None
         found = Path(asked)
         if found.resolve().parent.parent != (self.run.path / "checkpoints").resolve():
             raise UserError(
-                f"--resume_from_checkpoint {asked}: not a checkpoint of {self.run.path}; leave the path out, or name "
-                f"a folder in {self.run.path / 'checkpoints'}"
+                f"--resume_from_checkpoint {asked}: not a checkpoint of {self.run.path}; omit the path, or name a "
+                f"folder in {self.run.path / 'checkpoints'}"
             )
         reason = torn(found) if found.is_dir() else "there is no such folder"
         if reason is not None:
@@ -170,11 +170,11 @@ class Job:
         return found
 
     def past(self, stage: str, folder: Path, figures: Any) -> bool:
-        """Whether a resumed run has a stage's model and its figures already."""
+        """Whether a resumed run already has a stage's model and figures."""
         ended = self.resume and folder.is_dir() and bool(figures)
         if ended and self._asked is not None and self._asked.resolve().parent.name == stage:
             raise UserError(
-                f"--resume_from_checkpoint {self._asked}: the stage {stage} has ended; leave the path out to go on "
+                f"--resume_from_checkpoint {self._asked}: the stage {stage} has finished; omit the path to continue "
                 "after it"
             )
         return ended
@@ -182,14 +182,14 @@ class Job:
     def checkpoint(self, stage: str) -> str | None:
         """The checkpoint that a resumed stage starts from, or None.
 
-        The metrics written after it are dropped, and checkpoints past it are renamed: torn ones, and those past the
+        This removes the metrics written after it, and renames later checkpoints: incomplete ones, and those after the
         one that --resume_from_checkpoint names.
         """
         if not self.resume:
             return None
         named = self._asked is not None and self._asked.resolve().parent.name == stage
         found = self._asked if named else self.run.last_checkpoint(stage)
-        PartialState().wait_for_everyone()  # every process has looked before the main one writes
+        PartialState().wait_for_everyone()  # every process must read before the main one writes
         step, logged = -1, set()
         if found is not None:
             state = json.loads((found / "trainer_state.json").read_text(encoding="utf-8"))
@@ -205,7 +205,7 @@ class Job:
         return str(found) if found else None
 
     def train(self, trainer: Any, stage: str) -> tuple[float, int]:
-        """Train a stage, from its checkpoint if there is one: the seconds without evaluation, and its first step."""
+        """Train a stage, from its checkpoint if there is one. Return its seconds without evaluation and first step."""
         started = time.perf_counter()
         checkpoint = self.checkpoint(stage)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -213,28 +213,28 @@ class Job:
         return seconds, step_of(Path(checkpoint)) if checkpoint else 0
 
     def publish(self, folder: Path, save: Callable[[str], Any], processor: Any, facts: dict[str, Any]) -> None:
-        """Save a model, its tokenizer or image processor and the facts of its training whole or not at all: aside, then
-        renamed."""
+        """Save a model, its tokenizer or image processor, and the facts of its training, atomically: the files are
+        written to a temporary folder, which is then renamed."""
         aside = folder.with_name(folder.name + ASIDE)
         if self.run.main_process and aside.exists():
             shutil.rmtree(aside)
         PartialState().wait_for_everyone()
-        trim_heap()  # what is written takes room that the last step's activations no longer need
+        trim_heap()  # saving needs memory that the activations of the last step have freed
         with self.run.writing(str(folder.relative_to(self.run.path))):
             save(str(aside))
             PartialState().wait_for_everyone()
             if self.run.main_process:
                 processor.save_pretrained(str(aside))
                 write_facts(aside, facts)
-                (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody should load
+                (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle, unsafe to load
                 if (aside / "ref").is_dir():
-                    shutil.rmtree(aside / "ref")  # the adapter of reference/, which TRL keeps next to the policy's
+                    shutil.rmtree(aside / "ref")  # TRL saves the adapter of reference/ next to the policy's
                 replace_folder(aside, folder)
         PartialState().wait_for_everyone()
 
     def end(self, table: Callable[[dict[str, Any]], str], write_card: Callable[[], None]) -> None:
-        """run.json's end, the report, the model card with its plots, the table, and the Hub if asked."""
-        name = "seconds_since_resume" if self.run.earlier else "total_seconds"  # nobody knows when a kill came
+        """Finish run.json, write the report and the model card, print the table, and upload to the Hub if requested."""
+        name = "seconds_since_resume" if self.run.earlier else "total_seconds"  # a kill leaves no time
         throughput = self.run.summary.get("throughput", {}) | {name: time.perf_counter() - self.started}
         self.run.summarize(throughput=throughput)
         self.run.end()
@@ -243,7 +243,7 @@ class Job:
             write_card()
             found = load_run(self.run.path)
             self.say("\n".join(["", *verdict(found.summary, found.metrics)]))
-        self.run.record(complete=True)  # from here on there is nothing to resume
+        self.run.record(complete=True)  # from here on, there is nothing to resume
         untrained.discard(self.run)
         self.say(table(self.run.summary))
         self.say(f"open {self.run.path / 'report.html'}")
@@ -252,9 +252,9 @@ class Job:
 
 
 def epochs(trainer: Any) -> dict[str, Any]:
-    """The epoch of least validation loss, and the one whose weights the trainer holds after `train`.
+    """The epoch with the lowest validation loss, and the one whose weights the trainer has after `train`.
 
-    They differ with --select last, and where another figure than the loss chooses (--metric_for_best_model).
+    They may differ with --select last, and if --metric_for_best_model is not the loss.
     """
     state = trainer.state
     evaluated = [row for row in state.log_history if row["step"] > 0 and math.isfinite(row.get("eval_loss", math.nan))]
@@ -274,21 +274,21 @@ def epochs(trainer: Any) -> dict[str, Any]:
 
 
 def describe_epochs(stage: dict[str, Any]) -> list[tuple[str, str]]:
-    """The table's row that names the epochs of `epochs`; none where nothing was validated."""
+    """The table row for the epochs of `epochs`, or no row if nothing was validated."""
     if stage.get("best_epoch") is None:
         return []
-    text = f"{stage['best_epoch']:g} of least validation loss ({stage['best_validation_loss']:.4f})"
+    text = f"{stage['best_epoch']:g} with lowest validation loss ({stage['best_validation_loss']:.4f})"
     if stage["kept_epoch"] is not None:
         same = stage["kept_epoch"] == stage["best_epoch"]
-        why = "by --select last"
+        why = "with --select last"
         if stage["select"] == "best":
-            why = f"of best {stage['metric_for_best_model'].removeprefix('eval_')}"
+            why = f"with best {stage['metric_for_best_model'].removeprefix('eval_')}"
         text += ", kept" if same else f"; kept: {stage['kept_epoch']:g}, {why}"
     return [("epoch", text)]
 
 
 def describe_run(summary: dict[str, Any], unit: str) -> str:
-    """The tables at the end of a run: what ran, and the test figures. `unit` is pairs or images."""
+    """Format the tables at the end of a run: the run itself, and the test figures. `unit` is pairs or images."""
     data, throughput, stage = summary["data"], summary["throughput"], stage_of(summary)
     rows = [(unit, f"{data['train']} train, {data['validation']} validation, {data['test']} test")]
     if losses := summary.get("sft", {}).get("validation"):
@@ -297,7 +297,7 @@ def describe_run(summary: dict[str, Any], unit: str) -> str:
         speed = throughput.get(f"{stage}_pairs_per_second") or summary[stage].get("images_per_second")
         rows += [*describe_epochs(summary[stage]), (f"{unit} per second", number(speed, 1))]
     if "total_seconds" in throughput:
-        rows.append(("seconds in all", f"{throughput['total_seconds']:.0f}"))
+        rows.append(("total seconds", f"{throughput['total_seconds']:.0f}"))
     else:
         rows.append(("seconds since the last resume", f"{throughput['seconds_since_resume']:.0f}"))
     if not stage:
@@ -312,9 +312,9 @@ def _say(text: str) -> None:
 
 
 def free(trainer: Any) -> None:
-    """Let go of a stage's model and optimizer before the next one loads its own. Nothing may use the trainer after."""
+    """Free a stage's model and optimizer before the next stage loads its own. The trainer is unusable after this."""
     trainer.accelerator.free_memory()
-    # the learning-rate schedule and the callback handler hold the optimizer and the model too
+    # the learning-rate scheduler and the callback handler also refer to the optimizer and the model
     vars(trainer).clear()
     gc.collect()
     if torch.cuda.is_available():
@@ -323,4 +323,4 @@ def free(trainer: Any) -> None:
 
 
 def silent(*_: Any) -> None:
-    """What processes other than the main one say."""
+    """Print nothing. Processes other than the main one use this as `say`."""

@@ -1,17 +1,17 @@
 """Preference losses: pure functions from log-probabilities to one loss per pair.
 
-Notation, as in the papers: y_w is chosen, y_l is rejected, and a response's log-probability is the sum
-over its tokens in nats (a classifier's response is one class). With the log-ratios
+The notation follows the papers: y_w is the chosen response and y_l is the rejected one. A response's log-probability
+is the sum over its tokens, in nats. A classifier's response is one class. The log-ratios are
 
     ρ_w = log π(y_w|x) − log π_ref(y_w|x)        ρ_l = log π(y_l|x) − log π_ref(y_l|x)
 
-the implicit rewards are r̂_w = β ρ_w and r̂_l = β ρ_l (Eq. 5 of DPO without its constant), and the margin is
-r̂_w − r̂_l. Every loss below is a function of these, one entry per pair.
+The implicit rewards are r̂_w = β ρ_w and r̂_l = β ρ_l (Eq. 5 of DPO without its constant), and the margin is
+r̂_w − r̂_l. Every loss below is a function of the log-probabilities, with one entry per pair.
 
     DPO    Rafailov et al. 2023, "Direct Preference Optimization", https://arxiv.org/abs/2305.18290
     f-DPO  Wang et al. 2023, "Beyond Reverse KL", https://arxiv.org/abs/2309.16240
 
-A new loss is one function `(pairs, options) -> (B,)` and one entry in `LOSSES`.
+To add a loss, write a function `(pairs, options) -> (B,)` and add it to `LOSSES`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 def dpo_loss(
     pi_logps: Tensor, ref_logps: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """The DPO loss in the form of the paper's own listing (Appendix B).
+    """The DPO loss with the signature of the paper's listing (Appendix B).
 
     Args:
         pi_logps: (B,) log-probabilities under the policy.
@@ -41,7 +41,7 @@ def dpo_loss(
         losses: (T,), −log σ(β[(log π(y_w) − log π(y_l)) − (log π_ref(y_w) − log π_ref(y_l))]), Eq. 7.
         rewards: (B,), β(log π − log π_ref), without gradient.
 
-    A classifier's (B, K) log-probabilities flatten to this form: image i and class k are at i·K + k.
+    For a classifier, flatten the (B, K) log-probabilities: class k of image i has the index i·K + k.
     """
     pairs = LogProbs(pi_logps[yw_idxs], pi_logps[yl_idxs], ref_logps[yw_idxs], ref_logps[yl_idxs])
     losses = PreferenceLoss(beta=beta)(pairs)
@@ -51,10 +51,10 @@ def dpo_loss(
 
 @dataclass
 class LogProbs:
-    """Log-probabilities of pairs, each (B,) or any one shape whose first axis is the batch, in nats.
+    """Log-probabilities of pairs in nats. All have the same shape: (B,), or another one whose first axis is the batch.
 
-    `chosen_tokens` and `rejected_tokens` count the tokens of each response; the losses that average over
-    tokens need them (`ipo`, `sigmoid_norm`, `sft`). A classifier's responses have one token, the default.
+    `chosen_tokens` and `rejected_tokens` count the tokens of each response. The losses that average over tokens need
+    them (`ipo`, `sigmoid_norm`, `sft`). The default is 1, as for a classifier.
     """
 
     chosen: Tensor
@@ -74,13 +74,13 @@ class LogProbs:
 
 
 def classifier_pairs(logps: Tensor, ref_logps: Tensor, labels: Tensor, rejected: Tensor) -> LogProbs:
-    """The pairs of images: their true class against each of T rejected ones, all (B, T).
+    """The pairs of B images, all (B, T): the true class is chosen, and each of T other classes is rejected.
 
     Args:
         logps: (B, K) log-probabilities under the policy.
         ref_logps: (B, K) under the reference.
         labels: (B,) true classes.
-        rejected: (B, T) classes.
+        rejected: (B, T) rejected classes.
     """
     chosen = labels[:, None].expand_as(rejected)
     return LogProbs(
@@ -89,7 +89,7 @@ def classifier_pairs(logps: Tensor, ref_logps: Tensor, labels: Tensor, rejected:
 
 
 def wrong_classes(labels: Tensor, classes: int) -> Tensor:
-    """(B, K−1): every class but the true one of (B,) labels, in rising order."""
+    """(B, K−1): every class except the true one of (B,) labels, in ascending order."""
     others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
     return others + (others >= labels[:, None])
 
@@ -100,16 +100,16 @@ class PreferenceLoss:
 
     Args:
         loss_types: names from `LOSSES`.
-        loss_weights: one weight a name; all 1 by default.
+        loss_weights: one weight per name. The default is 1 for all.
         beta: strength of the KL penalty (τ in the IPO paper), above 0.
-        label_smoothing: probability ε that a preference is flipped (`sigmoid`, `robust`, `aot`, `aot_unpaired`),
-            the target's smoothing in `exo_pair`; 0 where none of these is named.
+        label_smoothing: the probability ε that a preference is flipped (`sigmoid`, `robust`, `aot`, `aot_unpaired`), or
+            the smoothing of the target (`exo_pair`). It must be 0 if `loss_types` names none of these.
         f_divergence_type: `reverse_kl`, `forward_kl`, `js_divergence` or `alpha_divergence`.
         f_alpha_divergence_coef: α of the α-divergence.
         discopop_tau: temperature of `discopop`'s blend, above 0.
 
     Raises:
-        ValueError: for a combination that has no meaning, naming the option.
+        ValueError: an option is invalid, or options contradict each other. The message names the option.
     """
 
     loss_types: Sequence[str] = ("sigmoid",)
@@ -129,18 +129,18 @@ class PreferenceLoss:
                 f"loss_weights needs one weight per loss type: got {len(self.loss_weights)} for {len(self.loss_types)}"
             )
         for name in ("beta", "discopop_tau"):
-            if not 0 < getattr(self, name) < math.inf:  # nan is neither
+            if not 0 < getattr(self, name) < math.inf:  # also false for nan
                 raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
         if not all(map(math.isfinite, self.loss_weights or ())):
             raise ValueError(f"loss_weights must be finite; got {', '.join(map(str, self.loss_weights or ()))}")
         if not math.isfinite(self.f_alpha_divergence_coef):
             raise ValueError(f"f_alpha_divergence_coef must be finite; got {self.f_alpha_divergence_coef}")
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5); got {self.label_smoothing}")
+            raise ValueError(f"label_smoothing must be in [0, 0.5); got {self.label_smoothing}")
         if self.label_smoothing > 0 and not SMOOTHED_LOSSES.intersection(self.loss_types):
             raise ValueError(
-                f"label_smoothing {self.label_smoothing} is for the loss types {', '.join(sorted(SMOOTHED_LOSSES))}, "
-                f"not for {', '.join(self.loss_types)}: leave it out"
+                f"label_smoothing {self.label_smoothing} applies to the loss types "
+                f"{', '.join(sorted(SMOOTHED_LOSSES))}, not to {', '.join(self.loss_types)}: omit it"
             )
         if "exo_pair" in self.loss_types and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs label_smoothing above 0 (its paper recommends 1e-3)")
@@ -158,17 +158,17 @@ class PreferenceLoss:
                 )
 
     def __call__(self, pairs: LogProbs) -> Tensor:
-        """(B,) losses; their mean over pairs is what is minimized."""
+        """Return (B,) losses. Training minimizes their mean."""
         weights = self.loss_weights or [1.0] * len(self.loss_types)
         terms = [w * LOSSES[name](pairs, self) for name, w in zip(self.loss_types, weights, strict=True)]
         return torch.stack(terms).sum(0)
 
     def rewards(self, pairs: LogProbs) -> tuple[Tensor, Tensor]:
-        """Implicit rewards β ρ_w and β ρ_l, each (B,), without gradient."""
+        """The implicit rewards β ρ_w and β ρ_l, each (B,), detached."""
         return self.beta * pairs.chosen_logratios.detach(), self.beta * pairs.rejected_logratios.detach()
 
     def gradient_weights(self, pairs: LogProbs) -> tuple[Tensor, Tensor]:
-        """How hard each pair is pushed: −∂ℓ/∂r̂_w and ∂ℓ/∂r̂_l, each (B,), without gradient.
+        """The weights of both responses in the gradient: −∂ℓ/∂r̂_w and ∂ℓ/∂r̂_l, each (B,), detached.
 
         For the sigmoid loss both are σ(r̂_l − r̂_w), the weight in the paper's gradient (the equation after Eq. 7).
         """
@@ -180,18 +180,18 @@ class PreferenceLoss:
         return -of_chosen / self.beta, of_rejected / self.beta
 
     def scores(self, pairs: LogProbs) -> tuple[Tensor, Tensor]:
-        """f'(π/π_ref) of both responses (f-DPO, Theorem 1); the log-ratios themselves for the reverse KL."""
+        """f'(π/π_ref) of both responses (f-DPO, Theorem 1). For the reverse KL these are the log-ratios."""
         divergence = F_DIVERGENCES[self.f_divergence_type]
         alpha = self.f_alpha_divergence_coef
         return divergence(pairs.chosen_logratios, alpha), divergence(pairs.rejected_logratios, alpha)
 
     def logits(self, pairs: LogProbs) -> Tensor:
-        """β times the difference of the scores: the margin r̂_w − r̂_l for the reverse KL."""
+        """β times the difference of the scores. For the reverse KL this is the margin r̂_w − r̂_l."""
         chosen, rejected = self.scores(pairs)
         return self.beta * (chosen - rejected)
 
     def normalized_delta(self, pairs: LogProbs) -> Tensor:
-        """Difference of the scores per token of their response."""
+        """The difference of the scores, each divided by the number of tokens of its response."""
         chosen, rejected = self.scores(pairs)
         tokens = (torch.as_tensor(each).clamp(min=1) for each in (pairs.chosen_tokens, pairs.rejected_tokens))
         return chosen / next(tokens) - rejected / next(tokens)
@@ -219,23 +219,23 @@ def _smoothed(logits: Tensor, epsilon: float) -> Tensor:
 
 
 def sigmoid(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """DPO, Eq. 7; with label smoothing, conservative DPO (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf)."""
+    """DPO, Eq. 7. With label smoothing it is conservative DPO (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf)."""
     return _smoothed(options.logits(pairs), options.label_smoothing)
 
 
 def robust(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """Robust DPO, unbiased under flips with probability ε (https://arxiv.org/abs/2403.00409)."""
+    """Robust DPO (https://arxiv.org/abs/2403.00409), unbiased if labels are flipped with probability ε."""
     logits, epsilon = options.logits(pairs), options.label_smoothing
     return (-(1 - epsilon) * F.logsigmoid(logits) + epsilon * F.logsigmoid(-logits)) / (1 - 2 * epsilon)
 
 
 def hinge(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """SLiC's hinge on the margin (https://arxiv.org/abs/2309.06657)."""
+    """The hinge loss of SLiC on the margin (https://arxiv.org/abs/2309.06657)."""
     return torch.relu(1 - options.logits(pairs))
 
 
 def ipo(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """IPO (https://arxiv.org/abs/2310.12036, Eq. 17), on scores per token as its authors ran it, τ = β."""
+    """IPO (https://arxiv.org/abs/2310.12036, Eq. 17) with τ = β, on scores per token as its authors ran it."""
     return (options.normalized_delta(pairs) - 1 / (2 * options.beta)) ** 2
 
 
@@ -254,7 +254,7 @@ def nca_pair(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
 
 
 def bco_pair(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """BCO without its reward shift (https://arxiv.org/abs/2404.04656), as TRL's `bco_pair`."""
+    """BCO without its reward shift (https://arxiv.org/abs/2404.04656), as in TRL's `bco_pair`."""
     chosen, rejected = options.beta * pairs.chosen_logratios, options.beta * pairs.rejected_logratios
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
@@ -266,9 +266,9 @@ def sppo_hard(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
 
 
 def aot(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """AOT, paired (https://arxiv.org/abs/2406.05882): the sorted policy margins against the sorted reference's.
+    """AOT, paired (https://arxiv.org/abs/2406.05882): sorted policy margins against sorted reference margins.
 
-    Sorting mixes the pairs of a batch, so an entry here belongs to a rank, not to a pair.
+    Sorting mixes the pairs of a batch, so an entry of the loss belongs to a rank instead of a pair.
     """
     policy = (pairs.chosen - pairs.rejected).sort(dim=0).values
     reference = (pairs.ref_chosen - pairs.ref_rejected).sort(dim=0).values
@@ -283,20 +283,20 @@ def aot_unpaired(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
 
 
 def apo_zero(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """APO-zero (https://arxiv.org/abs/2408.06266, Eq. 7): chosen up, rejected down."""
+    """APO-zero (https://arxiv.org/abs/2408.06266, Eq. 7) raises the chosen and lowers the rejected log-ratio."""
     chosen, rejected = options.beta * pairs.chosen_logratios, options.beta * pairs.rejected_logratios
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
 def apo_down(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """APO-down (https://arxiv.org/abs/2408.06266, Eq. 8): both down, rejected more."""
+    """APO-down (https://arxiv.org/abs/2408.06266, Eq. 8) lowers both log-ratios, and the rejected one more."""
     chosen = options.beta * pairs.chosen_logratios
     margin = options.beta * (pairs.chosen_logratios - pairs.rejected_logratios)
     return torch.sigmoid(chosen) + torch.sigmoid(-margin)
 
 
 def discopop(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """DiscoPOP's log-ratio modulated loss (https://arxiv.org/abs/2406.08414, Eq. 5)."""
+    """The log-ratio modulated loss of DiscoPOP (https://arxiv.org/abs/2406.08414, Eq. 5)."""
     logits = options.logits(pairs)
     modulation = torch.sigmoid(logits / options.discopop_tau)
     return -F.logsigmoid(logits) * (1 - modulation) + torch.exp(-logits) * modulation
@@ -308,12 +308,12 @@ def sigmoid_norm(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
 
 
 def s_dpo(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """S-DPO: one chosen response against all its T rejected ones at once (https://arxiv.org/abs/2406.09215, Eq. 9).
+    """S-DPO: one chosen response against all T rejected ones (https://arxiv.org/abs/2406.09215, Eq. 9).
 
         −log σ(−log Σ_l exp(β (ρ_l − ρ_w)))
 
-    For pairs of shape (B, T) an entry is its whole row's loss, so that means over pairs are means over rows; for (B,)
-    it is the sigmoid loss. The rejected response that is nearest gets most of a row's weight.
+    For pairs of shape (B, T), every entry is the loss of its row, so that means over pairs are means over rows. For
+    shape (B,) it is the sigmoid loss. The rejected response with the smallest margin gets most of a row's weight.
     """
     logits = options.logits(pairs)
     rows = logits if logits.ndim > 1 else logits[:, None]
@@ -321,7 +321,7 @@ def s_dpo(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
 
 
 def sft(pairs: LogProbs, options: PreferenceLoss) -> Tensor:
-    """Cross-entropy of the chosen tokens, averaged over the batch's tokens: a term to add (RPO's, MPO's)."""
+    """The mean cross-entropy of the batch's chosen tokens, an additional term as in RPO and MPO."""
     tokens = torch.as_tensor(pairs.chosen_tokens, device=pairs.chosen.device).expand_as(pairs.chosen)
     return (-pairs.chosen.sum() / tokens.sum()).expand_as(pairs.chosen)
 
@@ -333,8 +333,8 @@ LOSSES: dict[str, Callable[[LogProbs, PreferenceLoss], Tensor]] = {
         discopop, sigmoid_norm, s_dpo, sft,
     )
 }  # fmt: skip
-SMOOTHED_LOSSES = frozenset({"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"})  # those with label smoothing
-# the losses that see the rewards only through their difference (`sft` does not see them at all)
+SMOOTHED_LOSSES = frozenset({"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"})  # losses with label smoothing
+# losses that depend on the rewards only through their difference (`sft` does not depend on them)
 DIFFERENCE_LOSSES = frozenset(
     {"sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sigmoid_norm", "s_dpo", "sft"}
 )

@@ -1,7 +1,7 @@
-"""Figures of preference pairs: what they are called, how they are computed per pair, and their means with intervals.
+"""Figures (metrics) of preference pairs: their names, their values per pair, and their means with intervals.
 
-A new figure is a row of `FIGURES` and a value that `pair_figures`, `classifier_metrics` or `cross_entropy_metrics`
-returns. metrics.jsonl, terminal tables, curves, the report, the model card and table.csv take it from there.
+To add a figure, add a row to `FIGURES` and return its values from `pair_figures`, `classifier_metrics` or
+`cross_entropy_metrics`. metrics.jsonl, terminal tables, curves, the report, the model card and table.csv then show it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import torch
 
 from resdpo_trl.losses import LogProbs, PreferenceLoss, classifier_pairs, wrong_classes
 
-SHARES = ("accuracy", "accuracies", "agreement", "cut", "wins")  # what the name of a share ends with
-REPEATS = 3  # times that an answer must say the same before it counts as repeating itself
-READ = 3000  # characters of an answer that are searched for that
+SHARES = ("accuracy", "accuracies", "agreement", "beats_chosen", "cut", "wins")  # suffixes of the names of proportions
+REPEATS = 3  # occurrences of the same text from which an answer counts as repetitive
+READ = 3000  # characters of an answer that are searched for repetition
 
 
 @dataclass(frozen=True)
 class Figure:
-    """How a figure is shown wherever it is shown."""
+    """The display of a figure."""
 
     name: str  # in metrics.jsonl and summary.json
     words: str  # in tables, on axes and in the model card
-    digits: int = 4  # decimals in the terminal, and in the report where there is no interval
+    digits: int = 4  # decimals in the terminal, and in the report if there is no interval
     better: Literal["higher", "lower"] | None = None
-    column: str = ""  # in a sweep's table.csv, which has the figures with a column
+    column: str = ""  # in a sweep's table.csv; empty: not in the table
 
     @property
     def label(self) -> str:
-        """The words with an arrow in the direction that is better."""
+        """`words` and an arrow that points in the better direction."""
         return self.words + {"higher": " ↑", "lower": " ↓", None: ""}[self.better]
 
 
@@ -58,9 +58,9 @@ FIGURES = {
 
 
 def pair_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tensor]:
-    """Figures of each pair under TRL's names, without gradient, each in the shape of the pairs.
+    """Figures of each pair under TRL's names, detached, each with the shape of the pairs.
 
-    `rewards/accuracies` is 1 where the chosen reward is the larger.
+    `rewards/accuracies` is 1 if the chosen response has the larger reward.
     """
     chosen, rejected = loss.rewards(pairs)
     figures = {
@@ -74,17 +74,17 @@ def pair_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tenso
     return {name: value.detach() for name, value in figures.items()}
 
 
-PAIR_FIGURES = ("loss", *pair_figures(LogProbs(*torch.zeros(4, 1)), PreferenceLoss()))  # the names of an evaluation's
+PAIR_FIGURES = ("loss", *pair_figures(LogProbs(*torch.zeros(4, 1)), PreferenceLoss()))  # in an evaluation
 
 
 def training_figures(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, torch.Tensor]:
-    """`pair_figures` of a training step, and how hard the loss pushes each response."""
+    """`pair_figures` of a training step, and the gradient weight of each response."""
     chosen, rejected = loss.gradient_weights(pairs)
     return {**pair_figures(pairs, loss), "gradient_weights/chosen": chosen, "gradient_weights/rejected": rejected}
 
 
 def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray]:
-    """`pair_figures` and the loss of evaluated pairs, each (N,) float64. The loss is over all N pairs at once."""
+    """`pair_figures` and the loss of N evaluated pairs, each (N,) float64. The loss sees all pairs in one batch."""
     values: dict[str, Any] = {
         name: value.detach().double() if isinstance(value, torch.Tensor) else value
         for name, value in vars(pairs).items()
@@ -95,7 +95,7 @@ def preference_metrics(pairs: LogProbs, loss: PreferenceLoss) -> dict[str, np.nd
 
 
 def raw_accuracy(pairs: LogProbs) -> dict[str, np.ndarray]:
-    """(N,) 1 where a model's own log-likelihood, with no reference, is larger for the chosen response."""
+    """(N,) 1 where the log-likelihood of the policy, or of the reference, is larger for the chosen response, else 0."""
     return {
         "logps/accuracies": (pairs.chosen > pairs.rejected).double().cpu().numpy(),
         "logps/ref_accuracies": (pairs.ref_chosen > pairs.ref_rejected).double().cpu().numpy(),
@@ -107,7 +107,7 @@ def classifier_metrics(
 ) -> dict[str, np.ndarray]:
     """Per-image figures, each (N,) float64: means over the K−1 wrong classes, `accuracy` and the exact `kl`.
 
-    KL(π‖π_ref) of an image is Σ_k π(k) (log π(k) − log π_ref(k)), in nats.
+    The KL divergence of an image is KL(π‖π_ref) = Σ_k π(k) (log π(k) − log π_ref(k)), in nats.
     """
     logps, ref_logps = logps.double(), ref_logps.double()
     wrong = wrong_classes(labels, logps.shape[1])
@@ -119,7 +119,7 @@ def classifier_metrics(
 
 
 def cross_entropy_metrics(logps: torch.Tensor, labels: torch.Tensor) -> dict[str, np.ndarray]:
-    """Per-image loss and accuracy, each (N,), of (N, K) log-probabilities and (N,) labels."""
+    """Per-image loss and accuracy, each (N,), from (N, K) log-probabilities and (N,) labels."""
     logps = logps.double()
     return {
         "loss": -logps.gather(1, labels[:, None])[:, 0].numpy(),
@@ -128,13 +128,13 @@ def cross_entropy_metrics(logps: torch.Tensor, labels: torch.Tensor) -> dict[str
 
 
 def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Means over pairs, with `n` and `interval_95`: Wilson's (`wilson_interval`) of a share, the percentile bootstrap
-    over pairs (Efron 1979) of any other mean.
+    """Means over pairs with 95% intervals. A proportion gets Wilson's interval (`wilson_interval`), and any other mean
+    gets the percentile bootstrap interval over pairs (Efron 1979).
 
     Args:
-        figures: name -> (N,) per-pair values, all of the same pairs. What is named in `SHARES` and holds nothing but 0
-            and 1 is a share.
-        resamples: bootstrap resamples; all figures share each resample's pairs.
+        figures: name -> (N,) values of the same N pairs. A figure is a proportion if its name ends with one of `SHARES`
+            and all values are 0 or 1.
+        resamples: number of bootstrap resamples. All figures use the same pairs in a resample.
 
     Returns:
         {name: mean, …, "n": N, "interval_95": {name: [low, high], …}}
@@ -158,36 +158,36 @@ def with_intervals(figures: dict[str, np.ndarray], resamples: int = 2000, seed: 
 
 
 def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927, "Probable inference, the law of succession, and statistical
+    """The score interval of a proportion (Wilson 1927, "Probable inference, the law of succession, and statistical
     inference", https://doi.org/10.1080/01621459.1927.10502953):
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
 
-    Unlike a bootstrap it does not shrink to a point at 0 or 1: 30 of 30 is 0.89 to 1. With ties that count as half a
-    win it is too wide.
+    Unlike a bootstrap interval, it does not shrink to a point at 0 or 1: for 30 of 30 it is 0.89 to 1. It is too wide
+    if ties count as half a win.
     """
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     low, high = (centre - half) / scale, (centre + half) / scale
-    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding: it holds the share
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding must not exclude the share
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many decimals; a dash where there is none."""
+    """Format a number with `digits` decimals, or None as a dash."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def percent(share: float, n: int) -> str:
-    """A share with the digits that n deserves: a whole percentage below a thousand, tenths from there on."""
+    """Format a proportion of n as a percentage, with one decimal if n is at least 1000."""
     return f"{100 * share:.{1 if n >= 1000 else 0}f}%"
 
 
 def digits_of(low: float | None, high: float | None, default: int = 3) -> int:
-    """Decimals that a figure with this 95% interval deserves; the default where there is no interval.
+    """The number of decimals to show for a figure with this 95% interval, or `default` if there is no interval.
 
-    Half the interval keeps one significant digit, two if it begins with 1, 2 or 3 (the rule of the Particle Data
-    Group, https://pdg.lbl.gov/2020/reviews/rpp2020-rev-rpp-intro.pdf, section 5.3, simplified).
+    Half the interval keeps one significant digit, or two if its mantissa is below 3.55. This simplifies the rule of the
+    Particle Data Group (https://pdg.lbl.gov/2020/reviews/rpp2020-rev-rpp-intro.pdf, section 5.3).
     """
     if low is None or high is None or high <= low:
         return default
@@ -197,12 +197,12 @@ def digits_of(low: float | None, high: float | None, default: int = 3) -> int:
 
 
 def shown(figures: dict[str, Any], name: str, digits: int | None = None) -> list[str]:
-    """A mean and its 95% interval as text.
+    """Format a mean and its 95% interval.
 
     Args:
-        figures: the means as `with_intervals` gives them, or one mean with an interval of its own.
-        name: which one.
-        digits: decimals; those that the interval deserves by default.
+        figures: the means that `with_intervals` returns, or one mean whose `interval_95` is a list.
+        name: the figure to format.
+        digits: number of decimals. The default is `digits_of` the interval.
     """
     intervals = figures.get("interval_95") or {}
     low, high = (intervals.get(name) if isinstance(intervals, dict) else intervals) or (None, None)
@@ -213,12 +213,12 @@ def shown(figures: dict[str, Any], name: str, digits: int | None = None) -> list
 
 
 def figure_rows(figures: dict[str, Any], names: Iterable[str] = FIGURES) -> list[list[str]]:
-    """Rows (words, mean, 95% interval) of a terminal's table, of the figures that are there."""
+    """Rows (words, mean, 95% interval) of a terminal table. A figure that is missing is skipped."""
     return [[FIGURES[name].words, *shown(figures, name, FIGURES[name].digits)] for name in names if name in figures]
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
-    """Aligned columns for the terminal. With a head, all columns but the first hold numbers and align to the right."""
+    """Format rows as aligned columns. With a head, all columns except the first are right-aligned, as for numbers."""
     lines = [[str(cell) for cell in row] for row in (*([head] if head else []), *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = []
@@ -229,10 +229,10 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
 
 
 def flaw(text: str) -> str | None:
-    """What is wrong with an answer that a reader would skip: it `ends at once` or `repeats itself`.
+    """Return `ends at once` for an empty answer, `repeats itself` for a repetitive one, and None otherwise.
 
-    It repeats itself if the same words occur `REPEATS` times in a row, at least six words in all, or if one sentence
-    occurs `REPEATS` times.
+    An answer is repetitive if a sequence of words occurs `REPEATS` times in a row, with at least six words in all, or
+    if a sentence of at least two words occurs `REPEATS` times.
     """
     words = text[:READ].split()
     if not words:
@@ -248,22 +248,22 @@ def flaw(text: str) -> str | None:
 
 
 def extremes(margins: np.ndarray, count: int = 8) -> list[int]:
-    """Places of the `count` least and the `count` largest of (N,) margins, each once."""
+    """Sorted unique indices of the `count` smallest and the `count` largest of (N,) margins."""
     order = np.argsort(margins, kind="stable")
     return sorted({int(place) for place in (*order[:count], *order[-count:])})
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
-    """Whether two models differ on the same pairs: the mean difference, its interval and a test.
+    """Compare two models on the same pairs: the mean difference, its interval and a test.
 
     Args:
-        first: (N,) a figure of each pair under the first model.
-        second: (N,) under the second one.
-        resamples: bootstrap resamples for the 95% interval, and random sign flips for the test.
+        first: (N,) values of a figure under the first model.
+        second: (N,) values under the second model.
+        resamples: number of bootstrap resamples for the 95% interval, and of random sign flips for the test.
 
     Returns:
-        {"difference", "interval_95", "p_value", "n"}: the two-sided p-value of the paired randomization test (Fisher
-        1935), which flips the sign of each pair's difference, with the observed one among the flips.
+        {"difference", "interval_95", "p_value", "n"}. The two-sided p-value is of the paired randomization test (Fisher
+        1935): it flips the signs of the differences at random and counts the observed signs as one of the flips.
     """
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     observed, n = differences.mean(), len(differences)
@@ -285,14 +285,14 @@ def paired_difference(first: np.ndarray, second: np.ndarray, resamples: int = 10
 def rank_correlation(first: np.ndarray, second: np.ndarray, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Spearman's rank correlation of two figures of the same rows, with its percentile bootstrap interval.
 
-    ρ is Pearson's correlation of the ranks, tied values sharing the mean of theirs (Spearman 1904).
+    ρ is Pearson's correlation of the ranks; tied values get their mean rank (Spearman 1904).
 
     Args:
-        first, second: (N,) or (N, M) values; all N·M values are ranked together, and the bootstrap draws whole rows,
-            so that the M responses to one prompt stay together.
+        first, second: (N,) or (N, M) values. All N·M values are ranked together. The bootstrap draws whole rows, so
+            that the M responses to a prompt stay together.
 
     Returns:
-        {"spearman", "interval_95", "n"}, n counting values; None for what is not defined (all values equal).
+        {"spearman", "interval_95", "n"}. n counts values. The others are None if all values are equal.
     """
     first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     generator = np.random.default_rng(seed)
@@ -317,31 +317,31 @@ def _spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """(N,) ranks from 0, ties sharing their mean."""
+    """(N,) ranks from 0. Tied values get their mean rank."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[place]
 
 
 class RunningMeans:
-    """Means over the rows of several steps. Sums stay on the device until they are taken: no step waits for one."""
+    """Means over the rows of several steps. Sums stay on the device until `take`, so that no step waits for them."""
 
     def __init__(self) -> None:
         self._sums: list[torch.Tensor] = []  # each (M + 1,): the metrics' sums and the number of rows
         self._names: list[str] = []
 
     def add(self, figures: dict[str, torch.Tensor]) -> None:
-        """`figures`: name -> (B,) values of one step, the same names every time."""
+        """Add the figures of one step: name -> (B,) values. Every call must have the same names."""
         self._names = list(figures)
         sums = torch.stack([values.sum(dtype=torch.float32) for values in figures.values()])
         count = len(next(iter(figures.values())))
         self._sums.append(torch.cat([sums, sums.new_full((1,), count)]))
 
     def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """The means since the last call; `reduce` sums a tensor over the processes."""
+        """Return the means since the last call. `reduce` sums a tensor over the processes."""
         if not self._sums:
             return {}
         sums = torch.stack(self._sums)
-        if sums.device.type == "mps":  # Apple's GPUs have no float64, and one process: nothing to reduce on the device
+        if sums.device.type == "mps":  # MPS has no float64, and runs one process: nothing to reduce
             sums = sums.cpu()
         total = reduce(sums.double().sum(0)).tolist()
         self._sums.clear()

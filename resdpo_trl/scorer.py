@@ -1,4 +1,4 @@
-"""Figures of many rows under a model: in batches of similar length, shared by all processes, in the rows' order."""
+"""Scoring of many rows with a model, in batches of similar length that are distributed over all processes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def score_rows(
         batch_size: the number of rows in a batch of one process.
         models: the models that `function` calls. They are in eval mode until it returns.
         description: the label of the progress bar.
-        lengths: N lengths. The longest rows come first, so that a batch that is too large fails at once. None keeps the
-            rows' order.
+        lengths: N lengths. The longest rows come first, so that a batch that does not fit in memory fails immediately.
+            None keeps the order of the rows.
         workers: processes that collate batches.
         delay: seconds before the progress bar appears.
         quiet: show no progress bar.
@@ -60,7 +60,7 @@ def score_rows(
     for model in models:
         model.eval()
     hidden = quiet or not state.is_main_process or None  # None hides the bar where stderr is not a terminal
-    # tqdm iterates what it is given twice, and every pass over a loader draws a number from torch's generator
+    # tqdm calls iter() on its argument twice, and each new iterator of a loader draws from torch's random generator
     bar = tqdm(iter(loader), total=len(loader), desc=description, leave=False, delay=delay, disable=hidden)
     parts = [[values.cpu() for values in function(batch)] for batch in bar]
     for model, mode in zip(models, training, strict=True):

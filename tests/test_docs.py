@@ -75,7 +75,7 @@ def test_what_is_wrong_is_found(tmp_path):
             "python recipes/nowhere.py: no such file",
             "accelerate launch: missing.yaml: no such file",
             "dpo_hh.py: unknown flag --bta; did you mean beta?",
-            "dpo_cifar.py: --beta -1.0: must be above 0 (0.1 to 0.5 are usual)",
+            "dpo_cifar.py: --beta -1.0: must be above 0 (typically 0.1 to 0.5)",
             "report.py: the following arguments are required: RUN",
             "resdpo-trl dop: no such command",
             "report.py: the following arguments are required: RUN",

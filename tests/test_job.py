@@ -13,10 +13,10 @@ STAGE = {
 
 
 def test_the_epoch_kept_and_why():
-    assert describe_epochs(STAGE) == [("epoch", "3 of least validation loss (0.1323); kept: 2, of best accuracy")]
-    assert describe_epochs(STAGE | {"kept_epoch": 3.0}) == [("epoch", "3 of least validation loss (0.1323), kept")]
+    assert describe_epochs(STAGE) == [("epoch", "3 with lowest validation loss (0.1323); kept: 2, with best accuracy")]
+    assert describe_epochs(STAGE | {"kept_epoch": 3.0}) == [("epoch", "3 with lowest validation loss (0.1323), kept")]
     last = STAGE | {"select": "last", "metric_for_best_model": None, "kept_epoch": 4.0}
-    assert describe_epochs(last) == [("epoch", "3 of least validation loss (0.1323); kept: 4, by --select last")]
+    assert describe_epochs(last) == [("epoch", "3 with lowest validation loss (0.1323); kept: 4, with --select last")]
     assert describe_epochs(STAGE | {"best_epoch": None}) == []
 
 
@@ -33,9 +33,9 @@ def test_the_tables_of_a_run_and_of_a_resumed_one():
         "",
         "  pairs                 9 train, 3 validation, 40 test",
         "  SFT loss, validation  3.870 → 3.497",
-        "  epoch                 3 of least validation loss (0.1323); kept: 2, of best accuracy",
+        "  epoch                 3 with lowest validation loss (0.1323); kept: 2, with best accuracy",
         "  pairs per second      3.0",
-        "  seconds in all        11",
+        "  total seconds         11",
         "",
         "  on 40 test pairs     mean      95% interval",
         "  loss               0.4777  0.4300 to 0.5200",

@@ -96,7 +96,7 @@ def test_code_of_a_model_runs_only_where_it_was_asked_for(tmp_path, tokenizer, c
     assert not bomb.exists() and "WARNING" not in capsys.readouterr().err
     load_model(str(folder), TextModelConfig(), True, "--model")
     assert bomb.exists()
-    assert f"WARNING: --trust_remote_code: Python files that {folder} brings are run" in capsys.readouterr().err
+    assert f"WARNING: --trust_remote_code: Python files of {folder} run" in capsys.readouterr().err
 
 
 def test_no_call_that_runs_text():

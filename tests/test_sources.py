@@ -12,7 +12,7 @@ from resdpo_trl.sources import first_line, load_rows
 
 @pytest.mark.parametrize("name", ["allenai/tulu-2.5-preference-data", "owner/pairs.v2", "argilla/ultrafeedback.1"])
 def test_a_dot_in_the_name_of_a_data_set_makes_it_no_file(name):
-    with pytest.raises(UserError, match="not a local path, and the Hub does not give it"):  # there is no network here
+    with pytest.raises(UserError, match="not a local path, and not available from the Hub"):  # there is no network here
         load_rows(name, None, None, "quickstart")
 
 

@@ -1,19 +1,19 @@
-"""Attention under names of our own in transformers' registry, so that every family has it.
+"""Attention functions that are registered in transformers, so that they work with every model family.
 
-`ATTENTION` is the default. On the CPU in bfloat16 it is plain products,
+`ATTENTION` is the default. On the CPU in bfloat16 it consists of plain matrix products,
 
     O = softmax(Q·Kᵀ·scale + mask)·V        (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, Eq. 1),
 
-in two blocks: the first half of the queries sees the first half of the keys alone, so a quarter of the square is never
-touched. The backward pass of PyTorch's flash kernel for the CPU is slower where rows are a few hundred tokens long
-(benchmarks/attention.py). The probabilities are kept for it: 1.5 bytes per element of the square.
+in two blocks. The first half of the queries sees only the first half of the keys, so a quarter of the T×T scores is not
+computed. The backward pass of PyTorch's flash kernel for the CPU is slower if rows have a few hundred tokens
+(benchmarks/attention.py). The probabilities are stored for the backward pass: T×T×1.5 bytes per row and head.
 
-Everything else goes to SDPA: float32, CUDA, dropout, a key–value cache, masks that are not boolean. SDPA's kernels take
-either a mask or `enable_gqa`, so transformers copies the keys and values of grouped queries once per query head where a
-mask is given. Here the mask is repeated instead where that is less.
+SDPA handles all other cases: float32, CUDA, dropout, a key–value cache, and masks that are not boolean. SDPA's kernels
+support either a mask or `enable_gqa`, so with a mask transformers copies the keys and values of grouped queries for
+each query head. This module repeats the mask instead if that moves fewer bytes.
 
-`FLEX` (--attn_implementation flex_attention) is FlexAttention (https://arxiv.org/abs/2412.05496) where the batch brings
-a block mask, and `ATTENTION` elsewhere: in generation, SFT and reward models.
+`FLEX` (--attn_implementation flex_attention) is FlexAttention (https://arxiv.org/abs/2412.05496) if the batch has a
+block mask. Otherwise it is `ATTENTION`: in generation, SFT and reward models.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from resdpo_trl.errors import UserError
 
-ATTENTION, FLEX = "resdpo", "resdpo_flex"  # the names under which transformers knows them
-BLOCK = 128  # tokens of a block of FlexAttention's mask
+ATTENTION, FLEX = "resdpo", "resdpo_flex"  # names in transformers' registry
+BLOCK = 128  # tokens per block of FlexAttention's mask
 
 
 def attention(
@@ -49,7 +49,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' interface: (B, H, T, D) queries, (B, H or fewer, T, D) keys and values -> (B, T, H, D), None.
 
-    A boolean mask is (B or 1, 1, T, T), True where a query sees a key; None is the causal one.
+    A boolean mask is (B or 1, 1, T, T), and True where a query sees a key. None is the causal mask.
     """
     query, key, value = _cast(query, key, value) if query.device.type == "cpu" else (query, key, value)
     length = query.shape[2]
@@ -63,7 +63,7 @@ def attention(
         return _Attention.apply(query, key, value, ~mask, scale).transpose(1, 2).contiguous(), None
     masked = attention_mask is not None and attention_mask.shape[1:3] == (1, length)
     if plain and masked and _pays(key, query.shape[1]):
-        # the queries of a key head are the rows of one product, as in `_Attention`: the mask is repeated, not the keys
+        # as in `_Attention`, one product has all queries of a key head: this repeats the mask instead of the keys
         mask = attention_mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)  # type: ignore[union-attr]
         rows = _grouped(query, key.shape[1])
         out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
@@ -74,7 +74,7 @@ def attention(
 
 
 def _cast(*values: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's type, where it is on."""
+    """Cast values to autocast's data type if autocast is enabled."""
     device = values[0].device.type
     if not torch.is_autocast_enabled(device):
         return values
@@ -82,17 +82,17 @@ def _cast(*values: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Attention(torch.autograd.Function):
-    """(B, H, T, D) queries, (B, K, T, D) keys and values and (B or 1, 1, T, T) what is hidden -> (B, H, T, D).
+    """(B, H, T, D) queries, (B, K, T, D) keys and values, and a (B or 1, 1, T, T) mask of hidden keys -> (B, H, T, D).
 
-    Query head h reads key head h // G, G = H / K (grouped queries, https://arxiv.org/abs/2305.13245). The G·T queries
-    of a key head are the rows of one product, so that no key is copied per query head.
+    Query head h uses key head h // G with G = H / K (grouped queries, https://arxiv.org/abs/2305.13245). The G·T
+    queries of a key head are the rows of one product, so that keys are not copied for each query head.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
         length, key_heads = query.shape[2], key.shape[1]
         half = length // 2
-        # a mask may let a query see what comes after it; a compiled graph cannot depend on what a tensor holds
+        # a mask may not be causal, and a compiled graph can't depend on the values of a tensor
         causal = not torch.compiler.is_compiling() and bool(hidden[..., :half, half:].all())
         blocks = [(0, half), (half, length)] if causal else [(0, length)]
         outputs, kept = [], []
@@ -100,7 +100,7 @@ class _Attention(torch.autograd.Function):
             with torch.autocast("cpu", enabled=False):
                 scores = (_grouped(query[:, :, start:end], key_heads) @ key[:, :, :end].transpose(2, 3)).mul_(scale)
                 scores = scores.view(*query.shape[:2], end - start, end)
-                # not −inf: a row that sees nothing, as padding on the left does, has no softmax then
+                # not −inf: the softmax of a row without visible keys, as in left padding, would be nan
                 scores.masked_fill_(hidden[:, :, start:end, :end], torch.finfo(scores.dtype).min)
                 kept.append(_grouped(scores.softmax(-1), key_heads))
                 outputs.append((kept[-1] @ value[:, :, :end]).view(*query.shape[:2], end - start, -1))
@@ -116,7 +116,7 @@ class _Attention(torch.autograd.Function):
             own = _grouped(gradient[:, :, start:end], key.shape[1])
             of_value[:, :, :end] += probabilities.transpose(2, 3) @ own
             of_probabilities = own @ value[:, :, :end].transpose(2, 3)
-            # softmax: dS = P∘(dP − Σ dP∘P); nothing reaches what is hidden, whose probability is zero
+            # softmax: dS = P∘(dP − Σ dP∘P). Hidden keys have zero probability and thus get no gradient
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype).mul_(
                 ctx.scale
             )
@@ -131,27 +131,27 @@ def _grouped(rows: Tensor, key_heads: int) -> Tensor:
 
 
 def _pays(key: Tensor, heads: int) -> bool:
-    """Whether a mask repeated per group of queries moves fewer bytes than copies of the keys and values.
+    """Whether repeating the mask for each query group moves fewer bytes than copying the keys and values.
 
-    For one query token and G = H / K: the mask grows by 3·(G − 1)·T bytes (a boolean, and the 16-bit bias that SDPA
-    makes of it). Copies of the keys and values grow by 4·(H − K)·D bytes in 16 bits, and so do their gradients.
+    Per query token, with G = H / K, repeating the mask adds 3·(G − 1)·T bytes (a boolean, and the 16-bit bias that SDPA
+    derives from it). Copying the keys and values adds 4·(H − K)·D bytes in 16 bits, and as many for their gradients.
     """
     _, key_heads, length, width = key.shape
     return heads > key_heads and 3 * length < 8 * key_heads * width
 
 
 def block_mask(document: Tensor, part: Tensor) -> BlockMask:
-    """The mask of a batch in FlexAttention's blocks, without a dense one. A query q sees a key k where
+    """The block mask of a batch for FlexAttention, built without a dense mask. A query q sees a key k if
 
         document_q = document_k  ∧  k ≤ q  ∧  ¬(part_q = 2 ∧ part_k = 1).
 
     Args:
-        document: (R, T) integers, the same for the tokens of one pair, which are neighbors; padding is another.
+        document: (R, T) integers. The tokens of a pair are adjacent and have the same integer; padding has another.
         part: (R, T) integers: 0 prompt, 1 chosen, 2 rejected.
 
-    A block (i, j) is left out where no document is in both, where it lies above the diagonal, or where all queries are
-    rejected and all keys chosen. It is full where both have one document alone, it lies below the diagonal, and no
-    rejected query meets a chosen key. Others are decided element by element.
+    A block (i, j) is skipped if its queries and keys share no document, if it is above the diagonal, or if all queries
+    are rejected and all keys are chosen. It is full if it has a single document, is below the diagonal, and no
+    rejected query meets a chosen key. Other blocks are masked element by element.
     """
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def block_mask(document: Tensor, part: Tensor) -> BlockMask:
     length = document.shape[1]
 
     def ranges(values: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the greatest value of each block, (R, n); the last block ends with copies of the last token."""
+        """The minimum and maximum of each block, (R, n). Copies of the last token pad the last block."""
         missing = -length % BLOCK
         blocks = torch.cat([values, values[:, -1:].expand(-1, missing)], 1).unflatten(1, (-1, BLOCK))
         return blocks.amin(2), blocks.amax(2)
@@ -173,7 +173,7 @@ def block_mask(document: Tensor, part: Tensor) -> BlockMask:
     shared = (first[q] <= last[k]) & (first[k] <= last[q]) & (at[:, None] >= at)
     shared &= ~((lowest[q] == 2) & (lowest[k] == 1) & (highest[k] == 1))
     whole = (first[q] == last[q]) & (first[k] == last[k]) & (first[q] == first[k]) & (at[:, None] > at)
-    # parts rise along a document: a block of keys has a chosen one where 1 lies between its ends
+    # parts increase within a document: a block of keys has a chosen one if 1 is between its minimum and maximum
     whole &= ~((highest[q] == 2) & (lowest[k] <= 1) & (highest[k] >= 1))
 
     def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,7 @@ def flex(
     block_mask: BlockMask | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """`attention`; by FlexAttention where a block mask is given, whatever the mask says then."""
+    """FlexAttention if a block mask is given, otherwise `attention`. With a block mask, `attention_mask` is ignored."""
     if block_mask is None:
         return attention(module, query, key, value, attention_mask, dropout, **options)
     if dropout:

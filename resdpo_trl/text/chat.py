@@ -1,4 +1,4 @@
-"""A conversation with one or several models: they answer the same messages, and each remembers its own answers."""
+"""Chat with one or several models. They answer the same messages, and each keeps its own conversation history."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from resdpo_trl.text.generate import answer, prompt_ids, stop_tokens
 from resdpo_trl.text.model import check_fits, load_model, load_tokenizer, positions_of
 from resdpo_trl.training.signals import Interrupted
 
-NEXT_TURN = "\n\nHuman:"  # how a model without a chat template begins to write the user's next message
-HELP = """/reset  forget the conversation
+NEXT_TURN = "\n\nHuman:"  # the text with which a model without a chat template starts the user's next message
+HELP = """/reset  clear the conversation
 /help   show this list
-/quit   end the chat; Ctrl-D does so, too, and Ctrl-C at the prompt
-Ctrl-C stops an answer. The conversation keeps what was written of it; a model
-that had not begun to answer forgets the message.
-A message that begins with / needs a space before it.
+/quit   end the chat (also Ctrl-D, or Ctrl-C at the prompt)
+Ctrl-C stops an answer. The conversation keeps the part that was written. A
+model that had not started to answer does not keep the message.
+To send a message that begins with /, type a space before it.
 """
 
 
 class AnswerStreamer(BaseStreamer):
-    """Writes an answer's text as its tokens come, without blank space around it.
+    """Write an answer's text as its tokens arrive, without surrounding whitespace.
 
-    It holds back until the next token: blank space, a character whose bytes are incomplete, the beginning of
-    `NEXT_TURN`, which ends an answer of a model without a chat template and is no part of it.
+    It holds back trailing whitespace, incomplete characters and a prefix of `NEXT_TURN` until the next token.
+    `NEXT_TURN` ends the answer of a model without a chat template, and is not part of it.
 
     Args:
         tokenizer: decodes the answer.
-        write: gets each new piece of text.
+        write: receives each new piece of text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
@@ -46,11 +46,11 @@ class AnswerStreamer(BaseStreamer):
         self.stop = NEXT_TURN if tokenizer.chat_template is None else None
         self.ids: list[int] = []
         self.text = ""  # the answer so far
-        self.ended = False  # by the model itself
-        self.written = 0  # characters
+        self.ended = False  # whether the model ended the answer
+        self.written = 0  # number of characters
 
     def put(self, value: torch.Tensor) -> None:
-        """Take (1, T) the prompt, which `generate` hands over first, or (1,) the next token."""
+        """Receive the prompt (1, T), which `generate` passes first, or the next token (1,)."""
         if value.dim() > 1:
             return
         self.ids += value.tolist()
@@ -63,7 +63,7 @@ class AnswerStreamer(BaseStreamer):
         self._write(ready[: len(ready) - max(begun, default=0)])
 
     def end(self) -> None:
-        """Write what was held back."""
+        """Write the text that was held back."""
         self._write(self.text)
 
     def _write(self, text: str) -> None:
@@ -72,11 +72,11 @@ class AnswerStreamer(BaseStreamer):
 
 
 class Speaker:
-    """A model with its side of the conversation.
+    """A model and its conversation.
 
     Attributes:
         history: the messages so far, each with this model's answer.
-        room: the most tokens of a prompt, so that the longest answer fits into the model's positions.
+        room: maximum tokens of a prompt, so that the longest answer fits into the model's positions.
     """
 
     def __init__(self, name: str, path: str, flag: str, config: ChatConfig, model: ChatModelConfig):
@@ -85,15 +85,15 @@ class Speaker:
         self.history = [("Hi.", "Hello.")]
         self.room = sys.maxsize
         if config.system is not None and self.tokenizer.chat_template is None:
-            raise UserError(f"--system: {name} has no chat template that could take a system message; drop the flag")
+            raise UserError(f"--system: {name} has no chat template for a system message; remove the flag")
         try:
-            self.prompt("Hi.")  # a template that refuses does so before any model is loaded
+            self.prompt("Hi.")  # checks the template before any model is loaded
         except UserError as error:
             raise UserError(f"{flag} {path}: {error}") from None
         self.history.clear()
 
     def load(self) -> None:
-        """Bring the model into memory."""
+        """Load the model."""
         self.model: Any = load_model(self.path, self.options, self.config.trust_remote_code, self.flag)
         check_fits(self.model, self.tokenizer, max_length=0, max_new_tokens=self.config.max_new_tokens)
         if not getattr(self.model, "is_quantized", False):
@@ -101,7 +101,7 @@ class Speaker:
         self.room = (positions_of(self.model) or sys.maxsize) - self.config.max_new_tokens
 
     def prompt(self, message: str) -> tuple[list[int], int]:
-        """Token ids of the conversation with a new message, and how many of its oldest tokens have no room in them."""
+        """Token ids of the conversation with a new message, and the number of oldest tokens that were truncated."""
         said = [("system", self.config.system)] if self.config.system is not None else []
         for asked, answered in self.history:
             said += [("user", asked), ("assistant", answered)]
@@ -110,9 +110,9 @@ class Speaker:
         return ids, lost
 
     def answer(self, ids: list[int], message: str, seed: int, write: Callable[[str], None]) -> bool:
-        """Answer the prompt `ids`, whose last message is `message`, and remember both.
+        """Answer the prompt `ids`, whose last message is `message`, and add both to the history.
 
-        An answer that Ctrl-C stops is remembered as far as it went. Returns whether --max_new_tokens cut it.
+        If Ctrl-C stops an answer, the history keeps its text so far. Return whether --max_new_tokens truncated it.
         """
         config, streamer = self.config, AnswerStreamer(self.tokenizer, write)
         try:
@@ -130,11 +130,11 @@ class Speaker:
 
 
 class Chat:
-    """The models of a chat, in memory together: their answers go to stdout, remarks to stderr."""
+    """A chat with models that are in memory together. Answers go to stdout, and remarks to stderr."""
 
     def __init__(self, config: ChatConfig, model: ChatModelConfig, run: str | None = None):
         if (run is None) == (config.models is None):
-            raise UserError("name either the folder of a run, e.g. runs/quickstart, or --models NAME=PATH")
+            raise UserError("pass either the folder of a run, e.g. runs/quickstart, or --models NAME=PATH")
         use_the_cores()
         self.config, self.asked = config, 0
         named = named_models(config.models or []) if run is None else models_of(run)
@@ -144,10 +144,10 @@ class Chat:
             speaker.load()
 
     def ask(self, message: str) -> None:
-        """Write every model's answer, under its name where there are several.
+        """Write every model's answer, below the model's name if there are several.
 
         Raises:
-            UserError: a model can't read the message; then none has answered.
+            UserError: a model can't read the message. No model answers then.
         """
         try:
             message.encode()
@@ -160,15 +160,13 @@ class Chat:
             if len(self.speakers) > 1:
                 say(("\n" if number else "") + f"{speaker.name}:\n")
             if lost:
-                remark(
-                    f"{speaker.name} has no room for the oldest {lost} tokens of the conversation; /reset forgets it"
-                )
+                remark(f"{speaker.name} does not see the oldest {lost} tokens of the conversation; /reset clears it")
             try:
                 cut = speaker.answer(ids, message, seed, say)
             finally:
                 say("\n")
             if cut:
-                remark(f"{speaker.name} was cut at --max_new_tokens {self.config.max_new_tokens}")
+                remark(f"{speaker.name}'s answer was truncated at --max_new_tokens {self.config.max_new_tokens}")
 
     def talk(self) -> None:
         """Read messages and commands from the terminal until one of them ends the chat."""
@@ -192,16 +190,16 @@ class Chat:
                     return
                 remark("stopped")
             except UnicodeDecodeError:
-                remark("that is not UTF-8: it is not sent")
+                remark("the message is not UTF-8 and was not sent")
             except UserError as error:
                 remark(str(error))
 
     def obey(self, command: str) -> bool:
-        """Carry out a command; False where it ends the chat, a UserError where there is none of that name."""
+        """Run a command. Return False if it ends the chat. Raise a UserError for an unknown command."""
         if command == "/reset":
             for speaker in self.speakers:
                 speaker.history.clear()
-            remark("the conversation is forgotten")
+            remark("the conversation is cleared")
         elif command == "/help":
             say(HELP)
         elif command != "/quit":
@@ -209,30 +207,30 @@ class Chat:
         return command != "/quit"
 
     def describe(self) -> str:
-        """One line per model, and how they answer."""
+        """A line per model, and the generation options."""
         config, width = self.config, max(len(speaker.name) for speaker in self.speakers)
         text = ""
         for speaker in self.speakers:
             form = "" if speaker.tokenizer.chat_template else ", no chat template: \\n\\nHuman: … \\n\\nAssistant:"
             precision = str(speaker.model.dtype).removeprefix("torch.")
             text += f"{speaker.name:<{width}}  {speaker.path} ({precision}, {speaker.model.device}{form})\n"
-        drawn = f"drawn at temperature {config.temperature:g} and top_p {config.top_p:g}, seed {config.seed}"
+        drawn = f"sampled with temperature {config.temperature:g}, top_p {config.top_p:g} and seed {config.seed}"
         how = drawn if config.do_sample else "greedy"
-        return f"{text}Answers are {how}, {config.max_new_tokens} tokens at most. /help lists commands.\n"
+        return f"{text}Answers are {how}, with at most {config.max_new_tokens} tokens. /help lists commands.\n"
 
 
 def models_of(run: str) -> dict[str, str]:
-    """The language models in the folder of a run, by name: its reference, its policy."""
+    """The language models in a run's folder, by name: reference and policy."""
     folder = Path(run)
     found = {name: str(folder / name) for name in ("reference", "policy") if (folder / name).is_dir()}
     if not found:
-        reason = "neither reference/ nor policy/ in it" if folder.is_dir() else "no such folder"
-        raise UserError(f"{run}: {reason}; name a run of dpo_hh.py or sft_hh.py, or pass --models NAME=PATH")
+        reason = "it has neither reference/ nor policy/" if folder.is_dir() else "no such folder"
+        raise UserError(f"{run}: {reason}; pass a run of dpo_hh.py or sft_hh.py, or --models NAME=PATH")
     return found
 
 
 def say(text: str) -> None:
-    """Write to stdout at once, without what a terminal would obey."""
+    """Write to stdout immediately, without control characters."""
     print(printable(text, kept="\n\t"), end="", flush=True)
 
 

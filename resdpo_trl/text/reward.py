@@ -1,11 +1,11 @@
-"""Reward models: one number for a prompt with a response, trained on pairs by TRL and read from text.
+"""Reward models: training on pairs with TRL, and scoring of a prompt with a response by one number.
 
-By the model of Bradley and Terry (1952) a pair's loss is −log σ(r_w − r_l) (Eq. 2 of DPO,
-https://arxiv.org/abs/2305.18290): DPO's own sigmoid loss at β = 1 with r in place of the log-ratios. The figures of a
-reward model are then those of a policy under the same names.
+In the model of Bradley and Terry (1952), a pair's loss is −log σ(r_w − r_l) (Eq. 2 of DPO,
+https://arxiv.org/abs/2305.18290). This is DPO's sigmoid loss with β = 1 and r instead of the log-ratios. The figures of
+a reward model and of a policy therefore have the same names.
 
-The reward is read where transformers' sequence classifiers read: at the last token that is not padding. Where a
-tokenizer pads with its end of text, as GPT-2's does here, that is the token before the end.
+As in transformers' sequence classifiers, the reward is read at the last token that is not padding. If a tokenizer pads
+with its end of text, as GPT-2's does here, this is the token before the end of text.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from resdpo_trl.training.processes import mean_over_processes, own_rows
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> LogProbs:
-    """(B,) rewards of both responses as the pairs whose sigmoid loss at β = 1 is −log σ(r_w − r_l)."""
+    """Convert (B,) rewards of both responses to pairs whose sigmoid loss with β = 1 is −log σ(r_w − r_l)."""
     zero, one = torch.zeros_like(chosen), torch.ones_like(chosen)
     return LogProbs(chosen, rejected, zero, zero, one, one)
 
 
 def reward_figures(chosen: Tensor, rejected: Tensor) -> dict[str, np.ndarray]:
-    """Per-pair figures of (N,) rewards under a policy's names: loss, rewards, margins, accuracies; each (N,)."""
+    """Per-pair figures of (N,) rewards with the names of a policy: loss, rewards, margins and accuracies, each (N,)."""
     figures = preference_metrics(bradley_terry(chosen, rejected), PreferenceLoss(beta=1.0))
     return {name: values for name, values in figures.items() if not name.startswith("logps/")}
 
 
 def reward_rows(tokenized: Dataset) -> Dataset:
-    """Rows of TRL's `RewardTrainer` from the pairs of `resdpo_trl.text.tokens.tokenize`: prompt and response as one."""
+    """Convert tokenized pairs to rows of TRL's `RewardTrainer`, which join the prompt and the response."""
     ids = List(Value("int32"))
     return tokenized.map(
         _reward_row,
@@ -80,7 +80,7 @@ def _reward_row(pair: dict[str, Any]) -> dict[str, Any]:
 def untrained_reward_model(
     name: str, model: TextModelConfig, trust_remote_code: bool, flag: str, seed: int
 ) -> PreTrainedModel:
-    """The weights of a language model under a new head of one number, drawn by `seed`; an adapter is merged first."""
+    """Add a new head with one output, initialized with `seed`, to a language model. An adapter is merged first."""
     language: Any = load_model(name, model, trust_remote_code, flag)
     if hasattr(language, "peft_config"):
         language = language.merge_and_unload()
@@ -89,42 +89,41 @@ def untrained_reward_model(
     torch.manual_seed(seed)
     try:
         made = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:  # an architecture that transformers has no sequence classifier of
+    except ValueError as error:  # transformers has no sequence classifier for this architecture
         raise not_a_model(name, flag, error) from None
     made.base_model.load_state_dict(language.base_model.state_dict())
     return with_faster_parts(made.to(language.dtype), model.attn_implementation)
 
 
 class TextRewardTrainer(TextTrainer, RewardTrainer):
-    """`trl.RewardTrainer` on the rows of `reward_rows`.
+    """`trl.RewardTrainer` for the rows of `reward_rows`.
 
-    Loss and figures of training are TRL's own. What differs: batches are of similar length, on several processes
-    an epoch's last batch counts each row once, evaluation is the mean over all pairs, and its figures have the names
-    that pairs have in the rest of a run (`rewards/accuracies` for TRL's `accuracy`).
+    The loss and the training figures are TRL's. Rows of a batch have similar lengths. With several processes, an
+    epoch's last batch counts each row once. Evaluation is the mean over all pairs, and its figures have the names of
+    the other stages (`rewards/accuracies` instead of TRL's `accuracy`).
     """
 
     columns = ("chosen_ids", "rejected_ids", "length")
 
     def __init__(self, model: str | PreTrainedModel, args: TextRewardConfig, peft_config: Any = None, **options: Any):
-        """As TRL's, with keywords.
+        """`options` are TRL's keyword arguments.
 
         Raises:
-            UserError: an argument that has no place here, rows without their columns, or a PEFT method of virtual
-                tokens.
+            UserError: an argument is not supported, the rows lack columns, or the PEFT method uses virtual tokens.
         """
         names = ("compute_metrics", "preprocess_logits_for_metrics", "quantization_config")
         check_arguments(self, args, TextRewardConfig, **{name: options.get(name) for name in names})
         if peft_config is not None and peft_config.is_prompt_learning:
             raise UserError(
-                f"the PEFT method {peft_config.peft_type.value} puts virtual tokens before a row, and transformers "
-                "finds no row's last token then, where the reward is read: use LoRA (--use_peft)"
+                f"the PEFT method {peft_config.peft_type.value} puts virtual tokens before a row, so transformers does "
+                "not find the row's last token, where the reward is read: use LoRA (--use_peft)"
             )
         super().__init__(model=model, args=args, peft_config=peft_config, **options)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         rows = super()._prepare_dataset(dataset, *args, **kwargs)
         if "margin" in rows.column_names:
-            raise UserError("the column margin is not supported: drop it, or train with trl.RewardTrainer")
+            raise UserError("the column margin is not supported: remove it, or train with trl.RewardTrainer")
         return rows
 
     def compute_loss(
@@ -134,7 +133,7 @@ class TextRewardTrainer(TextTrainer, RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The mean of −log σ(r_w − r_l) + c·(r_w + r_l)² over the batch's own pairs, c the centring coefficient."""
+        """The mean of −log σ(r_w − r_l) + c·(r_w + r_l)² over the process's pairs; c is the centering coefficient."""
         read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         rewards = model(**read, use_cache=False).logits.squeeze(-1)
         chosen, rejected = (own_rows(inputs, side) for side in rewards.chunk(2))  # the collator puts all chosen first
@@ -142,14 +141,14 @@ class TextRewardTrainer(TextTrainer, RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             squares = mean_over_processes(inputs, (chosen + rejected) ** 2)
             loss = loss + self.args.center_rewards_coefficient * squares
-        with torch.no_grad():  # (B, 4): rewards of both sides, tokens, and 1 where the row counts
+        with torch.no_grad():  # (B, 4): rewards of both sides, tokens, and 1 if the row counts
             tokens = inputs["attention_mask"].sum(1).view(2, -1).sum(0)
             counts = torch.arange(len(tokens), device=tokens.device) < inputs.get("own_rows", len(tokens))
             self.noted["rewards"].append(torch.stack([*rewards.float().chunk(2), tokens, counts], 1))
         return loss
 
     def step_figures(self) -> dict[str, float]:
-        """Each figure over all processes' own pairs of a step, and the mean over the steps since the last log."""
+        """Compute each figure over a step's pairs of all processes, and average over the steps since the last log."""
         steps = []
         for step in self.noted.pop("rewards", []):
             every = self.accelerator.gather(step).double().cpu()
@@ -171,7 +170,7 @@ class TextRewardTrainer(TextTrainer, RewardTrainer):
     def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
         chosen, rejected = self._over_rows(dataset, self._batch_rewards, description)
         figures = reward_figures(chosen, rejected)
-        if self.args.center_rewards_coefficient is not None:  # what is minimized, as TRL evaluates it
+        if self.args.center_rewards_coefficient is not None:  # the training loss, as in TRL's evaluation
             squares = (chosen.double() + rejected.double()).numpy() ** 2
             figures["loss"] = figures["loss"] + self.args.center_rewards_coefficient * squares
         return figures
@@ -183,9 +182,9 @@ class TextRewardTrainer(TextTrainer, RewardTrainer):
 
 
 def save_reward_model(trainer: TextRewardTrainer, untrained: Callable[[], PreTrainedModel], folder: str) -> None:
-    """Write a folder that `AutoModelForSequenceClassification` loads; adapters are merged into it.
+    """Save a model for `AutoModelForSequenceClassification`, with adapters merged.
 
-    `untrained` gives the model that an adapter was trained on: the trainer's own may be sharded.
+    `untrained` returns the base model of an adapter, because the trainer's own model may be sharded.
     """
     trainer.save_model(folder)
     if trainer.is_world_process_zero() and (Path(folder) / "adapter_config.json").is_file():
@@ -195,7 +194,7 @@ def save_reward_model(trainer: TextRewardTrainer, untrained: Callable[[], PreTra
 
 
 def check_reward_model(name: str, trust_remote_code: bool, flag: str = "--reward_model") -> None:
-    """Raise a UserError where there is no such folder or id, no sequence classifier, or one of several labels."""
+    """Raise a UserError unless `name` is a sequence classifier with one label."""
     check_model_folder(name, flag)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -205,11 +204,11 @@ def check_reward_model(name: str, trust_remote_code: bool, flag: str = "--reward
     if not kind.endswith("ForSequenceClassification"):
         raise UserError(f"{flag} {name}: not a reward model ({kind}); resdpo-trl reward trains one")
     if config.num_labels != 1:
-        raise UserError(f"{flag} {name}: it has {config.num_labels} labels, and a reward model has one")
+        raise UserError(f"{flag} {name}: it has {config.num_labels} labels, but a reward model has one")
 
 
 class RewardModel:
-    """A trained reward model, read from text with its own tokenizer."""
+    """A trained reward model that scores texts with its own tokenizer."""
 
     def __init__(
         self,
@@ -219,14 +218,14 @@ class RewardModel:
         bf16: bool = False,
         flag: str = "--reward_model",
     ):
-        """Load it onto the process's device; `bf16` scores in bfloat16, as its training did where that ran so.
+        """Load the model onto the process's device. `bf16` uses bfloat16 autocast for scoring.
 
         Raises:
-            UserError: as `check_reward_model`, or weights that can't be read.
+            UserError: as in `check_reward_model`, or the weights can't be read.
         """
         check_reward_model(name, trust_remote_code, flag)
         self.name, self.bf16 = name, bf16
-        model = dataclasses.replace(model, model_revision="main")  # the flag is the policy's
+        model = dataclasses.replace(model, model_revision="main")  # the flag's revision is the policy's
         self.tokenizer = load_tokenizer(name, model, trust_remote_code, flag)
         options = loading_options(model, trust_remote_code)
         try:
@@ -234,7 +233,7 @@ class RewardModel:
         except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise not_a_model(name, flag, error) from None
         self.model: Any = with_faster_parts(loaded, model.attn_implementation)
-        # the model reads at the last token that is not this one
+        # the model reads the reward at the last token that is not this one
         text_config = self.model.config.get_text_config()
         if text_config.pad_token_id not in range(text_config.vocab_size):
             text_config.pad_token_id = self.tokenizer.pad_token_id
@@ -244,7 +243,7 @@ class RewardModel:
     def pair_rewards(
         self, texts: Dataset, max_length: int, max_response_length: int | None, ends_turns: bool, batch_size: int = 32
     ) -> tuple[Tensor, Tensor]:
-        """(N,) rewards of the chosen and the rejected responses of pairs of text, capped as for training."""
+        """(N,) rewards of the chosen and the rejected responses of pairs of texts, truncated as in training."""
         check_fits(self.model, self.tokenizer, max_length)
         rows = reward_rows(tokenize(texts, self.tokenizer, max_length, max_response_length, ends_turns))
         both = self.score([*rows["chosen_ids"], *rows["rejected_ids"]], batch_size)
@@ -263,10 +262,10 @@ class RewardModel:
         """(N,) rewards of one answer per prompt.
 
         Args:
-            prompts: columns prompt, turn_starts and header_end, as `load_preferences` gives them.
+            prompts: columns prompt, turn_starts and header_end, as returned by `load_preferences`.
             answers: a text per prompt, without special tokens.
-            ended: whether each ended by itself; one that was cut short gets no end.
-            max_length, max_response_length, ends_turns: as `resdpo_trl.text.tokens.tokenize` has them.
+            ended: whether the model ended each answer. A truncated answer gets no end of turn or text.
+            max_length, max_response_length, ends_turns: as in `resdpo_trl.text.tokens.tokenize`.
         """
         check_fits(self.model, self.tokenizer, max_length)
         ending = end_of_turn(self.tokenizer) if ends_turns else ""  # as a template writes an answer
@@ -283,12 +282,12 @@ class RewardModel:
         return self.score(sequences, batch_size)
 
     def score(self, sequences: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
-        """(N,) float32 rewards of token ids, on the CPU."""
+        """(N,) float32 rewards of N sequences of token ids, on the CPU."""
         lengths = [len(ids) for ids in sequences]
         return score_rows(self._rewards, sequences, self._padded, batch_size, [self.model], "Rewards", lengths)[0]
 
     def _padded(self, rows: list[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(B, T) token ids, padded on the right, and (B, T) 1 where a token is not padding."""
+        """(B, T) token ids, padded on the right, and a (B, T) mask that is 1 for tokens and 0 for padding."""
         ids = pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=self._padding)
         lengths = torch.tensor([len(row) for row in rows])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()

@@ -1,19 +1,19 @@
-"""From texts to capped token ids in one batched pass, and from those to the tensors of one forward pass.
+"""Tokenization and truncation of texts, and collation of token ids into batches.
 
-The cap, for a row of at most `max_length` tokens of which a response may always use `max_response_length`:
+A prompt with one response has at most `max_length` tokens. `max_response_length` of them are reserved for the response:
 
-1. A response's end is cut only beyond max(max_response_length, max_length − prompt tokens). A cut response gets no
-   end-of-text token: the model must not learn to stop there.
-2. The prompt gets what the longer response leaves. It loses its oldest turns first, then its oldest tokens, so that
-   the last turn's end and the "Assistant:" marker always stay.
+1. A response is truncated at max(max_response_length, max_length − prompt tokens). A truncated response gets no
+   end-of-text token, because the model must not learn to stop there.
+2. The prompt gets the tokens that the longer response leaves. It loses its oldest turns first, then its oldest tokens,
+   so that the end of the last turn and the "Assistant:" marker are always kept.
 
-Both responses see the same prompt, and no pair is lost.
+Both responses see the same prompt, and truncation drops no pair.
 
-With prefix sharing a pair is one row `[prompt | chosen | rejected]`: the prompt runs once, position ids restart
-after it, and the rejected part does not see the chosen part ("Accelerating Direct Preference Optimization with
-Prefix Sharing", https://arxiv.org/abs/2410.20305). Without it, a pair is two rows `[prompt | chosen]` and
-`[prompt | rejected]`. Either way the batch says which hidden states predict which response tokens, so that the LM
-head runs only there, and the rest of the code does not know the difference.
+With prefix sharing a pair is one row `[prompt | chosen | rejected]`: the prompt runs once, the position ids of the
+rejected part restart after the prompt, and the rejected part does not see the chosen part ("Accelerating Direct
+Preference Optimization with Prefix Sharing", https://arxiv.org/abs/2410.20305). Without it, a pair is two rows
+`[prompt | chosen]` and `[prompt | rejected]`. In both cases the batch has the positions of the hidden states that
+predict response tokens, so that the LM head runs only there, and other code handles both formats alike.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ def tokenize(
     ends_turns: bool = False,
     description: str = "Tokenizing",
 ) -> Dataset:
-    """Tokenize and cap pairs.
+    """Tokenize and truncate pairs.
 
     Args:
         pairs: columns prompt, chosen, rejected, turn_starts, header_end (see `resdpo_trl.text.data`).
         tokenizer: a fast tokenizer with an end-of-text token.
-        max_length: the most tokens of prompt and one response; at least 16.
-        max_response_length: tokens that a response may always use; half of `max_length` by default.
-        ends_turns: the responses already carry their end (a chat template's): add no end-of-text token.
+        max_length: maximum tokens of the prompt and one response; at least 16.
+        max_response_length: tokens that are reserved for a response. The default is half of `max_length`.
+        ends_turns: add no end-of-text token, because the responses already end with a chat template's end of turn.
 
     Returns:
-        Columns prompt_ids, chosen_ids, rejected_ids, `length` (their sum, to batch by), and what was cut of each row:
-        turns_dropped, prompt_tokens_dropped, chosen_tokens_cut, rejected_tokens_cut. prompt_tokens_merged counts the
-        prompt's last tokens that it has alone but not before its responses.
+        The columns prompt_ids, chosen_ids and rejected_ids, `length` (the sum of their lengths, for batching), and the
+        truncation of each row: turns_dropped, prompt_tokens_dropped, chosen_tokens_cut and rejected_tokens_cut.
+        prompt_tokens_merged counts the prompt's last tokens that change if a response follows.
     """
     if max_length < SHORTEST:
         raise UserError(f"--max_length {max_length}: must be at least {SHORTEST} tokens")
@@ -69,7 +69,7 @@ def tokenize(
         max_response_length = max_length // 2
     if not 1 <= max_response_length <= max_length - SHORTEST // 2:
         raise UserError(
-            f"--max_response_length {max_response_length}: must lie between 1 and --max_length − {SHORTEST // 2} "
+            f"--max_response_length {max_response_length}: must be between 1 and --max_length − {SHORTEST // 2} "
             f"({max_length - SHORTEST // 2}), so that the prompt keeps its end"
         )
     if tokenizer.eos_token_id is None:
@@ -80,7 +80,7 @@ def tokenize(
 
 
 def sft_rows(tokenized: Dataset, completion_only_loss: bool) -> Dataset:
-    """Rows of TRL's `SFTTrainer`: a prompt with its chosen response, labels on the response (or on everything)."""
+    """Rows of TRL's `SFTTrainer`: prompts with chosen responses. Labels are on the response, or on the prompt too."""
     rows = tokenized.select_columns(["prompt_ids", "chosen_ids"])
     columns = {"input_ids": "ids", "labels": "ids", "length": "int"}
     return cached_map(_sft_batch, rows, columns, "Rows for SFT", completion_only_loss=completion_only_loss)
@@ -95,14 +95,14 @@ def cached_map(
     numbered: bool = False,
     **options: Any,
 ) -> Dataset:
-    """What a function makes of batches of rows, from the cache where it is there.
+    """Map a function over batches of rows, or load the result from the cache.
 
     Args:
-        function: batch -> batch; it also gets the rows' numbers if `numbered`, and what follows by keyword.
-        rows: what it is applied to.
-        columns: name -> `text`, `int` or `ids` (a list of integers), of the result.
+        function: batch -> batch. It also gets the rows' indices if `numbered`, and `tokenizer` and `options` by name.
+        rows: the rows to map.
+        columns: columns of the result: name -> `text`, `int` or `ids` (a list of integers).
         description: the label of the progress bar.
-        tokenizer, options: what the result depends on; the `repr` of an option must say all of it.
+        tokenizer, options: arguments of the function. The `repr` of an option must determine its value.
     """
     from datasets import Features, List, Value
 
@@ -120,11 +120,11 @@ def cached_map(
 
 
 def cache_key(function: Callable[..., Any], rows: Dataset, *options: Any) -> str:
-    """The name of the cached result of mapping a function over rows; the `repr` of `options` is part of it.
+    """The cache key of mapping a function over rows. It includes the `repr` of `options`, and `code_version`.
 
-    `datasets` names it by the function's name alone, so that a changed function would give what the old one gave; here
-    `code_version` is part of it. And `datasets` would pickle a tokenizer for it, which takes seconds per split and
-    gives another key once the tokenizer has been used.
+    The key of `datasets` has only the function's name, so a changed function would load the old function's result.
+    `datasets` would also pickle a tokenizer, which takes seconds per split and gives another key once the tokenizer has
+    been used.
     """
     parts = (code_version(), function.__name__, rows._fingerprint, options)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -132,7 +132,7 @@ def cache_key(function: Callable[..., Any], rows: Dataset, *options: Any) -> str
 
 @functools.cache
 def code_version() -> str:
-    """A digest of the code that makes texts, tokens and log-probabilities: this folder's and `resdpo_trl.sources`, and
+    """A digest of the code that computes texts, tokens and log-probabilities: this folder, `resdpo_trl.sources`, and
     the versions of the libraries below."""
     digest = hashlib.sha256()
     for file in [*sorted(Path(__file__).parent.glob("*.py")), Path(sources.__file__)]:
@@ -143,19 +143,19 @@ def code_version() -> str:
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What a tokenizer's results depend on, for `cache_key`."""
+    """The state that determines a tokenizer's results, for `cache_key`."""
     check_fast(tokenizer)
     return tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a UserError where a tokenizer does not say which characters a token covers."""
+    """Raise a UserError if a tokenizer is slow, because slow ones do not map tokens to characters."""
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs the model's fast tokenizer")
 
 
 def fingerprint(tokenized: Dataset) -> str:
-    """A digest of tokenized pairs, the same however they were loaded."""
+    """A digest of tokenized pairs that does not depend on how they were loaded."""
     digest = hashlib.sha256()
     for batch in tokenized.with_format("arrow").iter(batch_size=10_000):
         for name in IDS:
@@ -166,7 +166,7 @@ def fingerprint(tokenized: Dataset) -> str:
 
 
 def cap_counts(tokenized: Dataset) -> dict[str, int]:
-    """What the cap cut, over all pairs of a split."""
+    """Counts of truncation over all pairs of a split."""
     import numpy as np
     from pyarrow import compute
 
@@ -183,23 +183,23 @@ def cap_counts(tokenized: Dataset) -> dict[str, int]:
         "chosen_cut": int((chosen > 0).sum()),
         "rejected_cut": int((rejected > 0).sum()),
         "response_tokens_cut": int(chosen.sum() + rejected.sum()),
-        "pairs_lost": int((shortest == 0).sum()),  # a side with no token left to learn from
+        "pairs_lost": int((shortest == 0).sum()),  # a side without tokens
     }
 
 
 def cap_prompt(
     prompt: list[int], turn_tokens: list[int], budget: int, beginning: Sequence[int] = ()
 ) -> tuple[list[int], int]:
-    """The newest tokens of a prompt, at most `budget`, and how many whole turns were dropped.
+    """Truncate a prompt to `budget` tokens on the left. Return it and the number of dropped turns.
 
-    As few of the oldest turns go as will do; where the newest turn alone is too long, its oldest tokens go.
+    It drops as few of the oldest turns as possible. If the newest turn is too long, it drops the turn's oldest tokens.
 
     Args:
         prompt: token ids.
         turn_tokens: ascending indices of the tokens at which turns start, without the first turn's.
-        budget: the most tokens to keep.
-        beginning: the tokens that a prompt that begins with them keeps: a chat template's system turn, the
-            beginning-of-text token. Not kept where they take more than half of the budget.
+        budget: maximum number of tokens to keep.
+        beginning: tokens to keep if the prompt begins with them: a chat template's system turn, or the
+            beginning-of-text token. They are not kept if they take more than half of the budget.
     """
     excess = len(prompt) - budget
     if excess <= 0:
@@ -207,21 +207,21 @@ def cap_prompt(
     stays = list(beginning) if prompt[: len(beginning)] == list(beginning) and 2 * len(beginning) <= budget else []
     excess += len(stays)
     fitting = ((turn, number) for number, turn in enumerate(turn_tokens, 1) if turn >= excess)
-    start, dropped = next(fitting, (excess, len(turn_tokens)))  # the newest turn alone is too long
+    start, dropped = next(fitting, (excess, len(turn_tokens)))  # the newest turn is too long
     kept = prompt[start:]
-    # of some templates every turn begins with that token
+    # in some templates every turn begins with these tokens
     return kept if kept[: len(stays)] == stays else stays + kept, dropped
 
 
 def tokenize_prompts(
     prompts: Sequence[tuple[str, list[int], int]], tokenizer: PreTrainedTokenizerBase, budget: int, rendered: bool
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of prompts without responses, the newest `budget` of each, and how many tokens each prompt lost.
+    """Token ids of prompts without responses, truncated to `budget` tokens each, and the number of tokens each lost.
 
     Args:
-        prompts: text, turn_starts and header_end of each, as in `resdpo_trl.text.data`.
-        budget: the most tokens of a prompt.
-        rendered: whether a chat template wrote the texts, and with them what a text begins with.
+        prompts: text, turn_starts and header_end of each prompt, as in `resdpo_trl.text.data`.
+        budget: maximum tokens of a prompt.
+        rendered: whether a chat template rendered the texts, including a beginning-of-text token.
     """
     check_fast(tokenizer)
     encoded = encode(tokenizer, [text for text, _, _ in prompts])
@@ -272,10 +272,9 @@ def _capped(
     tokenizer: PreTrainedTokenizerBase,
     rendered: bool,
 ) -> tuple[list[int], int]:
-    """`cap_prompt` of the row of `encoded` whose token ids are (or begin with) `ids`.
+    """`cap_prompt` for a row of `encoded` whose token ids are (or begin with) `ids`.
 
-    A truncated prompt keeps all before its first turn, or the beginning-of-text token that a chat template may have
-    written.
+    A truncated prompt keeps the tokens before its first turn, or a chat template's beginning-of-text token.
     """
     if len(ids) <= budget:
         return ids, 0
@@ -288,30 +287,30 @@ def _capped(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Any:
-    """Texts as they are: without the special tokens that a tokenizer adds by itself."""
+    """Tokenize texts without adding special tokens."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
 
 
 def response_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], sides: Sequence[list[str]], encoded: Any
 ) -> tuple[list[list[list[int]]], list[int]]:
-    """Token ids of `sides`, lists of one response per prompt, and how many of each prompt's last tokens are not before
-    all of its responses. `encoded` is `encode` of the prompts.
+    """Token ids of `sides` (lists of one response per prompt), and the number of each prompt's last tokens that change
+    before a response. `encoded` is `encode` of the prompts.
 
-    A response is tokenized after its prompt, and has the tokens after those that the prompt alone begins with, as in
-    TRL: SentencePiece writes the first word of a text differently, and tokens may merge across the boundary. Only the
-    text from the prompt's last added token on is tokenized again, for what comes before an added token is tokenized
-    apart from what comes after it. GPT-2's pre-tokenizer also splits at every space after another character.
+    As in TRL, a response is tokenized together with its prompt, and consists of the tokens after the common prefix with
+    the prompt's own tokens. This is because SentencePiece encodes the first word of a text differently, and tokens may
+    merge across the boundary. Only the text from the prompt's last added token is tokenized again, because tokenizers
+    split texts there. GPT-2's pre-tokenizer also splits at every space after another character.
     """
-    # one that is looked for in normalized text is preceded by what the normalizer writes before a text
+    # added tokens that match normalized text are excluded: the normalizer may insert text before them
     added = {id_: str(token) for id_, token in tokenizer.added_tokens_decoder.items() if not token.normalized}
     splits_at_spaces = _splits_at_spaces(tokenizer)
     ids_of: list[list[int]] = encoded["input_ids"]
-    heads, tails = [], []  # tokens before the text that is tokenized again, and the prompt's part of it
+    heads, tails = [], []  # tokens before the text that is tokenized again, and the prompt's part of this text
     for row, (prompt, ids) in enumerate(zip(prompts, ids_of, strict=True)):
         head, start = 0, 0
         for at in range(len(ids) - 1, 0, -1):
-            # one may also be what an unknown character becomes
+            # an added token may also stand for an unknown character
             if ids[at] in added and added[ids[at]] in prompt[slice(*encoded.token_to_chars(row, at))]:
                 head, start = at, encoded.token_to_chars(row, at).start
                 break
@@ -331,10 +330,10 @@ def response_ids(
 
 
 def _splits_at_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    r"""Whether texts are split before a space that follows another character, whatever comes before and after.
+    r"""Whether the pre-tokenizer splits at every space that follows another character.
 
-    GPT-2's pattern does, ``'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+``: a
-    space is only ever the first character of a match that has others than spaces
+    GPT-2's pattern does, ``'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+``. In a match
+    with characters other than spaces, only the first one can be a space
     (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
     """
     from tokenizers.pre_tokenizers import ByteLevel
@@ -347,12 +346,12 @@ def _splits_at_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """How many tokens both begin with."""
+    """The length of the common prefix of two lists of tokens."""
     return next((at for at, token in enumerate(first) if second[at : at + 1] != [token]), len(first))
 
 
 def _token_at(encoded: Any, row: int, offset: int) -> int | None:
-    """The first token that starts at or after a character; the tokens before it belong to the turn before."""
+    """The index of the first token that starts at or after a character offset, where a turn starts."""
     token = encoded.char_to_token(row, offset)
     if token is None:
         return None
@@ -360,7 +359,7 @@ def _token_at(encoded: Any, row: int, offset: int) -> int | None:
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-text token where the tokenizer puts one before a text (Llama's does, GPT-2's does not)."""
+    """The beginning-of-text token, if the tokenizer adds one to a text (Llama's does, GPT-2's does not)."""
     ids = tokenizer("a")["input_ids"]
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
@@ -376,21 +375,21 @@ def _sft_batch(batch: dict[str, list[Any]], completion_only_loss: bool) -> dict[
 
 @dataclass
 class PairCollator:
-    """Pairs -> a batch. Rows are padded on the right to the longest.
+    """Collate pairs into a batch. Rows are padded on the right to the longest.
 
-    Returns, for B pairs in R rows (B shared, 2B not) of T tokens with N response tokens in all:
+    Returns, for B pairs in R rows (B with prefix sharing, 2B without) of T tokens with N response tokens in total:
         input_ids: (R, T).
-        position_ids: (R, T), with sharing; without, they are the model's own.
-        attention_mask: (R, 1, T, T) bool, True where a query (row) sees a key (column), with sharing; (R, T) without.
+        position_ids: (R, T), only with sharing.
+        attention_mask: (R, 1, T, T) bool with sharing, True where a query (row) sees a key (column); (R, T) without.
         document, part: (R, T), instead of a mask with sharing and `block_mask`; see `attention.block_mask`.
         predicted_at: (2, N) row and column of the hidden states that predict a response token. Columns count from the
-            end (−1 is the last), so that what PEFT's prompt tuning puts before a row moves none.
-        predicted: (N,) the token predicted there.
-        copies: (R, T) float32, how many of a pair's two sequences a token belongs to: 2 for a shared prompt, 0 for
+            end (−1 is the last), so that the virtual tokens of PEFT's prompt tuning do not shift them.
+        predicted: (N,) the predicted tokens.
+        copies: (R, T) float32, the number of a pair's two sequences that contain a token: 2 in a shared prompt, 0 in
             padding.
-        response: (N,) whose token it is: pair i's chosen is 2i, its rejected 2i + 1.
-        chosen_tokens, rejected_tokens: (B,) tokens of each response.
-        ref_chosen_logps, ref_rejected_logps: (B,) float, where the pairs have them.
+        response: (N,) the response of each token: 2i for pair i's chosen response, and 2i + 1 for its rejected one.
+        chosen_tokens, rejected_tokens: (B,) number of tokens of each response.
+        ref_chosen_logps, ref_rejected_logps: (B,) float, if the pairs have them.
     """
 
     pad_token_id: int
@@ -428,7 +427,7 @@ class PairCollator:
             mask = {"document": (part == 3).int(), "part": part.int()}
         else:
             queries, keys = part[:, :, None], part[:, None, :]
-            # padding comes last, so a padded query still sees real keys: a row of the softmax is never empty
+            # padding is last, so padded queries see real keys and no row of the softmax is empty
             sees = torch.ones(width, width, dtype=torch.bool).tril() & (keys != 3) & ~((queries == 2) & (keys == 1))
             mask = {"attention_mask": sees[:, None]}
         return {
@@ -462,9 +461,9 @@ class PairCollator:
 
 @dataclass
 class LabelCollator:
-    """A collator of rows with labels, and what the response head reads: found here, no step waits for the device.
+    """Add the inputs of the response head to batches with labels. Here on the CPU, no step waits for the device.
 
-    Adds, for N tokens with a label (a row's first is not predicted): predicted_at and predicted, as in `PairCollator`.
+    For N tokens with a label, except a row's first one, it adds predicted_at and predicted as in `PairCollator`.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]

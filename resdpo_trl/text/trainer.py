@@ -1,4 +1,4 @@
-"""TRL's SFT and DPO trainers with this project's loss, scoring and exact evaluation."""
+"""TRL's SFT and DPO trainers with this project's losses, scoring and exact evaluation."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ from resdpo_trl.training.trainer import RunTrainer
 
 
 class LengthSampler(Sampler[int]):
-    """Batches of similar length in random order. Seed and epoch determine them, the same on every process.
+    """Sample batches of rows of similar length in random order. The seed and the epoch determine them on all processes.
 
-    Each run of 50 random batches is sorted by length (transformers' own grouping takes fewer where the data are small,
-    and pads three times as much there); then the batches are shuffled, for an epoch should not go from long to short.
-    The longest row stays first, so that too large a batch fails at once.
+    Each group of 50 random batches is sorted by length. transformers' own grouping uses fewer batches for small data,
+    and then pads three times as much. The batches are then shuffled, so that an epoch does not go from long to short.
+    The longest row stays first, so that a batch that does not fit in memory fails immediately.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
@@ -72,12 +72,12 @@ class LengthSampler(Sampler[int]):
 
 @torch.no_grad()
 def check_updates(model: torch.nn.Module, args: TrainingArguments) -> None:
-    """Raise a UserError where the weights in training are 16-bit numbers too coarse for the learning rate.
+    """Raise a UserError if trainable weights have 16 bits, and these are too coarse for the learning rate.
 
-    An AdamW step moves a weight by about the learning rate (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, §2.1).
-    Full fine-tuning is refused where adding that to a weight rounds back to the weight itself for more than half of
-    them. Loss scaling takes no 16-bit gradients: adapters, which TRL casts to bfloat16 for quantized models, become
-    float32, and full fine-tuning is refused.
+    An AdamW step changes a weight by about the learning rate (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, §2.1).
+    Full fine-tuning raises if this change rounds to zero for more than half of the weights. Loss scaling does not
+    support 16-bit gradients. With --fp16, full fine-tuning therefore raises, and adapters, which TRL casts to bfloat16
+    for quantized models, are converted to float32.
     """
     coarse = [each for each in model.parameters() if each.requires_grad and each.dtype in (torch.bfloat16, torch.half)]
     if not coarse:
@@ -87,9 +87,9 @@ def check_updates(model: torch.nn.Module, args: TrainingArguments) -> None:
             each.data = each.data.float()
         return
     kind = str(coarse[0].dtype).removeprefix("torch.")
-    fix = "drop --dtype (training multiplies in 16 bits without it too), or train an adapter (--use_peft)"
+    fix = "remove --dtype (training also multiplies in 16 bits without it), or train an adapter (--use_peft)"
     if args.fp16:
-        raise UserError(f"the model's weights are {kind}, and --fp16 scales the loss for float32 weights alone: {fix}")
+        raise UserError(f"the model's weights are {kind}, but --fp16 supports only float32 weights: {fix}")
     kept = sum(int((each + args.learning_rate == each).sum()) for each in coarse)
     share = kept / max(sum(each.numel() for each in coarse), 1)  # a shard may be empty
     if share > 0.5:
@@ -100,9 +100,9 @@ def check_updates(model: torch.nn.Module, args: TrainingArguments) -> None:
 
 
 class TextTrainer(RunTrainer):
-    """How the text trainers behave: batches of similar length, tokens counted, every row of a data set scored.
+    """Base class of the text trainers: batches of similar length, counts of tokens, and scoring of all rows.
 
-    `columns` are the names that rows must have. Named before TRL's trainers among a class's bases.
+    `columns` are the required columns of rows. The class must precede TRL's trainers in a class's bases.
     """
 
     model: Any
@@ -118,15 +118,15 @@ class TextTrainer(RunTrainer):
                 config.metric_for_best_model = None
         best = config.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in figures:
-            raise UserError(f"metric_for_best_model {best}: no such figure; evaluation has {', '.join(figures)}")
+            raise UserError(f"metric_for_best_model {best}: must be among {', '.join(figures)}")
         super().__init__(*args, **kwargs)
         check_updates(self.model, self.args)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """With --torch_compile, compile the model's repeated blocks, each for all batch sizes and widths.
+        """With --torch_compile, compile the model's repeated blocks with dynamic batch sizes and widths.
 
-        accelerate would compile the whole model, the response head included, once per shape until torch gives up and
-        runs it uncompiled. The blocks share one graph: one with gradients and one without.
+        accelerate would compile the whole model, including the response head, once per shape, until torch reaches its
+        recompilation limit and runs it uncompiled. The blocks share two graphs, one with gradients and one without.
         """
         super().create_accelerator_and_postprocess()
         plugin = self.accelerator.state.dynamo_plugin
@@ -139,7 +139,7 @@ class TextTrainer(RunTrainer):
                 block.compile(**options)
 
     def _note_tokens(self, real: Tensor) -> None:
-        """Count a step's (R, T) tokens; `real` is True where one is not padding."""
+        """Count the (R, T) tokens of a step. `real` is False for padding."""
         count = real.sum()
         self.noted["tokens"].append(torch.stack([count, real.numel() - count]))
 
@@ -152,12 +152,12 @@ class TextTrainer(RunTrainer):
         return found
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        # --include_num_input_tokens_seen: with prefix sharing the mask has a cell for every query and key
+        # for --include_num_input_tokens_seen: with prefix sharing the mask has an element per query and key
         real = inputs["copies"] > 0 if "copies" in inputs else inputs["attention_mask"]
         super()._track_num_input_tokens({**inputs, "attention_mask": real})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # a checkpoint holds a tied weight once; transformers warns as if it had been lost
+        # a checkpoint stores a tied weight once, and transformers would warn that it is missing
         tied = getattr(base_model(self.model), "all_tied_weights_keys", {})
         if load_result.unexpected_keys or not set(load_result.missing_keys) <= set(tied):
             super()._issue_warnings_after_load(load_result)
@@ -175,18 +175,18 @@ class TextTrainer(RunTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         _check_rows(dataset, self.columns)
-        return dataset  # tokenized and capped already
+        return dataset  # already tokenized and truncated
 
     def pair_figures(self, dataset: Dataset, description: str = "Scoring") -> dict[str, np.ndarray]:
-        """Figures of every pair under TRL's names, each (N,), in the data set's order."""
+        """Figures of every pair under TRL's names, each (N,), in the order of the data set."""
         raise NotImplementedError
 
     def figures(self, rows: Dataset, description: str) -> dict[str, float]:
         return {name: float(values.mean()) for name, values in self.pair_figures(rows, description).items()}
 
     def last_train_metrics(self) -> dict[str, float]:
-        """The newest training figures of pairs that were logged."""
-        # not the line at the end of training, which has a mean loss over all of it
+        """The last logged training figures of pairs."""
+        # skips the line at the end of training, which has the mean loss of the whole training
         logs = (entry for entry in reversed(self.state.log_history) if {"loss", "rewards/margins"} <= entry.keys())
         left_out = ("step", "epoch", *TIMINGS)
         return {name: value for name, value in next(logs, {}).items() if not name.endswith(left_out)}
@@ -199,10 +199,10 @@ class TextTrainer(RunTrainer):
         batch_size: int | None = None,
         sort: bool = True,
     ) -> list[Tensor]:
-        """`function(model, batch)` of all rows, on the CPU in the data set's order; see `score_rows`.
+        """Apply `function(model, batch)` to all rows. Return its outputs on the CPU in the data set's order.
 
-        `batch_size` is the number of rows per device; --per_device_eval_batch_size by default. With `sort` the rows of
-        a batch are of similar length.
+        `batch_size` is the number of rows per device. The default is --per_device_eval_batch_size. With `sort` the rows
+        of a batch have similar lengths. See `score_rows`.
         """
         _check_rows(dataset, self.columns)
         model = self.model_wrapped
@@ -225,20 +225,20 @@ class TextTrainer(RunTrainer):
 
 
 class TextSFTTrainer(TextTrainer, SFTTrainer):
-    """`trl.SFTTrainer` on the rows of `resdpo_trl.text.tokens.sft_rows`.
+    """`trl.SFTTrainer` for the rows of `resdpo_trl.text.tokens.sft_rows`.
 
-    What differs from TRL's: the plain loss and that of evaluation go through the response head, without the
-    vocabulary-wide metrics (token accuracy, entropy; benchmarks/LOG.md has what that saves); evaluation is the mean
-    over all tokens with a label, not over batches, without the router loss of a mixture of experts.
+    The plain training loss and the evaluation use the response head, and omit the vocabulary-wide metrics (token
+    accuracy, entropy). benchmarks/LOG.md lists the savings. Evaluation is the mean over all tokens with a label instead
+    of over batches, and omits the router loss of a mixture of experts.
     """
 
     columns = ("input_ids", "labels", "length")
 
     def __init__(self, model: str | PreTrainedModel, args: TextSFTConfig, **options: Any):
-        """As TRL's, with keywords. `model` may be a folder, a Hub id or `smollm2`.
+        """`options` are TRL's keyword arguments. `model` may be a folder, a Hub id or `smollm2`.
 
         Raises:
-            UserError: an argument that has no place here, or rows without their columns.
+            UserError: an argument is not supported, or the rows lack columns.
         """
         names = (
             "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "quantization_config",
@@ -247,7 +247,7 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
         check_arguments(self, args, TextSFTConfig, **{name: options.get(name) for name in names})
         if isinstance(model, str):
             model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
-        # a loss of another kind is TRL's own
+        # TRL computes other losses
         self._plain = args.loss_type == "nll" and not args.label_smoothing_factor and not args.use_liger_kernel
         add_response_head(base_model(model))
         check_adapters(model, options.get("peft_config"), prefix_sharing=False)
@@ -262,7 +262,7 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Negative log-likelihood of the tokens with a label, over their number on all processes."""
+        """The negative log-likelihood of the tokens with a label, divided by their number on all processes."""
         if not self._plain:
             rest = {name: value for name, value in inputs.items() if name not in ("predicted_at", "predicted")}
             return super().compute_loss(model, rest, return_outputs, num_items_in_batch)
@@ -272,18 +272,18 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
         if num_items_in_batch is None:
             loss, steps = -logps.sum() / max(len(logps), 1), 1
         else:
-            # DDP averages the gradients over processes, and `num_items_in_batch` counts the tokens of all
+            # DDP averages gradients over processes, but `num_items_in_batch` counts the tokens of all processes
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = -logps.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * processes
             steps = self.current_gradient_accumulation_steps
-        for each in router_loss:  # of a mixture of experts: a mean of each step's
+        for each in router_loss:  # of a mixture of experts, averaged over accumulation steps
             loss = loss + self.router_aux_loss_coef * each / steps
             self.means.add({"aux_loss": each.detach()[None]})
         return loss
 
     def figures(self, rows: Dataset, description: str) -> dict[str, float]:
-        """The mean loss over all tokens with a label, in the batches of transformers' evaluation."""
-        self.model.eval()  # TRL's `log` asks it whether the figures are those of evaluation
+        """The mean loss over all tokens with a label, with the same batches as transformers' evaluation."""
+        self.model.eval()  # TRL's `log` uses the mode to detect evaluation
         if self.args.train_sampling_strategy == "group_by_length":
             _check_rows(rows, self.columns)
             generator = torch.Generator().manual_seed(self._data_seed)
@@ -293,7 +293,7 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
         return {"loss": float(losses.double().numpy().sum() / tokens.numpy().sum())}
 
     def _row_losses(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(B,) negative log-likelihoods, each a sum over a row's tokens with a label, and (B,) numbers of them."""
+        """(B,) sums of the negative log-likelihood over each row's tokens with a label, and (B,) numbers of these."""
         with self.accelerator.autocast():
             (logps,) = predicted_logps(model, inputs)
         labels = inputs["labels"]
@@ -301,7 +301,7 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
         return sums, (labels[:, 1:] != -100).sum(1)
 
     def keep_rows(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:
-        # the loss is over the tokens with a label on all processes: a row without any changes nothing
+        # the loss is over the tokens with a label on all processes, so a row without labels does not change it
         kept = batch["predicted_at"][0] < own
         at = {"predicted_at": batch["predicted_at"][:, kept], "predicted": batch["predicted"][kept]}
         batch = {name: value[: max(own, 1)] for name, value in batch.items()} | at
@@ -311,13 +311,13 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
 
 
 class TextDPOTrainer(TextTrainer, DPOTrainer):
-    """`trl.DPOTrainer`, with its arguments in its order, on raw pairs, which `resdpo_trl.text.data.tokenized_pairs`
-    reads, or on pairs that `resdpo_trl.text.tokens.tokenize` made.
+    """`trl.DPOTrainer` with the same arguments in the same order. Its data are raw pairs (see
+    `resdpo_trl.text.data.tokenized_pairs`) or tokenized pairs (see `resdpo_trl.text.tokens.tokenize`).
 
-    What differs from TRL's: the loss is `resdpo_trl.losses`; the prompt of a pair runs once (`prefix_sharing`);
-    evaluation is the mean over all pairs, not over batches, and has no router loss of a mixture of experts, which is
-    one of batches; metrics are gathered when they are logged, not at every step; the vocabulary-wide metrics (entropy,
-    mean logits, token accuracy) are left out, for they cost a pass over the logits each.
+    It differs from TRL's as follows. The losses are those of `resdpo_trl.losses`. A pair's prompt runs once
+    (`prefix_sharing`). Evaluation is the mean over all pairs instead of over batches, and omits the router loss of a
+    mixture of experts, which depends on batches. Metrics are gathered when they are logged instead of at every step.
+    The vocabulary-wide metrics (entropy, mean logits, token accuracy) are omitted: each takes a pass over the logits.
     """
 
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "length")
@@ -337,10 +337,10 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         quantization_config: None = None,
         peft_config: Any = None,
     ):
-        """As TRL's. `model` may be a folder, a Hub id or `smollm2`; the tokenizer is by default the model's.
+        """The arguments are TRL's. `model` may also be `smollm2`. The default tokenizer is the model's.
 
         Raises:
-            UserError: an argument that has no place here, or pairs that can't be used.
+            UserError: an argument is not supported, or the pairs can't be used.
         """
         args = args or TextDPOConfig()
         check_arguments(
@@ -363,7 +363,7 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         self.preference_loss = preference_loss(args)
         adapter = peft_config is not None or hasattr(model, "peft_config")
         if ref_model is None and not adapter and not args.precompute_ref_log_probs:
-            ref_model = copy.deepcopy(model)  # the policy as it starts
+            ref_model = copy.deepcopy(model)  # the initial policy
         for each in (model, ref_model):
             if each is not None:
                 longest = self._longest_row if args.prefix_sharing else None
@@ -374,11 +374,11 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         _check_router(base_model(model), args.router_aux_loss_coef)
         self._evaluated: tuple[int, LogProbs] | None = None  # the step of the last evaluation, and its scores
         self.reference_seconds = 0.0  # spent on the reference's log-probabilities before training
-        self.reference_pairs_read = 0  # pairs whose log-probabilities an earlier run had left on disk
+        self.reference_pairs_read = 0  # pairs whose log-probabilities were read from the cache
         self._cache = cache_folder(args.reference_cache_dir)
-        self._weights: str | None = None  # the digest of the reference's, once it is needed
+        self._weights: str | None = None  # the digest of the reference's weights, computed on demand
         if is_sharded() and self._cache is not None:
-            self._weights = weights_digest(ref_model if ref_model is not None else model)  # while they are whole
+            self._weights = weights_digest(ref_model if ref_model is not None else model)  # before they are sharded
         in_blocks = base_model(model).config._attn_implementation == FLEX
         super().__init__(
             model=model,
@@ -398,10 +398,10 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
     def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:
         """Log-probabilities of every pair under policy and reference, in the data set's order, on the CPU.
 
-        The reference's come from the columns that `add_reference` wrote, from the reference model otherwise.
+        Those of the reference come from the columns of `add_reference`, or from the reference model without them.
 
         Raises:
-            UserError: the rows have no such columns, and training has changed the only model there is.
+            UserError: the rows have no such columns, there is no reference model, and training has changed the model.
         """
         dataset = self._checked(dataset)
         if "ref_chosen_logps" not in dataset.column_names:
@@ -415,8 +415,8 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         return LogProbs(*self._over_rows(dataset, of_batch, description))
 
     def _checked(self, dataset: Dataset) -> Dataset:
-        """The data set, tokenized. The model is checked again where it has a longer row than those that the model was
-        checked for, as a window may be between the two."""
+        """Return the tokenized data set. If it has a longer row than before, check the model again, because the row may
+        exceed the model's attention window."""
         dataset = _tokenized(dataset, self.processing_class, self.args)
         longest = max(dataset["length"][:])
         if self.args.prefix_sharing and longest > self._longest_row:
@@ -431,8 +431,8 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         return preference_metrics(scores, self.preference_loss)
 
     def validation_scores(self, step: int) -> LogProbs:
-        """`score` of the validation pairs under the weights of `step`, which the model holds; not computed again where
-        the last evaluation was of these weights."""
+        """`score` of the validation pairs under the current weights, which are those of `step`. If the last evaluation
+        used the same weights, its scores are returned."""
         if self._evaluated is not None and self._evaluated[0] == step and not self.moves_reference:
             return self._evaluated[1]
         return self.score(self.eval_dataset, "Validation")
@@ -447,13 +447,13 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
     # --- the reference -----------------------------------------------------------------------------------------------
 
     def add_reference(self, dataset: Dataset, description: str = "Reference log-probabilities") -> Dataset:
-        """The data set with columns ref_chosen_logps and ref_rejected_logps; before training has begun."""
+        """Add the columns ref_chosen_logps and ref_rejected_logps to a data set. Call it before training."""
         dataset = self._checked(dataset)
         self._check_reference_is_here()
         started = time.perf_counter()
         key = self._reference_key(dataset) if self._cache else ""
         found: Any = read_reference(self._cache, key) if self._cache else None
-        # every process reads them, or none
+        # either every process reads them, or none does
         everywhere = self.accelerator.reduce(torch.tensor(float(found is not None), device=self.accelerator.device))
         if found is None or everywhere.item() < self.accelerator.num_processes:
             batch_size = self.args.precompute_ref_batch_size
@@ -470,7 +470,7 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         adapter = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
         if self.state.global_step > 0 and self.ref_model is None and not adapter:
             raise UserError(
-                "the rows have no log-probabilities of the reference, and the model that was it has been trained: call "
+                "the rows have no log-probabilities of the reference, and training has changed the model: call "
                 "add_reference before training, pass a ref_model, or set precompute_ref_log_probs=False"
             )
 
@@ -478,12 +478,12 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
         if self._weights is None:
             model = self.ref_model if self.ref_model is not None else policy
-            # the adapter in training is no part of the reference: TRL keeps a copy of a continued one as "ref"
+            # the trained adapter is not part of the reference: TRL keeps a copy of a continued adapter as "ref"
             self._weights = weights_digest(model, ".default." if hasattr(model, "peft_config") else None)
         forward = {
             "precision": (args.bf16, args.fp16, args.tf32),
             "device": self.accelerator.device.type,
-            # FSDP2 and DeepSpeed round in other places than autocast
+            # FSDP2 and DeepSpeed round differently than autocast
             "sharded": self.accelerator.distributed_type.value if is_sharded() else None,
             "attention": base_model(policy).config._attn_implementation,
             "prefix_sharing": args.prefix_sharing,
@@ -493,10 +493,10 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         return reference_key(self._weights, dataset, forward)
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """(B,) chosen and rejected log-probabilities under the reference: its own model, or the policy's base."""
+        """(B,) chosen and rejected log-probabilities under the reference: `ref_model`, or the policy's base model."""
         with torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is None and hasattr(unwrapped := self.accelerator.unwrap_model(model), "peft_config"):
-                # a continued adapter was copied by TRL under the name "ref"; a new one is simply switched off
+                # TRL copies a continued adapter to "ref"; a new adapter is disabled
                 with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
                     return pair_logps(model, inputs)
             return pair_logps(model if self.ref_model is None else self.ref_model, inputs)
@@ -523,17 +523,17 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
 
 
 def check_arguments(trainer: Any, args: Any, config: type, **refused: Any) -> None:
-    """Raise a UserError for a configuration of another class, and for arguments that a trainer does not honor."""
+    """Raise a UserError for a configuration of another class, and for arguments that a trainer does not support."""
     name = type(trainer).__name__
     if not isinstance(args, config):
         raise UserError(f"args is of class {type(args).__name__}: {name} takes {config.__name__}")
     for each, value in refused.items():
         if value is not None:
-            raise UserError(f"{each} is not supported by {name}: leave it out")
+            raise UserError(f"{each} is not supported by {name}: omit it")
 
 
 def _tokenized(rows: Any, tokenizer: Any, args: TextDPOConfig) -> Any:
-    """Pairs as they are where they are tokenized, and tokenized where they are raw."""
+    """Tokenize pairs if they are raw. Return tokenized pairs unchanged."""
     if isinstance(rows, Dataset) and "prompt_ids" not in rows.column_names:
         return tokenized_pairs(rows, tokenizer, args.max_length or 0)
     if rows is not None:
@@ -542,22 +542,22 @@ def _tokenized(rows: Any, tokenizer: Any, args: TextDPOConfig) -> Any:
 
 
 def _check_base_stays(model: Any, new: Any) -> None:
-    """Raise a UserError for an adapter whose initialization takes a part out of the base model's weights (PiSSA, OLoRA,
-    CorDA, LoftQ, LoRA-GA): the base without the adapter is then not the reference.
+    """Raise a UserError for an adapter whose initialization changes the base model's weights (PiSSA, OLoRA, CorDA,
+    LoftQ, LoRA-GA), because the base model without the adapter is then not the reference.
     """
     for config in (new, *getattr(model, "peft_config", {}).values()):
         start = getattr(config, "init_lora_weights", True)
         if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
             raise UserError(
-                f"init_lora_weights {start} changes the weights of the base model, which is the reference: leave it "
-                "out, or pass a ref_model"
+                f"init_lora_weights {start} changes the weights of the base model, which is the reference: omit it, or "
+                "pass a ref_model"
             )
 
 
 def _check_router(model: PreTrainedModel, coefficient: float | None) -> None:
     if coefficient and not hasattr(model.config.get_text_config(), "output_router_logits"):
         name = type(model).__name__
-        raise UserError(f"--router_aux_loss_coef {coefficient}: {name} has no router logits; drop the flag")
+        raise UserError(f"--router_aux_loss_coef {coefficient}: {name} has no router logits; remove the flag")
 
 
 def _check_rows(rows: Any, columns: tuple[str, ...]) -> None:
@@ -566,6 +566,6 @@ def _check_rows(rows: Any, columns: tuple[str, ...]) -> None:
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise UserError(
-            f"the rows have no column {', '.join(missing)} (found: {', '.join(rows.column_names)}): make them with "
-            "resdpo_trl.text.tokens.tokenize, and sft_rows or reward_rows after it"
+            f"the rows have no column {', '.join(missing)} (found: {', '.join(rows.column_names)}): create them with "
+            "resdpo_trl.text.tokens.tokenize, followed by sft_rows or reward_rows for SFT or reward models"
         )

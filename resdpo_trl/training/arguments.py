@@ -1,4 +1,4 @@
-"""The options that both halves share: a run's own, and training on one machine."""
+"""Options that text and image runs share: the run's own options, and those of training on one machine."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from resdpo_trl.errors import UserError
 from resdpo_trl.losses import PreferenceLoss
 
 Precision = Literal["bfloat16", "float16", "float32"]
-OWN_COLUMNS = "the columns are the trainer's own"
+OWN_COLUMNS = "the trainer chooses its columns"
 MEAN = "evaluation is the mean over all rows"
 FIGURES = "evaluation keeps figures of rows, not logits"
-# fields of transformers' `TrainingArguments` that no trainer here honors, and what to do instead
+# fields of transformers' `TrainingArguments` that no trainer here supports, and the alternative
 REFUSED = {
     "fsdp": "pass --config_file accelerate_configs/fsdp2.yaml to accelerate launch",
-    "fsdp_config": "edit accelerate_configs/fsdp2.yaml, and pass it to accelerate launch as --config_file",
+    "fsdp_config": "edit accelerate_configs/fsdp2.yaml and pass it to accelerate launch as --config_file",
     "deepspeed": "pass --config_file accelerate_configs/deepspeed_zero3.yaml to accelerate launch",
     "parallelism_config": "use data parallelism, FSDP2 or ZeRO (docs/distributed.md)",
-    "bf16_full_eval": "evaluation has the precision of training; see --bf16",
-    "fp16_full_eval": "evaluation has the precision of training; see --fp16",
+    "bf16_full_eval": "evaluation uses the precision of training; see --bf16",
+    "fp16_full_eval": "evaluation uses the precision of training; see --fp16",
     "prediction_loss_only": FIGURES,
     "eval_accumulation_steps": FIGURES,
     "batch_eval_metrics": MEAN,
     "include_for_metrics": MEAN,
     "eval_do_concat_batches": MEAN,
-    "eval_use_gather_object": "evaluation gathers numbers alone",
+    "eval_use_gather_object": "evaluation gathers only numbers",
     "label_names": OWN_COLUMNS,
     "length_column_name": OWN_COLUMNS,
     "remove_unused_columns": OWN_COLUMNS,
-    "use_cache": "training has no use for a cache",
-    "enable_jit_checkpoint": "SIGTERM and Ctrl-C end a run after a checkpoint already",
-    "local_rank": "launch with accelerate or torchrun, which say it by the environment",
-    "do_train": "the recipe says what is done",
-    "do_predict": "the recipe says what is done; pass --num_samples for answers",
+    "use_cache": "training does not use a cache",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C already stop a run after a checkpoint",
+    "local_rank": "launch with accelerate or torchrun, which set it in the environment",
+    "do_train": "the recipe determines the stages",
+    "do_predict": "the recipe determines the stages; pass --num_samples for answers",
 }
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field that is a flag: its default, and its line of --help."""
+    """A dataclass field for a flag, with its default and its help text."""
     metadata = {"help": text, **more}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -51,27 +51,25 @@ def option(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass
 class RunConfig:
-    """Options that every recipe shares and transformers does not have."""
+    """Options of every recipe that transformers does not have."""
 
     _argument_group_name = "run"
 
-    overwrite_output_dir: bool = option(
-        False, "Replace the run that --output_dir holds. Nothing else in it is touched."
-    )
+    overwrite_output_dir: bool = option(False, "Replace the run in --output_dir. Other files in the folder are kept.")
 
 
 @dataclass
 class OneMachine:
-    """Defaults of transformers' `TrainingArguments` that suit one machine; mixed in before it."""
+    """Defaults of transformers' `TrainingArguments` for one machine. This mixin must precede it in a class's bases."""
 
     refused: ClassVar[Mapping[str, str]] = REFUSED
-    # what a stage does not take from the flags of the stage after it, though both have the field
+    # fields that a stage does not inherit from the flags of the stage after it
     of_one_stage: ClassVar[frozenset[str]] = frozenset({
         "num_train_epochs", "max_steps", "learning_rate", "loss_type", "label_smoothing_factor", "neftune_noise_alpha",
         "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
         "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
     })  # fmt: skip
-    # what is the run's alone: no stage before the last one can have its own
+    # fields of the whole run: a stage before the last one can't set them
     of_the_run: ClassVar[frozenset[str]] = frozenset({
         "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token",
         "hub_private_repo", "hub_always_push", "hub_revision", "use_cpu", "bf16", "fp16", "trust_remote_code",
@@ -79,88 +77,88 @@ class OneMachine:
     })  # fmt: skip
 
     resume_from_checkpoint: str | None = option(
-        None, "Continue the run in --output_dir, from its last checkpoint or from the one named.",
+        None, "Continue the run in --output_dir from its last checkpoint, or from the named one.",
         nargs="?", const="last",
     )  # fmt: skip
-    per_device_train_batch_size: int = option(16, "Rows of a step on each device.")
-    per_device_eval_batch_size: int = option(32, "Rows of an evaluation batch.")
-    num_train_epochs: float = option(1.0, "Epochs.")
+    per_device_train_batch_size: int = option(16, "Rows per training batch on each device.")
+    per_device_eval_batch_size: int = option(32, "Rows per evaluation batch on each device.")
+    num_train_epochs: float = option(1.0, "Number of training epochs.")
     bf16: bool | None = option(
         None,
-        "Mixed precision with bfloat16: the default where the hardware has it. V100 and T4 GPUs default to --fp16, "
-        "which scales the loss.",
+        "Use bfloat16 mixed precision. This is the default if the hardware supports it. V100 and T4 GPUs default to "
+        "--fp16, which scales the loss.",
     )
-    # None, not False: transformers 5.23 warns of the old name wherever it is set
+    # None instead of False: transformers 5.23 warns about the deprecated name if it is set
     gradient_checkpointing: bool | None = option(
-        None, "Recompute activations in the backward pass: less memory, more time.", nargs="?", const=True
+        None, "Recompute activations in the backward pass. This saves memory but takes time.", nargs="?", const=True
     )
     hub_private_repo: bool | None = option(
-        None, "Create the Hub's repository as a private one; by default as the account is set.", nargs="?", const=True
+        None, "Make a new Hub repository private. The default is the account's setting.", nargs="?", const=True
     )
-    remove_unused_columns: bool | None = option(False, "Must stay false: the trainers choose their columns.")
-    logging_steps: float = option(10, "Steps between two training lines of metrics.jsonl.")
+    remove_unused_columns: bool | None = option(False, "Must be false: the trainers choose their columns.")
+    logging_steps: float = option(10, "Steps between two training lines in metrics.jsonl.")
     logging_nan_inf_filter: bool = option(
-        False, "Hide losses that are not finite from the log; it waits for every step."
+        False, "Omit losses that are not finite from the log. This synchronizes the device at every step."
     )
     eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.")
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps or epoch.")
     select: str | None = option(
-        None, "The epoch whose weights are kept: the one that validates best (best, the default), or the last.",
+        None, "Keep the weights of the best epoch in validation (best, the default), or of the last epoch (last).",
         choices=["best", "last"],
     )  # fmt: skip
     load_best_model_at_end: bool | None = option(
         None, "transformers' name for --select best; false for --select last.", nargs="?", const=True
     )
     ddp_find_unused_parameters: bool | None = option(
-        False, "Look for parameters without gradient at every step of several processes: slower."
+        False, "With several processes, look for parameters without gradients at every step. This is slower."
     )
     report_to: None | str | list[str] = option(  # noqa: RUF036  (the parser reads the first two)
-        "none", "Also log to tensorboard, wandb, trackio, …: as transformers' Trainer."
+        "none", "Also log to tensorboard, wandb, trackio or another tracker that transformers supports."
     )
 
     def __post_init__(self) -> None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        args: Any = self  # the fields of TrainingArguments are in the class that this is mixed into
+        args: Any = self  # the class that inherits from this one has the fields of TrainingArguments
         refuse(self, self.refused)
         check_positive(self, "learning_rate")
-        if args.max_steps <= 0 and not self.is_skipped:  # steps go before epochs
+        if args.max_steps <= 0 and not self.is_skipped:  # max_steps overrides epochs
             check_positive(self, "num_train_epochs")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
         if not 0 <= args.seed < 2**32:
-            raise UserError(f"--seed {args.seed}: must lie between 0 and {2**32 - 1}")
+            raise UserError(f"--seed {args.seed}: must be between 0 and {2**32 - 1}")
         if not args.output_dir:
-            raise UserError("--output_dir: name a folder")
+            raise UserError("--output_dir: pass a folder")
         check_reporters(self.report_to)
         if self.select is None:
             self.select = "last" if self.load_best_model_at_end is False else "best"
         if self.load_best_model_at_end not in (None, self.select == "best"):
-            raise UserError(f"--load_best_model_at_end contradicts --select {self.select}: drop it")
+            raise UserError(f"--load_best_model_at_end contradicts --select {self.select}: remove it")
         self.load_best_model_at_end = self.select == "best"
         if self.select == "best" and (self.eval_strategy != self.save_strategy or self.eval_strategy == "no"):
             raise UserError(
-                f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy} must both be epoch, or "
-                "both steps, for the best epoch to be kept: or pass --select last"
+                f"--eval_strategy {self.eval_strategy} and --save_strategy {self.save_strategy}: to keep the best "
+                "epoch, both must be epoch or both steps; otherwise pass --select last"
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not has_accelerator():
-            args.use_cpu = True  # without it accelerate lets each of several CPU processes run for itself
+            args.use_cpu = True  # otherwise accelerate runs each of several CPU processes independently
         if args.bf16 is None and not args.fp16:
             precision = hardware_precision(args.use_cpu)
             args.bf16, args.fp16 = precision == "bfloat16", precision == "float16"
         if args.bf16 and not has_accelerator():
-            args.use_cpu = True  # transformers takes bfloat16 on a CPU only where the CPU was asked for
+            args.use_cpu = True  # transformers accepts bfloat16 on a CPU only with use_cpu
         if not has_cuda(args.use_cpu):
-            args.dataloader_pin_memory = False  # PyTorch warns at every loader otherwise
+            args.dataloader_pin_memory = False  # otherwise PyTorch warns for every loader
         super().__post_init__()  # type: ignore[misc]
         unset_hf_deepspeed_config()  # models load whole (resdpo_trl/training/processes.py)
         if args.n_gpu > 1:
-            args._n_gpu = 1  # one process, one GPU: transformers would wrap the model in torch's old DataParallel
+            args._n_gpu = 1  # one GPU per process: otherwise transformers wraps the model in torch.nn.DataParallel
 
     @property
     def is_skipped(self) -> bool:
-        """Whether the stage is left out, and what it starts from taken as it is."""
+        """Whether the stage is skipped, so that its starting model is used unchanged."""
         return False
 
 
@@ -168,28 +166,28 @@ class OneMachine:
 class FromReference:
     """The option of a stage that starts from a reference."""
 
-    reference: str | None = option(None, "A folder or Hub id of a finished reference: skips the stage that makes it.")
+    reference: str | None = option(None, "Folder or Hub id of a trained reference. It skips the stage that trains one.")
 
 
 @dataclass
 class ReferenceUpdate(FromReference):
-    """How the reference of DPO changes while the policy is trained; mixed into both halves' DPO options."""
+    """How DPO updates the reference during training. A mixin for the DPO options of text and images."""
 
     reference_update: Literal["frozen", "polyak", "copy"] = option(
         "frozen",
-        "The reference over time: frozen; polyak (after every step, reference ← (1−τ)·reference + τ·policy); copy (of "
-        "the policy, at each epoch's end).",
+        "Update of the reference: frozen (none), polyak (reference ← (1−τ)·reference + τ·policy after every step) or "
+        "copy (reference ← policy between epochs).",
     )
-    polyak_tau: float = option(0.001, "τ of polyak, in (0, 1].")
+    polyak_tau: float = option(0.001, "τ of --reference_update polyak, in (0, 1].")
 
     def __post_init__(self) -> None:
         if not 0 < self.polyak_tau <= 1:
-            raise UserError(f"--polyak_tau {self.polyak_tau}: must lie in (0, 1]")
+            raise UserError(f"--polyak_tau {self.polyak_tau}: must be in (0, 1]")
         super().__post_init__()  # type: ignore[misc]
 
 
 def check_reporters(report_to: str | list[str] | None) -> None:
-    """Raise a UserError for a name in --report_to that transformers does not know or whose package is missing."""
+    """Raise a UserError for a name in --report_to that transformers does not support or whose package is missing."""
     names = [report_to] if isinstance(report_to, str) else report_to or []
     if not set(names) - {"none", "all"}:
         return
@@ -198,13 +196,13 @@ def check_reporters(report_to: str | list[str] | None) -> None:
     packages = {"azure_ml": ["azureml"], "flyte": ["flytekit"], "tensorboard": ["tensorboard", "tensorboardX"]}
     for name in names:
         if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
-            raise UserError(f"--report_to {name}: not among {', '.join(INTEGRATION_TO_CALLBACK)}, all, none")
+            raise UserError(f"--report_to {name}: must be among {', '.join(INTEGRATION_TO_CALLBACK)}, all, none")
         known = packages.get(name, [name])
         if name in INTEGRATION_TO_CALLBACK and not any(map(importlib.util.find_spec, known)):
             brought = "'resdpo-trl[watch]'" if name in ("tensorboard", "trackio") else known[0]
             raise UserError(
-                f"--report_to {name}: the package {known[0]} is not installed: pip install {brought}; "
-                "resdpo-trl report RUN --watch needs none"
+                f"--report_to {name}: the package {known[0]} is not installed: run pip install {brought}, or use "
+                "resdpo-trl report RUN --watch, which needs no package"
             )
 
 
@@ -212,25 +210,25 @@ def check_positive(config: Any, *names: str) -> None:
     """Raise a UserError for a field that is not a finite number above 0."""
     for name in names:
         value = getattr(config, name)
-        if not 0 < value < math.inf:  # nan is neither
-            raise UserError(f"--{name} {value}: must be above 0, and finite")
+        if not 0 < value < math.inf:  # also false for nan
+            raise UserError(f"--{name} {value}: must be above 0 and finite")
 
 
 def refuse(config: Any, refused: Mapping[str, str]) -> None:
-    """Raise a UserError for a field that asks for something else than its default: name -> the fix."""
+    """Raise a UserError for a field that differs from its default. `refused` maps field names to the fix."""
     for each in fields(config):
         if each.name not in refused:
             continue
         unset = each.default_factory() if each.default_factory is not MISSING else each.default
         value = getattr(config, each.name)
-        if value != unset and (value is not False or unset is True):  # false turns off what is off already
+        if value != unset and (value is not False or unset is True):  # false is allowed if the default is off
             raise UserError(f"--{each.name} is not supported here: {refused[each.name]}")
 
 
 def preference_loss(args: Any) -> PreferenceLoss:
-    """The loss that a configuration with `DPOConfig`'s fields asks for; a UserError where it makes no sense."""
+    """The loss of a configuration with the fields of `DPOConfig`. Raise a UserError for invalid options."""
     if not 0 < args.beta < math.inf:
-        raise UserError(f"--beta {args.beta}: must be above 0 (0.1 to 0.5 are usual)")
+        raise UserError(f"--beta {args.beta}: must be above 0 (typically 0.1 to 0.5)")
     try:
         return PreferenceLoss(
             loss_types=tuple(args.loss_type),
@@ -242,7 +240,7 @@ def preference_loss(args: Any) -> PreferenceLoss:
             discopop_tau=args.discopop_tau,
         )
     except ValueError as error:
-        raise UserError(f"--{error}") from None  # its message begins with the option
+        raise UserError(f"--{error}") from None  # the message begins with the option
 
 
 def has_accelerator() -> bool:
@@ -258,7 +256,7 @@ def has_cuda(use_cpu: bool = False) -> bool:
 
 
 def hardware_precision(use_cpu: bool = False) -> Precision:
-    """The type whose matrix products the device computes fastest: bfloat16, float16 or float32."""
+    """The data type with the fastest matrix products on the device: bfloat16, float16 or float32."""
     import torch
 
     if has_cuda(use_cpu):
@@ -270,9 +268,9 @@ def hardware_precision(use_cpu: bool = False) -> Precision:
 
 
 def cuda_precision(capability: tuple[int, int]) -> Precision:
-    """`hardware_precision` of an NVIDIA GPU, by its compute capability.
+    """`hardware_precision` of an NVIDIA GPU with this compute capability.
 
-    Tensor cores multiply float16 since Volta (7.0: V100; 7.5: T4) and bfloat16 since Ampere (8.0)
+    Tensor cores support float16 since Volta (7.0: V100; 7.5: T4) and bfloat16 since Ampere (8.0)
     (https://docs.nvidia.com/cuda/cuda-c-programming-guide/, "Compute Capabilities").
     """
     return "bfloat16" if capability >= (8, 0) else "float16" if capability >= (7, 0) else "float32"

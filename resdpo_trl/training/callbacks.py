@@ -1,4 +1,4 @@
-"""What a Trainer tells a run: lines in metrics.jsonl, and a bar or a line instead of printed dictionaries."""
+"""Trainer callbacks that write metrics.jsonl, push checkpoints, and show a progress bar."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from resdpo_trl.run.folder import RunFolder, trim_heap, untrained
 from resdpo_trl.run.hub import Hub
 from resdpo_trl.training.processes import parallelism
 
-# the Trainer's own summary of a stage; it goes to summary.json's throughput
+# the Trainer's summary of a stage, written to the throughput section of summary.json instead
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss")
 
 
 class RunCallback(TrainerCallback):
-    """Write every log of a stage to the run's metrics.jsonl, and to run.json how the model was really wrapped."""
+    """Write every log of a stage to metrics.jsonl, and the actual parallelism of the model to run.json."""
 
     def __init__(self, trainer: Any, run: RunFolder, stage: str):
         self.trainer, self.run, self.stage = trainer, run, stage
@@ -25,7 +25,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         found = parallelism(self.trainer.model_wrapped)
         if found["num_processes"] > 1 and found["parallelism"] == "NO":
-            raise RuntimeError("several processes, and nothing that averages their gradients: each would train alone")
+            raise RuntimeError("several processes run, but nothing averages their gradients")
         self.run.record(**found)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -33,8 +33,8 @@ class RunCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if args.device.type == "cpu":
-            # the rows of each batch have another width: the free blocks of glibc's heap fit fewer and fewer tensors,
-            # and the heap grows by a third over a hundred steps of SmolLM2-135M
+            # batches differ in width, which fragments glibc's heap: it grows by a third in a hundred steps of
+            # SmolLM2-135M
             trim_heap()
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
@@ -48,7 +48,7 @@ class RunCallback(TrainerCallback):
 
 
 class PushCallback(TrainerCallback):
-    """Push each checkpoint to the Hub, in the background."""
+    """Push each checkpoint to the Hub in the background."""
 
     def __init__(self, hub: Hub):
         self.hub = hub
@@ -59,9 +59,9 @@ class PushCallback(TrainerCallback):
 
 
 class BarCallback(ProgressCallback):
-    """One bar per stage, with the newest figures after it; where no bar can be seen, one line per evaluation."""
+    """Show a progress bar per stage with the latest figures. If the bar is disabled, print a line per evaluation."""
 
-    # by names that leave room for all of them in 80 columns
+    # short names, so that all figures fit in 80 columns
     shown: ClassVar = {
         "loss": "loss",
         "eval_loss": "eval_loss",
@@ -80,9 +80,9 @@ class BarCallback(ProgressCallback):
                 total=state.max_steps,
                 desc=self.description,
                 dynamic_ncols=True,
-                delay=0,  # the recipes delay other bars, and clear them at their end
+                delay=0,  # the recipes delay other bars, and clear them when they finish
                 leave=True,
-                disable=args.disable_tqdm or None,  # None: where stderr is no terminal
+                disable=args.disable_tqdm or None,  # None disables it if stderr is not a terminal
             )
         self.current_step = 0
 
@@ -109,7 +109,7 @@ class BarCallback(ProgressCallback):
 
 
 def use_run_callbacks(trainer: Any, run: RunFolder, stage: str, description: str) -> None:
-    """Give a Trainer this project's bar and metrics file."""
+    """Replace a Trainer's progress callbacks by `BarCallback` and `RunCallback`."""
     for printed in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printed)
     trainer.add_callback(BarCallback(description))

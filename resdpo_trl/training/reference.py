@@ -1,11 +1,11 @@
-"""A reference that follows the policy: by Polyak averaging after every step, or as a copy between epochs.
+"""Updates of the reference from the policy, by Polyak averaging after every step or by a copy between epochs.
 
-    polyak   reference ← (1 − τ)·reference + τ·policy   after each optimizer step (TR-DPO's soft update with τ for its
-             α, https://arxiv.org/abs/2404.09656)
-    copy     reference ← policy                          when an epoch has ended and the next begins (its hard update)
+    polyak   reference ← (1 − τ)·reference + τ·policy   after each optimizer step: the soft update of TR-DPO
+             (https://arxiv.org/abs/2404.09656), whose α is τ here
+    copy     reference ← policy                          between two epochs: the hard update of TR-DPO
 
-`resdpo_trl.training.trainer` decides when it moves. An epoch's evaluation comes before the copy, so it still sees the
-reference that the epoch was trained against. Several processes move one copy each, all alike.
+`resdpo_trl.training.trainer` decides when to update. The evaluation of an epoch runs before the copy, so it uses the
+reference that the epoch was trained against. Each process updates its own copy, and the copies stay equal.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 
 from resdpo_trl.training.processes import share_buffers
 
-REFERENCE_FILE = "reference.safetensors"  # of a checkpoint
+REFERENCE_FILE = "reference.safetensors"  # in a checkpoint
 
 
 @torch.no_grad()
 def move_reference(reference: torch.nn.Module, policy: torch.nn.Module, tau: float) -> None:
-    """reference ← (1 − τ)·reference + τ·policy, in place, for every parameter and buffer of two equal modules.
+    """Update in place reference ← (1 − τ)·reference + τ·policy, for every parameter and buffer of modules of one class.
 
-    The running statistics of batch norms move too; buffers that count are copied.
+    This includes the running statistics of batch norms. Buffers that are not floating-point are copied.
     """
     share_buffers(policy)
     theirs = dict(policy.named_parameters()) | dict(policy.named_buffers())

@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C: at once outside training, after the step and its checkpoint inside.
+"""Handling of SIGTERM and Ctrl-C: they stop training after the step and its checkpoint, and other work immediately.
 
-Exit statuses are the shell's: 143 (128 + SIGTERM) and 130 (128 + SIGINT).
+The exit statuses follow the shell's convention: 143 (128 + SIGTERM) and 130 (128 + SIGINT).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work. `status` is what the process exits with; the message says how to go on."""
+    """A signal stopped the work. `status` is the exit status. The message explains how to continue."""
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message)
@@ -24,15 +24,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def stop_at_once(signum: int, frame: Any) -> None:
-    """A handler: end whatever runs; what has been written stays."""
+    """Signal handler that stops immediately. Files that have been written remain."""
     raise Interrupted(signum)
 
 
 class AfterTheStep:
-    """While it is entered, a first SIGTERM or Ctrl-C is kept in `received`; a second Ctrl-C stops at once.
+    """Context manager that stores the first SIGTERM or Ctrl-C in `received`. A second Ctrl-C stops immediately.
 
-    A terminal sends Ctrl-C to every process of the job and torchrun passes it on: what comes within a second of the
-    first is the same one. Outside the main thread there are no signals to handle.
+    A terminal sends Ctrl-C to every process of the job, and torchrun forwards it. A signal within a second of the first
+    therefore counts as the same one. Outside the main thread it does nothing, because Python handles no signals there.
     """
 
     def __init__(self) -> None:
@@ -56,5 +56,5 @@ class AfterTheStep:
             return
         self.received, self._when = signum, time.monotonic()
         if os.environ.get("RANK", "0") == "0":
-            again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
+            again = "; press Ctrl-C again to stop immediately" if signum == signal.SIGINT else ""
             print(f"\n{signal.Signals(signum).name}: finishing the step and saving{again}", file=sys.stderr)

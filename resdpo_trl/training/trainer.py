@@ -1,19 +1,19 @@
-"""How every Trainer of this project behaves: it resumes exactly, sees each row once, and may move its reference.
+"""The base Trainer of this project: it resumes exactly, uses each row once per epoch, and can update its reference.
 
-transformers saves weights, optimizer, schedule and random states. What it leaves to be done, and what is done here:
+transformers saves the weights, the optimizer, the schedule and the random states. `RunTrainer` adds the following:
 
-- a checkpoint is written aside and renamed when all of it is on the disk, so that a kill leaves no half of one;
-- what the next log line is made of (the loss and the figures since the last one) is part of it;
-- a run that was killed between its last save and the epoch's end goes through that end again;
-- a run that is resumed at its last step trains no further (transformers 5.23 trains one step too many);
-- the best checkpoint is looked for where the run is now, also when its folder was moved;
-- the main process decides which step is the best: transformers lets each process compare its own figure and look for
-  the folder, so that one may load the best weights and another keep the last;
-- SIGTERM and Ctrl-C end training after a step and its checkpoint, on every process after the same one;
-- a loss or weights that are not finite end training, before they are saved as a good checkpoint;
-- accelerate fills an epoch's last batch with rows of the epoch's beginning: they do not count;
-- under FSDP2 and DeepSpeed, gradients are summed in the precision of the computation by default, accelerate's policy of
-  FSDP2 casts the outputs of the model to it too, and leaves autocast out of training: sums and outputs are float32.
+- A checkpoint is written to a temporary folder and renamed when complete, so that no kill leaves a partial one.
+- A checkpoint contains the loss and the figures since the last log line.
+- A run that was killed between its last save and the end of the epoch repeats the end of the epoch.
+- A run that is resumed at its last step does not train (transformers 5.23 trains one step too many).
+- The best checkpoint is found in the run's current folder, even if the folder was moved.
+- The main process decides which step is the best. In transformers each process compares its own figure and looks for
+  the folder, so one process may load the best weights while another keeps the last.
+- SIGTERM and Ctrl-C stop training after a step and its checkpoint. All processes stop after the same step.
+- Training stops if the loss or the weights are not finite, before they are saved as a good checkpoint.
+- accelerate pads an epoch's last batch with rows from the epoch's beginning. They do not count here.
+- Under FSDP2 and DeepSpeed, gradients are summed and model outputs are returned in float32. By default gradients have
+  the precision of the computation. accelerate's FSDP2 policy also casts outputs to it, and omits autocast in training.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ from resdpo_trl.training.processes import own_part
 from resdpo_trl.training.reference import REFERENCE_FILE, move_reference
 from resdpo_trl.training.signals import AfterTheStep, Interrupted
 
-UNFINISHED = "unfinished"  # the folder in which the next checkpoint is written
+UNFINISHED = "unfinished"  # the temporary folder of the next checkpoint
 
 
 class RunTrainer(Trainer):
-    """transformers' Trainer as this project uses it; to be named before TRL's trainers among a class's bases.
+    """A `transformers.Trainer` with the features above. It must precede TRL's trainers in a class's bases.
 
-    A subclass computes `figures` for evaluation. It adds what a training step gives to `means`, or to `noted`, which
-    `step_figures` then reads: both are part of a checkpoint.
+    A subclass implements `figures` for evaluation. In a training step it adds values to `means`, or to `noted` and
+    overrides `step_figures` to read them. A checkpoint contains both.
     """
 
     args: Any
     control: Any
     train_dataset: Any
     ref_model: Any = None
-    metrics_file: Path | None = None  # lines that must be on the disk before a checkpoint after them is
-    evaluation_seconds = 0.0  # spent in `evaluate` while training
+    metrics_file: Path | None = None  # must be flushed to disk before a checkpoint is complete
+    evaluation_seconds = 0.0  # spent in `evaluate` during training
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.means = RunningMeans()  # of the steps since the last log
         self.noted: dict[str, list[Tensor]] = defaultdict(list)  # a tensor per step since the last log
         super().__init__(*args, **kwargs)
         self._signals = AfterTheStep()
-        self._cpu_group: Any = None  # agreeing on a signal over it, processes do not wait for their GPUs
-        self._aside: str | None = None  # where a checkpoint is being written
+        self._cpu_group: Any = None  # lets processes agree on a signal without waiting for their GPUs
+        self._aside: str | None = None  # the folder while a checkpoint is written
         self._resumed_from: str | None = None
-        self._ended_epoch_at = -1  # the step whose epoch's end was dealt with
+        self._ended_epoch_at = -1  # the last step whose epoch end was processed
         self._stopping = 0  # the signal that ends training once this step is saved
         self._due = True  # whether the checkpoint would have been saved without a signal
         self.add_callback(_Watch(self))
@@ -79,7 +79,7 @@ class RunTrainer(Trainer):
         """transformers' `train`.
 
         Raises:
-            Interrupted: after SIGTERM or Ctrl-C, and a checkpoint.
+            Interrupted: after SIGTERM or Ctrl-C.
             UserError: the loss or the weights are not finite, or a checkpoint can't be written.
         """
         if resume_from_checkpoint is True and (found := last_whole(Path(self.args.output_dir))):
@@ -90,26 +90,26 @@ class RunTrainer(Trainer):
             self._cpu_group = torch.distributed.new_group(backend="gloo")
         with AfterTheStep() as self._signals:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if signum := self._signal():  # it came after the last step
+        if signum := self._signal():  # received after the last step
             raise Interrupted(signum)
         return result
 
     @property
     def mean_training_loss(self) -> float:
-        """The mean over all steps, those before a resumption too."""
+        """The mean loss over all steps, including those before a resumption."""
         return self._total_loss_scalar / max(self.state.global_step, 1)
 
     # --- figures -----------------------------------------------------------------------------------------------------
 
     def figures(self, rows: Any, description: str) -> dict[str, float]:
-        """The figures of held-out rows under the model as it is."""
+        """Evaluate the current model on held-out rows."""
         raise NotImplementedError
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """transformers' `evaluate`, of all rows at once instead of means over batches. Several data sets have their
-        figures under their names, `eval_NAME_loss` and so on."""
+        """transformers' `evaluate`, but over all rows instead of means over batches. With several data sets, the
+        figures contain their names, such as `eval_NAME_loss`."""
         started = time.perf_counter()
         own: Any = self.eval_dataset
         rows = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
@@ -125,7 +125,7 @@ class RunTrainer(Trainer):
         return metrics
 
     def step_figures(self) -> dict[str, float]:
-        """The training figures since the last log line, over all processes."""
+        """The training figures since the last log line, averaged over all processes."""
         return self.means.take(self.accelerator.reduce)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -138,27 +138,27 @@ class RunTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """transformers' batches of one optimizer step, on this process; an epoch's last one through `keep_rows`."""
+        """transformers' batches of one optimizer step on this process. `keep_rows` marks a last batch with padding."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         processes, rows = self.args.world_size, self.args.train_batch_size
-        last = len(self.train_dataset) % (rows * processes)  # rows of the last global batch, if it is a smaller one
+        last = len(self.train_dataset) % (rows * processes)  # rows of the last global batch, if it is smaller
         filled = processes > 1 and last and not self.args.dataloader_drop_last
         if filled and batches and self.accelerator.gradient_state.end_of_dataloader:
-            # the processes take their rows in turn, and what fills up is at the end
+            # each process takes the next `rows` rows, and the padding is at the end
             own = min(max(last - rows * self.args.process_index, 0), rows)
             batches[-1] = self.keep_rows(batches[-1], own, last)
             items = self._get_num_items_in_batch(batches, device)
         return batches, items
 
     def keep_rows(self, batch: dict[str, Any], own: int, everywhere: int) -> dict[str, Any]:
-        """The batch with a note for `mean_over_processes`: its first `own` rows count, of `everywhere` in all."""
+        """The batch with row counts for `mean_over_processes`: `own` rows count here, and `everywhere` in total."""
         return {**batch, "own_rows": own, "all_rows": everywhere}
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        unset_hf_deepspeed_config()  # an accelerator sets it again, and transformers would shard a model as it loads it
+        unset_hf_deepspeed_config()  # an accelerator sets it again, and transformers would then load models sharded
         state = self.accelerator.state
-        if self.is_fsdp_enabled and state.mixed_precision != "no":  # before a reference is wrapped
+        if self.is_fsdp_enabled and state.mixed_precision != "no":  # must precede wrapping the reference
             computed = {"bf16": torch.bfloat16, "fp16": torch.float16}[state.mixed_precision]
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(computed, torch.float32, torch.float32)
         if self.is_deepspeed_enabled and state.mixed_precision == "bf16":
@@ -167,18 +167,18 @@ class RunTrainer(Trainer):
             config["data_types"] = {"grad_accum_dtype": "fp32"}
 
     def _prepare_input(self, data: Any) -> Any:
-        # transformers casts floats to the precision of DeepSpeed's computation: the reference's log-probabilities too
+        # transformers would cast floats, including the reference's log-probabilities, to DeepSpeed's precision
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[Any]:
-        """Autocast around a training step's loss under FSDP2, as around evaluation and the reference: accelerate puts
-        the forward of other models in it."""
+        """Autocast around a training step's loss under FSDP2, as around evaluation and the reference. For other models
+        accelerate wraps the forward pass in autocast."""
         return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a whole model. Under FSDP the checkpoints of training may be sharded; what is published is not."""
+        """Save a whole model. Under FSDP, training checkpoints may be sharded, but a published model is not."""
         if self.is_fsdp_enabled and not _internal_call:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
@@ -190,7 +190,7 @@ class RunTrainer(Trainer):
         return getattr(self.args, "reference_update", "frozen") != "frozen"
 
     def reference_tau(self, at: Literal["step", "epoch"]) -> float:
-        """How far the reference moves towards the policy after a step, or between two epochs: τ in [0, 1].
+        """τ in [0, 1] of the reference update after a step, or between two epochs.
 
         A new update overrides this (docs/extending.md). A text run that is not `frozen` keeps its reference in memory.
         """
@@ -211,7 +211,7 @@ class RunTrainer(Trainer):
     # --- what a checkpoint holds -------------------------------------------------------------------------------------
 
     def log_state(self) -> dict[str, Any]:
-        """What this process has gathered since the last log line, as JSON."""
+        """The loss and figures of this process since the last log line, in JSON types."""
         state: dict[str, Any] = {
             "loss": self._tr_loss.item(),
             "total": self._total_loss_scalar,
@@ -244,23 +244,23 @@ class RunTrainer(Trainer):
         folder, step = Path(self._get_output_dir(trial)), self.state.global_step
         target, aside = folder / f"checkpoint-{step}", folder / UNFINISHED
         best = self.state.best_model_checkpoint
-        trim_heap()  # what is written takes room that the last step's activations no longer need
+        trim_heap()  # saving needs memory that the activations of the last step have freed
         with writing(target, [folder], aside):
             if self.args.should_save and aside.exists():
                 shutil.rmtree(aside)
             self.accelerator.wait_for_everyone()
             self._aside = str(aside)
             try:
-                # past TRL's, which also drafts a model card: the run writes its own
+                # not TRL's method, which also creates a model card: the run writes its own
                 Trainer._save_checkpoint(self, model, trial)
             finally:
                 self._aside = None
             unfinished = aside / target.name
-            unfinished.mkdir(parents=True, exist_ok=True)  # another process than the main one may come first
+            unfinished.mkdir(parents=True, exist_ok=True)  # a process other than the main one may be first
             if self.moves_reference and self.args.should_save:
                 save_model(self.accelerator.unwrap_model(self.ref_model), str(unfinished / REFERENCE_FILE))
             (unfinished / f"log_state_{self.args.process_index}.json").write_text(json.dumps(self.log_state()))
-            # what was saved for a signal alone is not kept as the best
+            # a checkpoint that was saved only because of a signal is not the best
             is_best = self.state.best_global_step == step and self._due
             self.state.best_model_checkpoint = str(target) if is_best else best
             self.accelerator.wait_for_everyone()
@@ -290,25 +290,25 @@ class RunTrainer(Trainer):
             torch.distributed.broadcast_object_list(values, 0, group=self._cpu_group)
         return values
 
-    # --- going on ----------------------------------------------------------------------------------------------------
+    # --- resuming ----------------------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
-        """After the checkpoint is loaded and before the first step."""
+        """Finish resuming. It runs after the checkpoint is loaded and before the first step."""
         if self._resumed_from is None:
             return
-        self.args.eval_on_start = False  # it was done when the stage started
+        self.args.eval_on_start = False  # it ran when the stage started
         checkpoint = Path(self._resumed_from)
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if state["best_model_checkpoint"]:
             best = Path(self.args.output_dir) / Path(state["best_model_checkpoint"]).name
             (self.state.best_model_checkpoint,) = self._of_the_main_process([str(best) if best.is_dir() else None])
         log_state = checkpoint / f"log_state_{self.args.process_index}.json"
-        if log_state.is_file():  # not where another tool wrote the checkpoint, or fewer processes
+        if log_state.is_file():  # missing if another tool, or fewer processes, wrote the checkpoint
             self.load_log_state(json.loads(log_state.read_text(encoding="utf-8")))
         if read_manifest(checkpoint).get("epoch_ends"):
             self._load_rng_state(self._resumed_from)
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self._save_anyway()  # in the place of the checkpoint before the epoch's end
+            self._save_anyway()  # replaces the checkpoint from before the epoch's end
             epoch = float(self.state.epoch or 0)
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, 0.0)
             self._due = True
@@ -322,7 +322,7 @@ class RunTrainer(Trainer):
     # --- stopping ----------------------------------------------------------------------------------------------------
 
     def _epoch_ends(self) -> bool:
-        """Whether this step is an epoch's last one, and what follows such a step is still to be done."""
+        """Whether this step is the last one of an epoch, and the end of the epoch has not been processed yet."""
         last = self.state.global_step >= self.state.max_steps or float(self.state.epoch or 0).is_integer()
         return last and self._ended_epoch_at != self.state.global_step
 
@@ -330,7 +330,7 @@ class RunTrainer(Trainer):
         self._due, self.control.should_save = self.control.should_save, True
 
     def _signal(self) -> int:
-        """The signal that any process has received, or 0; every process calls it at the same step."""
+        """The signal that any process has received, or 0. Every process must call it at the same step."""
         if self.args.world_size == 1:
             return self._signals.received
         received = torch.tensor(self._signals.received)
@@ -341,12 +341,12 @@ class RunTrainer(Trainer):
         saved = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         raise Interrupted(
             signum,
-            f"stopped after step {self.state.global_step} of {self.state.max_steps}; {saved} is whole: the same "
-            "command with --resume_from_checkpoint goes on from it",
+            f"stopped after step {self.state.global_step} of {self.state.max_steps}; {saved} is complete: to continue "
+            "from it, add --resume_from_checkpoint to the same command",
         )
 
     def _check_weights(self) -> None:
-        """Raise a UserError where the loss since the last log, or a trained weight, is not finite."""
+        """Raise a UserError if the loss since the last log, or a trained weight, is not finite."""
         model: Any = self.model
         weights = [own_part(parameter).detach() for parameter in model.parameters() if parameter.requires_grad]
         finite = [each.isfinite().all() for each in [self._tr_loss, *weights] if each.numel()]
@@ -357,14 +357,14 @@ class RunTrainer(Trainer):
     def _not_finite(self, what: str) -> None:
         folder = Path(self.args.output_dir)
         raise UserError(
-            f"{folder.name}: {what} is not finite by step {self.state.global_step}: lower the "
-            f"learning rate ({self.args.learning_rate:g}), warm up (--warmup_steps) or clip (--max_grad_norm), and "
-            f"start again with --overwrite_output_dir or another --output_dir; {last_good([folder])}"
+            f"{folder.name}: {what} is not finite by step {self.state.global_step}: lower the learning rate "
+            f"({self.args.learning_rate:g}), use warmup (--warmup_steps) or gradient clipping (--max_grad_norm), and "
+            f"restart with --overwrite_output_dir or another --output_dir; {last_good([folder])}"
         )
 
 
 class _Watch(TrainerCallback):
-    """Where transformers' loop lets `RunTrainer` look in."""
+    """The hooks of `RunTrainer` in transformers' training loop."""
 
     def __init__(self, trainer: RunTrainer):
         self.trainer = trainer
@@ -373,7 +373,7 @@ class _Watch(TrainerCallback):
         self.trainer._go_on()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        # on several processes accelerate's set_epoch does not reach the sampler of a loader that skips batches
+        # with several processes, accelerate's set_epoch does not reach the sampler of a loader that skips batches
         sampler: Any = getattr(train_dataloader, "batch_sampler", None)
         while hasattr(sampler, "batch_sampler"):
             sampler = sampler.batch_sampler
@@ -381,7 +381,7 @@ class _Watch(TrainerCallback):
         epoch = state.epoch or 0.0
         if hasattr(rows, "set_epoch"):
             rows.set_epoch(int(epoch + 1e-6))
-        # a run resumed within an epoch begins at a fraction: its reference was copied before
+        # a run that resumes within an epoch starts at a fractional epoch, and its reference is already copied
         if epoch > 0.5 and abs(epoch - round(epoch)) < 1e-6:
             self.trainer._move_reference("epoch")
 

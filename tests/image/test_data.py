@@ -80,7 +80,7 @@ def test_splits_of_unknown_names_are_not_trained_on(tmp_path):
     images = load(folder, validation_fraction=0.1)
     assert [len(images[split]) for split in ("train", "validation", "test")] == [25, 5, 12]
     assert images.counts["splits_left_out"] == ["contrast", "gaussian_noise"]
-    assert "splits left out: contrast, gaussian_noise (" in describe_images(images.counts)
+    assert "unused splits: contrast, gaussian_noise (" in describe_images(images.counts)
     both = torch.cat([images["train"].pixels, images["validation"].pixels]).flatten(1)
     assert {bytes(row.numpy()) for row in both} == {bytes(row.numpy()) for row in draw(30).pixels.flatten(1)}
     named = load(folder, validation_fraction=0.1, dataset_train_split=["train", "gaussian_noise"])
@@ -100,7 +100,7 @@ def test_an_image_of_a_held_out_split_is_not_trained_on(tmp_path):
     images = load(saved(tmp_path / "own", train=train, validation=validation, test=test))
     assert images.counts["copies_removed"] == {"train": 5, "validation": 1}
     assert [len(images[split]) for split in ("train", "validation", "test")] == [25, 9, 10]
-    assert "held-out split has them too: 5 from train, 1 from validation" in describe_images(images.counts)
+    assert "also in a held-out split: 5 from train, 1 from validation" in describe_images(images.counts)
     # and where the splits are made here, of training images that are there twice
     twice = Images(torch.cat([train.pixels, draw(30).pixels]), torch.cat([train.labels, draw(30).labels]))
     images = load(saved(tmp_path / "one", train=twice), validation_fraction=0.2, test_fraction=0.2)
@@ -127,7 +127,7 @@ def test_the_copies_of_an_image_go_into_one_split(tmp_path):
 
 def test_a_validation_split_that_is_the_test_split_is_refused(tmp_path):
     folder = saved(tmp_path / "d", train=draw(30), validation=draw(10, seed=1), test=draw(10, seed=1))
-    with pytest.raises(UserError, match="nothing usable in its split validation; all its 10 rows are in a held-out"):
+    with pytest.raises(UserError, match="validation has no usable rows; all its 10 rows are also in a held-out"):
         load(folder)
 
 
@@ -454,5 +454,5 @@ def test_torchvisions_folder_is_checked_before_it_is_read(tmp_path):
 
 
 def test_a_hub_id_without_a_network():
-    with pytest.raises(UserError, match=r"cifar10: not a local path, and the Hub does not give it.*'digits'"):
+    with pytest.raises(UserError, match=r"cifar10: not a local path, and not available from the Hub.*'digits'"):
         load("uoft-cs/cifar10")

@@ -170,7 +170,7 @@ def test_resume_continues_where_the_run_stopped(recipe, tmp_path, image_folder):
     ("arguments", "message"),
     [
         (["--arch", "resnet19"], "--arch resnet19: unknown; did you mean resnet18"),
-        (["--polyak_tau", "0"], "--polyak_tau 0.0: must lie in (0, 1]"),
+        (["--polyak_tau", "0"], "--polyak_tau 0.0: must be in (0, 1]"),
         (["--do_copy"], "unknown flag --do_copy; here it is --reference_update copy"),
         (["--reference.num_train_epochs", "0"], "--reference.num_train_epochs 0.0: must be above 0"),
         (["--beta", "0"], "--beta 0.0: must be above 0"),

@@ -99,7 +99,7 @@ def test_the_summary_has_counts_and_intervals(finished, model_folder):
     assert 0 < summary["dpo"]["train"]["loss"] < 1
     assert summary["sft"]["validation"]["loss_after"] < summary["sft"]["validation"]["loss_before"]
     assert summary["throughput"]["dpo_pairs_per_second"] > 0
-    for line in ("pairs ranked right", "margin of rewards", "pairs per second", str(folder), "no pair lost"):
+    for line in ("pairs ranked right", "margin of rewards", "pairs per second", str(folder), "no pairs lost"):
         assert line in done.stdout, line
     assert done.stdout.startswith(f"SFT and DPO of {model_folder} on ")
     assert "--config hh/gpt2.yaml" in done.stdout.splitlines()[0]
@@ -458,7 +458,7 @@ def test_a_reference_of_another_family(recipe, tmp_path, pairs_file, model_folde
     save_model(tmp_path / "other", train_tokenizer(["other words"], 300), vocab_size=300)
     arguments = ["--dataset_name", pairs_file, "--output_dir", tmp_path / "r", "--model_name_or_path", model_folder]
     result = recipe("dpo_hh.py", *arguments, "--reference", tmp_path / "other")
-    refused(result, "--model_name_or_path has another tokenizer than --reference")
+    refused(result, "--model_name_or_path has a different tokenizer than --reference")
 
 
 def test_control_characters_of_a_file_name_do_not_reach_the_terminal(recipe, tmp_path, model_folder):

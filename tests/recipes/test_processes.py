@@ -120,7 +120,7 @@ ZERO3 = {"zero_stage": 3, "zero3_init_flag": False, "zero3_save_16bit_model": Tr
         ({}, {}, None, None),
         ({}, {}, ZERO3, None),
         ({}, {"reference_update": "polyak"}, None, "--reference_update polyak"),
-        ({}, {"save_only_model": True}, None, "--save_only_model is not supported with FSDP and DeepSpeed"),
+        ({}, {"save_only_model": True}, None, "--save_only_model is not supported with FSDP or DeepSpeed"),
         ({}, {"auto_find_batch_size": True}, None, "--auto_find_batch_size is not supported"),
         ({"FSDP_VERSION": "1"}, {}, None, "fsdp_version: 1 is not supported"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, None, "fsdp_cpu_ram_efficient_loading: true"),

@@ -45,7 +45,7 @@ def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub,
         "--hub_private_repo", "--hub_strategy", "checkpoint", "--hub_always_push",
     )  # fmt: skip
     assert status == 0, err
-    assert f"pushed to {hub.url}/me/colours" in said and "seconds in all" in said
+    assert f"pushed to {hub.url}/me/colours" in said and "total seconds" in said
     assert "not pushed: the token has no write permission" in err and "training continues" in err
     repository = hub.repositories["me/colours"]
     last = max((tmp_path / "run" / "checkpoints" / "dpo").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
@@ -75,7 +75,7 @@ def test_a_run_that_pushes_its_saves_and_what_can_be_done_with_them(recipe, hub,
             target.write_bytes(content)
     status, said, err = recipe(*arguments, "--output_dir", tmp_path / "elsewhere", "--resume_from_checkpoint")
     assert status == 0, err
-    assert "seconds since the last resume" in said and "seconds in all" not in said
+    assert "seconds since the last resume" in said and "total seconds" not in said
     assert "since the last resume" in (tmp_path / "elsewhere" / "report.html").read_text()
     weights = [(tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in ("run", "elsewhere")]
     assert weights[0] == weights[1]

@@ -46,7 +46,7 @@ def test_from_sft_to_a_reward_model_and_its_evaluation(recipe, tmp_path, pairs_f
     low, high = test["interval_95"]["rewards/accuracies"]
     assert low <= test["rewards/accuracies"] <= high
     assert summary["reward"]["best_epoch"] in (1.0, 2.0)
-    assert "pairs ranked right" in said and "of least validation loss" in said
+    assert "pairs ranked right" in said and "with lowest validation loss" in said
     assert {(row["stage"], row["split"]) for row in rows_of(folder / "metrics.jsonl")} == {
         ("sft", "train"), ("sft", "validation"), ("reward", "train"), ("reward", "validation"), ("reward", "test"),
     }  # fmt: skip

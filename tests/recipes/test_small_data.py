@@ -34,10 +34,10 @@ def test_small_images_get_steps_and_lines(recipe, tmp_path):
     status, said, err = recipe("dpo_cifar.py", *small, "--output_dir", tmp_path / "a")  # over the quickstart's 64
     assert status == 0, err
     for line in (
-        "small data: --per_device_train_batch_size 4, for at least 4 steps an epoch",
+        "small data: --per_device_train_batch_size 4, for at least 4 steps per epoch",
         "small data: 10 rows are held out for validation, more than 10%",
         "left out: 8 rows, by --max_train_samples 30",
-        "docs/your_data.md says how to cross-validate",
+        "docs/your_data.md explains cross-validation",
     ):
         assert line in said, line
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())

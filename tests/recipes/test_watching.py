@@ -53,7 +53,7 @@ def test_a_tracker_that_is_not_installed(recipe, tmp_path, name, what, recipe_na
         pytest.skip(f"{name} is installed here")
     status, said, err = recipe(recipe_name, "--report_to", name, "--output_dir", tmp_path / "run")
     assert (status, said) == (2, "")
-    assert f"--report_to {name}: the package {name} is not installed: pip install {what};" in err
+    assert f"--report_to {name}: the package {name} is not installed: run pip install {what}," in err
     assert not (tmp_path / "run").exists()
 
 
@@ -89,7 +89,7 @@ def test_a_tracker_of_the_extra_gets_the_figures(recipe, tmp_path, name, read):
 
 def test_a_tracker_that_nobody_knows(recipe, tmp_path):
     status, _, err = recipe("dpo_hh.py", "--report_to", "tensorbord", "--output_dir", tmp_path / "run")
-    assert status == 2 and "--report_to tensorbord: not among azure_ml" in err
+    assert status == 2 and "--report_to tensorbord: must be among azure_ml" in err
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_nothing(recipe, tmp_path, model_folder):

@@ -98,7 +98,7 @@ def test_roles_that_the_template_refuses_are_repaired(tokenizer, monkeypatch):
         found = write_prompt(messages, tokenizer)
         assert (found[0], len(found[1])) == (text, starts)
     assert write_prompt("\n\nHuman: a\n\nHuman: b\n\nAssistant:", tokenizer)[0] == "<user>a\n\nb<assistant>"
-    with pytest.raises(UserError, match=r"refuses the conversation.*Water.*roles must alternate"):
+    with pytest.raises(UserError, match=r"rejects the conversation.*Water.*roles must alternate"):
         write_prompt([MESSAGES[1], {"role": "tool", "content": "x"}], tokenizer)
 
 
@@ -133,7 +133,7 @@ def test_the_oldest_turns_go_first_under_a_chat_template(tokenizer, monkeypatch)
 
 def test_a_conversation_that_the_template_refuses_is_named(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role here') }}")
-    with pytest.raises(UserError, match=r"refuses the conversation.*What is rain.*no system role here"):
+    with pytest.raises(UserError, match=r"rejects the conversation.*What is rain.*no system role here"):
         write_prompt(MESSAGES, tokenizer)
 
 

@@ -174,14 +174,14 @@ def test_an_answer_that_was_cut_is_remarked_on(folders, capsys):
     chat = chat_with(folders, "first", max_new_tokens=2)
     capsys.readouterr()  # transformers' progress bar of loading
     chat.ask("What is rain?")
-    assert capsys.readouterr().err == "(first was cut at --max_new_tokens 2)\n"
+    assert capsys.readouterr().err == "(first's answer was truncated at --max_new_tokens 2)\n"
 
 
 def test_the_oldest_turns_go_where_there_is_no_room(folders, capsys):
     chat = chat_with(folders, "first", system="Be brief.", max_new_tokens=8)
     (speaker,) = chat.speakers
     speaker.room = 120
-    while "no room" not in (said := capsys.readouterr().err):
+    while "does not see" not in (said := capsys.readouterr().err):
         before = list(speaker.history)
         chat.ask("What is rain?")
     turns = [turn for exchange in before for turn in exchange]
@@ -192,7 +192,7 @@ def test_the_oldest_turns_go_where_there_is_no_room(folders, capsys):
         for start in range(system, len(whole))
         if whole[start] == whole[0] and system + len(whole) - start <= 120
     )
-    assert f"(first has no room for the oldest {len(whole) - len(kept)} tokens of the conversation; /reset" in said
+    assert f"(first does not see the oldest {len(whole) - len(kept)} tokens of the conversation; /reset" in said
     assert speaker.history[-1] == ("What is rain?", generated(speaker.path, kept, 8))
     assert speaker.history[:-1] == before
 
@@ -341,7 +341,7 @@ def test_a_template_that_refuses_is_named_before_a_model_is_loaded(folders, chat
     chat_tokenizer.chat_template = "{% if messages[2:] %}{{ raise_exception('one question') }}{% endif %}" + CHATML
     save_model(tmp_path / "strict", chat_tokenizer)
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"--models strict .*refuses the conversation.*one question"):
+    with pytest.raises(UserError, match=r"--models strict .*rejects the conversation.*one question"):
         chat_with(tmp_path, "strict")
     with pytest.raises(UserError, match="--system: plain has no chat template"):
         chat_with(folders, "first", "plain", system="Be brief.")
@@ -357,13 +357,13 @@ def test_half_a_surrogate_pair_is_no_message(folders):
     [
         ({"models": ["a"]}, "--models a: needs NAME=PATH"),
         ({"models": ["a=x", "a=y"]}, "the name a is given twice"),
-        ({"prompt": " \n"}, "--prompt: is empty"),
-        ({"system": ""}, "--system: is empty"),
+        ({"prompt": " \n"}, "--prompt is empty"),
+        ({"system": ""}, "--system is empty"),
         ({"max_new_tokens": 0}, "--max_new_tokens 0: must be at least 1"),
         ({"do_sample": True, "temperature": 0.0}, "--temperature 0.0: must be above 0"),
         ({"do_sample": True, "top_p": 1.5}, r"--top_p 1.5: must be in \(0, 1\]"),
-        ({"temperature": 0.7}, "pass --do_sample with them"),
-        ({"seed": -1}, "--seed -1: must lie between"),
+        ({"temperature": 0.7}, "only affect sampling: add --do_sample"),
+        ({"seed": -1}, "--seed -1: must be between"),
     ],
 )
 def test_senseless_options_name_the_flag(changes, message):

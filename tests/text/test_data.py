@@ -107,7 +107,7 @@ def test_every_file_format_gives_the_same_pairs(tmp_path):
     for name in ("p.jsonl.gz", "p.parquet", "saved"):
         assert load(tmp_path / name)["train"]["chosen"][:] == expected
     assert load(tmp_path / "folder", dataset_data_dir="part")["train"]["chosen"][:] == expected
-    with pytest.raises(UserError, match=r"--dataset_data_dir part: .*saved is what save_to_disk wrote.*drop it"):
+    with pytest.raises(UserError, match=r"--dataset_data_dir part: .*saved was written by save_to_disk; remove"):
         load(tmp_path / "saved", dataset_data_dir="part")
 
 
@@ -147,9 +147,9 @@ def test_splits_are_known_by_the_first_word_of_their_names(tmp_path):
     [
         (
             ("train_prefs", "train_sft"),
-            r"its splits train_prefs and train_sft are both for train: name one with --data",
+            r"the splits train_prefs and train_sft match train: choose one with --data",
         ),
-        (("train", "val", "dev"), r"val and dev are both for validation: name one with --dataset_validation_split"),
+        (("train", "val", "dev"), r"val and dev match validation: choose one with --dataset_validation_split"),
         (("test", "validation"), r"no training split \(found: test, validation\): .*--dataset_train_split"),
         (("default",), r"no training split \(found: default\)"),
     ],
@@ -166,7 +166,7 @@ def test_splits_of_unknown_names_are_not_trained_on(tmp_path):
     pairs = load(folder, validation_fraction=0.1)
     assert len(pairs["train"]) + len(pairs["validation"]) == 50 and len(pairs["test"]) == 15
     assert pairs.counts["splits_left_out"] == ["train_more", "rephrased"]
-    assert "splits left out: train_more, rephrased (" in describe_left_out(pairs.counts)
+    assert "unused splits: train_more, rephrased (" in describe_left_out(pairs.counts)
     flags = {"dataset_train_split": ["train", "train_more"], "dataset_validation_split": "rephrased"}
     named = load(folder, **flags)
     assert [len(named[split]) for split in ("train", "validation", "test")] == [60, 15, 15]
@@ -206,7 +206,7 @@ def test_a_pair_of_a_held_out_split_is_not_trained_on(tmp_path, chat_tokenizer, 
     pairs = load_preferences(TextDataConfig(dataset_name=str(folder)), chat_tokenizer if chat else None)
     assert pairs.counts["copies_removed"] == {"train": 4, "validation": 1}
     assert [len(pairs[split]) for split in ("train", "validation", "test")] == [31, 10, 10]
-    assert "a held-out split has them too: 4 from train, 1 from validation" in describe_left_out(pairs.counts)
+    assert "also in a held-out split: 4 from train, 1 from validation" in describe_left_out(pairs.counts)
     assert not set(pairs["train"]["pair"]) & {*pairs["validation"]["pair"], *pairs["test"]["pair"]}
     # a limit on the test does not bring them back
     few = load_preferences(TextDataConfig(dataset_name=str(folder), max_test_samples=1))
@@ -251,9 +251,9 @@ def test_a_pair_is_the_same_in_every_layout(tmp_path, chat_tokenizer, train, tes
 
 def test_a_split_without_a_usable_pair_is_named(tmp_path):
     same = [{"chosen": f"{H}q{A} same", "rejected": f"{H}q{A} same"}] * 3
-    with pytest.raises(UserError, match="nothing usable in its split test; fix that split"):
+    with pytest.raises(UserError, match="the split test has no usable rows; fix that split"):
         load(saved(tmp_path / "d", train=write_pairs(40), test=same))
-    with pytest.raises(UserError, match="nothing usable in its split train"):
+    with pytest.raises(UserError, match="the split train has no usable rows"):
         load(saved(tmp_path / "e", train=same, validation=write_pairs(40), test=write_pairs(40)))
     with pytest.raises(UserError, match=r"--validation_fraction 0.0001 .* split validation"):
         load("chitchat", validation_fraction=0.0001)
@@ -281,7 +281,7 @@ def test_a_column_group_of_the_users_own_is_not_looked_at(tmp_path):
 def test_what_a_single_file_has_not_is_refused(tmp_path, options):
     ((flag, value),) = options.items()
     for name in ("chitchat", write_jsonl(tmp_path / "p.jsonl", write_pairs(30))):
-        with pytest.raises(UserError, match=f"--{flag} {value}: .*{name}.*drop it"):
+        with pytest.raises(UserError, match=f"--{flag} {value}: .*{name}.*remove it"):
             load(name, **options)
 
 
@@ -392,7 +392,7 @@ def test_a_template_that_leaves_other_pairs_is_refused(tmp_path, tokenizer):
     )
     first, second = (load_preferences(config, with_template(tokenizer, text)) for text in (TEMPLATE, hides))
     assert second.counts["dropped"]["identical"] + second.counts["dropped"]["empty"] == 4
-    with pytest.raises(UserError, match="--reward_model r: its chat template leaves other pairs"):
+    with pytest.raises(UserError, match="--reward_model r: its chat template keeps other pairs"):
         for split in ("train", "validation", "test"):
             first.check_same_pairs(second, split, "r")
 
@@ -669,14 +669,14 @@ def test_a_template_that_refuses_everything_is_named_with_split_and_row(tmp_path
     )
     never = with_template(tokenizer, "{{ raise_exception('no\n\x1b[31mway') }}")
     with pytest.raises(
-        UserError, match=r"p\.jsonl, split train, row 2: the chat template refuses .*Question 0.*no"
+        UserError, match=r"p\.jsonl, split train, row 2: the chat template rejects .*Question 0.*no"
     ) as e:
         load_preferences(TextDataConfig(dataset_name=name), never)
     assert "\n" not in str(e.value) and "--dialogue_format plain" in str(e.value)
     # a file of one user who never speaks: nothing is left after the repair
     rows = [{"chosen": f"{A} a {n}{A} yes", "rejected": f"{A} a {n}{A} no"} for n in range(9)]
     name = write_jsonl(tmp_path / "q.jsonl", rows)
-    with pytest.raises(UserError, match=r"q\.jsonl, split train, row 1: the chat template refuses"):
+    with pytest.raises(UserError, match=r"q\.jsonl, split train, row 1: the chat template rejects"):
         load_preferences(TextDataConfig(dataset_name=name), with_template(tokenizer, STRICT))
 
 
@@ -765,9 +765,9 @@ WINDOWS = {side: f"{H}q{A} {side}".replace("\n", "\r\n") for side in ("chosen", 
         ("p.jsonl", jsonl({"chosen": "good", "rejected": "bad"}), "no common prompt: name its column with --columns"),
         ("p.jsonl", jsonl(WINDOWS), r"lines of the dialogues end in \\r\\n; convert"),
         ("p.jsonl", jsonl(PAIR | {"rejected": "good "}), "both responses are the same; two different"),
-        ("p.jsonl", jsonl(PAIR | {"chosen": " "}), "a prompt or a response has no text; fill"),
-        ("p.jsonl", jsonl(PAIR | {"prompt": None}, PAIR | {"prompt": ""}), "a prompt or a response has no text; fill"),
-        ("p.jsonl", jsonl(TURNS_OF_PAIR | {"chosen": [{"role": "assistant", "content": ""}]}), "has no text; fill"),
+        ("p.jsonl", jsonl(PAIR | {"chosen": " "}), "a prompt or a response has no text; add"),
+        ("p.jsonl", jsonl(PAIR | {"prompt": None}, PAIR | {"prompt": ""}), "a prompt or a response has no text; add"),
+        ("p.jsonl", jsonl(TURNS_OF_PAIR | {"chosen": [{"role": "assistant", "content": ""}]}), "has no text; add"),
         ("p.jsonl", jsonl({"prompt": "q", "chosen": "a", "worse": "b"}), r"no column rejected \(found: chosen, pr"),
         ("p.jsonl", jsonl(PAIR | {"chosen": 1}), "must be text or lists of messages .*int64"),
         ("p.jsonl", jsonl(PAIR | {"prompt": {"text": "q"}}), "must be text or lists of messages .*text"),
@@ -901,7 +901,7 @@ def test_parts_of_type_text_are_joined_and_others_refused(tmp_path, chat_tokeniz
     ]
     assert found[0]["train"].to_list() == found[1]["train"].to_list()
     path = write_jsonl(tmp_path / "image.jsonl", [in_parts(row) for row in rows] + [in_parts(talk(13), "image")])
-    with pytest.raises(UserError, match=r"row 13: a message has a content of another type than text .*image.*drop"):
+    with pytest.raises(UserError, match=r"row 13: a message has content that is not text .*image.*remove"):
         load_preferences(TextDataConfig(dataset_name=path), chat_tokenizer)
 
 

@@ -181,7 +181,7 @@ def test_what_is_said_to_be_read_by_transformers_and_trl_is():
     [
         (TextDPOConfig, {"do_eval": True, "eval_strategy": "no", "select": "last"}, "--do_eval .*--eval_strategy"),
         (TextSFTConfig, {"liger_kernel_config": {"rope": True}}, "--liger_kernel_config .*add --use_liger_kernel"),
-        (TextDPOConfig, {"activation_offloading": True}, "--activation_offloading .*there is none: drop it"),
+        (TextDPOConfig, {"activation_offloading": True}, "--activation_offloading .*there is no GPU: remove it"),
     ],
 )
 def test_options_that_need_others_are_refused_without_them(tmp_path, config, options, message):

@@ -112,7 +112,7 @@ def test_float16_with_loss_scaling_gives_float32s_gradients():
     [
         (1e-5, {}, r"weights are bfloat16, and at learning rate 1e-05 a step rounds to no change for \d\d% of them"),
         (1e-3, {}, None),
-        (1e-3, {"bf16": False, "fp16": True}, "weights are bfloat16, and --fp16 scales the loss for float32"),
+        (1e-3, {"bf16": False, "fp16": True}, "weights are bfloat16, but --fp16 supports only float32"),
     ],
 )
 def test_16_bit_weights_are_refused_where_a_step_rounds_to_nothing(tmp_path, tokenizer, rate, options, message):

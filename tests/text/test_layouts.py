@@ -119,7 +119,7 @@ def test_several_files_are_one_data_set(tmp_path):
     with pytest.raises(UserError, match=r"--dataset_name .*missing\.csv: no such file"):
         load(*names, tmp_path / "missing.csv")
     (tmp_path / "numbers.jsonl").write_text('{"prompt": 1, "chosen": 2, "rejected": 3}\n')
-    with pytest.raises(UserError, match=r"the files do not fit together"):
+    with pytest.raises(UserError, match=r"the columns of the files have different types"):
         load(FILES / "plain.jsonl", tmp_path / "numbers.jsonl")
 
 
@@ -143,10 +143,10 @@ def test_a_table_is_text(tmp_path):
         (
             "p.jsonl",
             '{"chosen": "a", "rejected": "b", "system": "c"}\n',
-            r"a column system and no prompt; name .*prompt=",
+            r"a column system but no prompt; name .*prompt=",
         ),
         ("p.jsonl", '{"prompt": 5, "chosen": "a", "rejected": "b"}\n', r"must be text or lists of messages \(prompt: "),
-        ("p.jsonl", '{"chosen": "a", "rejected": "b"}\n', r"begin with no common prompt: .*--columns prompt=COLUMN"),
+        ("p.jsonl", '{"chosen": "a", "rejected": "b"}\n', r"have no common prompt: .*--columns prompt=COLUMN"),
     ],
 )
 def test_a_file_that_is_none_is_named(tmp_path, name, content, message):
@@ -174,7 +174,7 @@ def test_splits_that_flags_name(tmp_path):
     assert {prompt.split()[0] for split in ("train", "validation") for prompt in pairs[split]["prompt"]} == {
         "train_prefs"
     }
-    with pytest.raises(UserError, match=r"test_prefs and test_sft are both for test: .*--dataset_test_split"):
+    with pytest.raises(UserError, match=r"test_prefs and test_sft match test: .*--dataset_test_split"):
         load(tmp_path / "d", dataset_train_split="train_prefs")
     with pytest.raises(UserError, match=r"--dataset_test_split x: no such split \(found: train_prefs, train_sft"):
         load(tmp_path / "d", dataset_train_split="train_prefs", dataset_test_split="x")

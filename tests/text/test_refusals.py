@@ -30,7 +30,7 @@ def test_an_attention_that_is_not_installed(model_folder):
     [
         (TextDPOConfig, False, "add --use_peft to train adapters"),
         (TextSFTConfig, False, "add --use_peft to train adapters"),
-        (TextRewardConfig, True, "name a checkpoint that is not quantized"),
+        (TextRewardConfig, True, "pass a checkpoint that is not quantized"),
         (TextDPOConfig, True, None),
     ],
 )
@@ -84,7 +84,7 @@ def test_other_errors_are_not_taken_for_pefts():
 )
 def test_a_figure_that_no_evaluation_has_is_refused(tmp_path, training, figure):
     options = training(output_dir=str(tmp_path), metric_for_best_model=figure)
-    with pytest.raises(UserError, match=f"--metric_for_best_model {figure}: no such figure; evaluation has loss"):
+    with pytest.raises(UserError, match=f"--metric_for_best_model {figure}: must be among loss"):
         TextRun(TextDataConfig(), TextModelConfig(), SamplesConfig(), RunConfig(), options)
 
 

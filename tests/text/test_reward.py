@@ -228,7 +228,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     for name, said in (
         ("language", "not a reward model .GPT2LMHeadModel.; resdpo-trl reward trains"),
-        ("three", "has 3 labels, and a reward model has one"),
+        ("three", "has 3 labels, but a reward model has one"),
         ("empty", "not a model folder"),
         ("nowhere", "no such folder"),
     ):

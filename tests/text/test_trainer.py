@@ -247,7 +247,7 @@ def test_figures_of_new_rows_after_training_need_the_reference(tmp_path, tokeniz
     for job in (gone, kept):
         job.train()
     for call in (gone.evaluate, gone.score, gone.add_reference):
-        with pytest.raises(UserError, match="the model that was it has been trained: call add_reference before"):
+        with pytest.raises(UserError, match="training has changed the model: call add_reference before"):
             call(new)
     expected = gone.evaluate(stored)["eval_loss"]
     assert kept.evaluate(new)["eval_loss"] == pytest.approx(expected, rel=1e-5)
