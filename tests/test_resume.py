@@ -50,10 +50,11 @@ def check_the_same(whole, resumed):
 def test_true_goes_on_from_the_newest_whole_checkpoint(tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path, **options)
-    whole.train()
+    ended = whole.train()
     (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
     resumed = trainer(tmp_path, **options)
-    resumed.train(resume_from_checkpoint=True)
+    again = resumed.train(resume_from_checkpoint=True)
+    assert again.training_loss == ended.training_loss == again.metrics["train_loss"] > 0
     assert resumed._resumed_from == str(tmp_path / "checkpoint-4")
     check_the_same(whole, resumed)
 

@@ -80,6 +80,7 @@ MARKER = "\n\nAssistant:"
 TURN = re.compile(r"\n\n(?=(?:Human|Assistant):)")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # HH's names of the roles
 SHAREGPT = {"human": "user", "gpt": "assistant"}
+GIVEN = "the data set given"  # to a trainer
 PROMPTS = ("prompt", "question", "instruction", "input", "conversations", "conversation")
 ROLES = ("prompt", "chosen", "rejected", "system")  # the roles of columns in --columns
 LAYOUTS = {
@@ -165,9 +166,11 @@ class TextDataConfig(DatasetConfig):
     def column_of(self) -> dict[str, str]:
         """Parse --columns: role -> column."""
         found = dict(word.partition("=")[::2] for word in self.columns)
-        if len(found) < len(self.columns) or not set(found) <= set(ROLES) or not all(found.values()):
+        repeated = len(set(found.values())) < len(self.columns)
+        if repeated or not set(found) <= set(ROLES) or not all(found.values()):
             raise UserError(
-                f"--columns {' '.join(self.columns)}: needs each of {', '.join(ROLES)} at most once, e.g. chosen=better"
+                f"--columns {' '.join(self.columns)}: needs each of {', '.join(ROLES)} at most once, with another "
+                "column each, e.g. chosen=better"
             )
         return found
 
@@ -234,7 +237,9 @@ def tokenized_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
     Raises:
         UserError: columns that match no layout, a row that the template rejects, or no usable pair.
     """
-    config = TextDataConfig(dataset_name="(the data set given)")
+    if not len(rows):
+        raise UserError("the data set has no rows")
+    config = TextDataConfig(dataset_name=GIVEN)
     template = _template(config, tokenizer)
     parsed, counts = _read({"given": rows}, config, template)
     if counts["ignored_columns"]:
@@ -252,15 +257,19 @@ def _read(
     statuses: Counter[str] = Counter()
     ignored: set[str] = set()
     layouts: list[str] = []
-    flag = f"--dataset_name {config.dataset_name}"
     for name, rows in sources.items():
-        kind = "prompt"
+        kind, columns = "prompt", config.column_of()
+        flag = GIVEN if config.dataset_name == GIVEN else f"--dataset_name {config.dataset_name}"
+        its_own = name == "test" and config.eval_dataset_name
+        if its_own:
+            flag = f"--eval_dataset_name {config.eval_dataset_name}"
+            columns = {role: column for role, column in columns.items() if column in rows.column_names}
         try:
-            if config.dataset_name != QUICKSTART or (name == "test" and config.eval_dataset_name):
-                rows, kind, layout, unread = recognize(rows, config.column_of(), template, flag)
+            if config.dataset_name != QUICKSTART or its_own:
+                rows, kind, layout, unread = recognize(rows, columns, template, flag)
                 layouts += [] if layout in layouts else [layout]
                 ignored |= unread
-            parsed[name], found = _parse(rows, kind, template, config, name)
+            parsed[name], found = _parse(rows, kind, template, config, f"{flag}, split {name}")
         except UnicodeDecodeError:  # from a damaged parquet file; JSON lines are checked while they are read
             raise UserError(f"{flag}: a text is not UTF-8; write the file again") from None
         statuses += found
@@ -317,6 +326,8 @@ def _by_split(config: TextDataConfig, held_out: bool) -> tuple[dict[str, Dataset
         for flag in ("dataset_revision", "dataset_data_dir", "dataset_config"):
             if getattr(config, flag) is not None:
                 raise UserError(f"--{flag} {getattr(config, flag)}: it does not apply to {name}; remove it")
+    if name == QUICKSTART and config.columns and not config.eval_dataset_name:
+        raise UserError(f"--columns {' '.join(config.columns)}: it does not apply to {name}; remove it")
     if name == QUICKSTART:
         sources = chitchat_pairs(shares=(config.validation_fraction, config.test_fraction))
     else:
@@ -369,6 +380,8 @@ def recognize(rows: Dataset, columns: dict[str, str], template: Any, place: str)
             "rejected=COLUMN, and prompt=COLUMN if the prompt is not part of both"
         )
     options = ["chat_template_kwargs"] if template is not None else []
+    if columns["prompt"] == "instruction" and "prompt" not in named and "input" in there:
+        options.append("input")
     if template is not None and "tools" in str(template.chat_template):
         options.append("tools")
     ignored = set(there) - {*columns.values(), *options}
@@ -397,9 +410,10 @@ def recognize(rows: Dataset, columns: dict[str, str], template: Any, place: str)
     else:
         kind = "scored" if prompt == "text" else "turns"
     layout = LAYOUTS[kind] + (" with an implicit prompt" if kind == "conversation" and prompt is None else "")
-    others = [f"{column} as {role}" for role, column in columns.items() if column != role]
+    shown = columns | ({"prompt": "instruction and input"} if "input" in options else {})
+    others = [f"{name} as {role}" for role, name in shown.items() if name != role]
     if kind == "question":  # many data sets have this layout: its name includes the columns
-        layout += " " + ", ".join(name if name == role else f"{name} ({role})" for role, name in columns.items())
+        layout += " " + ", ".join(name if name == role else f"{name} ({role})" for role, name in shown.items())
     elif others:
         layout += f" ({', '.join(others)})"
     return taken, kind, layout, ignored
@@ -426,15 +440,14 @@ class _Unusable(Exception):
 
 
 def _parse(
-    rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: TextDataConfig, split: str
+    rows: Dataset, kind: str, template: PreTrainedTokenizerBase | None, config: TextDataConfig, place: str
 ) -> tuple[Dataset, Counter[str]]:
-    """Parse the rows of a split. Return the usable pairs and the counts of statuses."""
+    """Parse the rows of a split. Return the usable pairs and the counts of statuses. `place` is for messages."""
     if kind == "conversation" and template is None:
         raise UserError(
             "the pairs are conversations (lists of messages), which need a tokenizer with a chat template: pass such a "
             "model with --model_name_or_path, or give prompt, chosen and rejected as text"
         )
-    place = f"{config.dataset_name}, split {split}"
     options = {"kind": kind, "swap": config.prefer == "rejected", "place": place}
     parsed = cached_map(_parse_batch, rows, COLUMNS, "Reading pairs", template, numbered=True, **options)
     statuses = list(parsed["status"])
@@ -452,7 +465,7 @@ def _parse_batch(
         except _Unusable as reason:
             pair = {"status": str(reason)}
         except UserError as error:
-            raise UserError(f"--dataset_name {place}, row {number + 1}: {error}") from None
+            raise UserError(f"{place}, row {number + 1}: {error}") from None
         if swap:
             pair |= {"chosen": pair.get("rejected"), "rejected": pair.get("chosen")}
         pairs.append(pair)
@@ -462,27 +475,28 @@ def _parse_batch(
 def _pair(row: dict[str, Any], kind: str, template: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Parse a row into the columns above and a status: `kept`, `parted_early`, `roles_repaired` or one of `REASONS`."""
     prompt, chosen, rejected = (row.get(role) for role in ROLES[:3])
-    if kind in ("scored", "question", "turns"):
-        prompt, chosen, rejected = _columns_as_messages(row)
-        kind = "conversation"
-        if template is None:
-            prompt, kind = prompt and dialogue(prompt), "prompt"
-            chosen, rejected = (
-                side and " " + "\n\n".join(message["content"] for message in side) for side in (chosen, rejected)
-            )
-    if kind == "conversation":
-        asked, *_ = messages = _conversation(prompt, chosen, rejected)
+    if row.get("input"):  # Alpaca's
+        prompt = f"{prompt}\n{row['input']}"
+    in_columns = kind in ("scored", "question", "turns")
+    if in_columns:
+        prompt, chosen, rejected = _columns_as_messages(row | {"prompt": prompt})
+    if in_columns or kind == "conversation":
+        asked, *sides = messages = _conversation(prompt, chosen, rejected)
         first = next((at for at, message in enumerate(asked) if message["role"] != "system"), 0)
         opening, whole = (json.dumps(part, default=str) for part in (asked[: first + 1], asked))
         pair: dict[str, Any] = {"status": "kept"}
-    else:
-        whole, chosen, rejected, status = _texts(prompt, chosen, rejected, kind)
-        messages = messages_of(whole), _answer(chosen), _answer(rejected)
-        starts = turn_starts(whole)
-        first = 0 if whole.lstrip().startswith(("Human:", "Assistant:")) else 1
-        opening = whole[: starts[first]] if len(starts) > first else whole
-        pair = {"prompt": whole, "chosen": chosen, "rejected": rejected, "turn_starts": starts, "header_end": 0}
-        pair |= {"shown": whole, "status": status}
+        if template is None:
+            prompt, kind = dialogue(asked), "prompt"
+            chosen, rejected = (" " + "\n\n".join(message["content"] for message in side) for side in sides)
+    if template is None or not (in_columns or kind == "conversation"):
+        text, chosen, rejected, status = _texts(prompt, chosen, rejected, kind)
+        starts = turn_starts(text)
+        pair = {"prompt": text, "chosen": chosen, "rejected": rejected, "turn_starts": starts, "header_end": 0}
+        pair |= {"shown": text, "status": status}
+        if not in_columns:
+            messages = messages_of(text), _answer(chosen), _answer(rejected)
+            first = 0 if text.lstrip().startswith(("Human:", "Assistant:")) else 1
+            opening, whole = text[: starts[first]] if len(starts) > first else text, text
     pair |= {"group": _digest(row.get("group") or opening), "whole": _digest(whole), "pair": _pair_digest(*messages)}
     if template is None:
         return pair
@@ -795,10 +809,10 @@ def end_of_turn(tokenizer: Any) -> str:
 def _split(rows_of: dict[str, Dataset], config: TextDataConfig) -> tuple[dict[str, Dataset], int, dict[str, int]]:
     """Split rows: use the data's own splits, and hold out missing ones from the training rows by group.
 
-    Rows are ordered by the digest of their group, so that splits depend on neither a seed nor the order of the file. A
-    limit takes one row of each group before a second one of any group (`_spread`), because pairs of a conversation
-    share much of their text: they add less information, and their figures are not independent. A smaller limit takes a
-    subset of a larger one.
+    Rows are ordered by the digest of their group, so that splits depend on neither a seed nor the order of the file. In
+    a split that the data has, a limit takes one row of each group before a second one of any group (`_spread`), because
+    pairs of a conversation share much of their text: they add less information, and their figures are not independent.
+    A split held out from the training rows takes whole groups.
 
     Returns:
         The splits; the number of rows in no split, because other rows of their conversation filled a held-out split;

@@ -37,7 +37,7 @@ from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, load_model, load_tokenizer, local_model
 from resdpo_trl.text.reward import RewardModel, reward_figures
 from resdpo_trl.text.scoring import add_response_head, check_adapters, pair_logps
-from resdpo_trl.text.tokens import PairCollator, tokenize
+from resdpo_trl.text.tokens import PairCollator, longest_sequence, tokenize
 
 
 @dataclass
@@ -233,8 +233,8 @@ def score_pairs(
 ) -> LogProbs:
     """(N,) log-probabilities of both responses under `model`, in the order of the pairs."""
     check_adapters(model, None, prefix_sharing)
-    sequences = (len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs)
-    add_response_head(base_model(model), max(pairs["length"][:]) if prefix_sharing else None, max(sequences))
+    longest = max(pairs["length"][:]) if prefix_sharing else None
+    add_response_head(base_model(model), longest, longest_sequence(pairs))
 
     def logps(batch: dict[str, Tensor]) -> list[Tensor]:
         batch = {name: value.to(model.device) for name, value in batch.items()}

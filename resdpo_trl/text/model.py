@@ -272,14 +272,20 @@ def positions_of(model: PreTrainedModel) -> int | None:
     return found if found is not None and found > 0 else None  # XLNet has −1
 
 
+def check_positions(model: PreTrainedModel, max_length: int) -> None:
+    """Raise a UserError if the model has fewer positions than `max_length`."""
+    positions = positions_of(model)
+    if positions is not None and max_length > positions:
+        raise UserError(f"--max_length {max_length}: must be at most {positions}, the number of the model's positions")
+
+
 def check_fits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, max_new_tokens: int = 0
 ) -> None:
     """Raise a UserError if --max_length, an answer with the end of its prompt, or the vocabulary is too large for the
     model."""
     config, positions = model.config.get_text_config(), positions_of(model)
-    if positions is not None and max_length > positions:
-        raise UserError(f"--max_length {max_length}: must be at most {positions}, the number of the model's positions")
+    check_positions(model, max_length)
     if positions is not None and max_new_tokens > positions - SHORTEST // 2:
         raise UserError(
             f"--max_new_tokens {max_new_tokens}: must leave {SHORTEST // 2} of the model's {positions} positions for "

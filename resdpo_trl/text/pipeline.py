@@ -104,6 +104,8 @@ class TextRun(Job):
                 "--reference_update needs a full reference model, and --use_peft keeps none: pass --use_peft false, or "
                 "omit --reference_update"
             )
+        if reward and "merge_adapter" in given:
+            raise UserError("--merge_adapter: a reward model's adapter is always merged: remove the flag")
         if training.merge_adapter and not self._trains_adapter and "merge_adapter" in given:
             raise UserError("--merge_adapter: no adapter is trained: add --use_peft, or remove the flag")
         if training.push_to_hub and self._trains_adapter and not training.merge_adapter and not reward:
@@ -231,9 +233,7 @@ class TextRun(Job):
         use_run_callbacks(trainer, self.run, "sft", "SFT")
         if isinstance(self.training, TextSFTConfig) and not self.training.merge_adapter:
             self.push_saves(trainer)
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started
+        seconds, _ = self.train(trainer, "sft")
         before = self.run.logged("sft", "validation", 0)
         evaluated = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
         kept = epochs(trainer)["kept_step"]

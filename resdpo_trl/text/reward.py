@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
@@ -43,7 +43,7 @@ from resdpo_trl.text.model import (
     not_a_model,
     with_faster_parts,
 )
-from resdpo_trl.text.tokens import cache_key, tokenize
+from resdpo_trl.text.tokens import IDS, cached_map, tokenize
 from resdpo_trl.text.trainer import TextTrainer, check_arguments
 from resdpo_trl.training.processes import mean_over_processes, own_rows
 
@@ -62,19 +62,17 @@ def reward_figures(chosen: Tensor, rejected: Tensor) -> dict[str, np.ndarray]:
 
 def reward_rows(tokenized: Dataset) -> Dataset:
     """Convert tokenized pairs to rows of TRL's `RewardTrainer`, which join the prompt and the response."""
-    ids = List(Value("int32"))
-    return tokenized.map(
-        _reward_row,
-        remove_columns=tokenized.column_names,
-        features=Features({"chosen_ids": ids, "rejected_ids": ids, "length": Value("int32")}),
-        new_fingerprint=cache_key(_reward_row, tokenized),
-        desc="Rows for the reward model",
+    columns = {"chosen_ids": "ids", "rejected_ids": "ids", "length": "int"}
+    return cached_map(_reward_batch, tokenized.select_columns(list(IDS)), columns, "Rows for the reward model")
+
+
+def _reward_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    chosen, rejected = (
+        [prompt + response for prompt, response in zip(batch["prompt_ids"], batch[side], strict=True)]
+        for side in ("chosen_ids", "rejected_ids")
     )
-
-
-def _reward_row(pair: dict[str, Any]) -> dict[str, Any]:
-    chosen, rejected = (pair["prompt_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids"))
-    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
+    lengths = [max(len(first), len(second)) for first, second in zip(chosen, rejected, strict=True)]
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": lengths}
 
 
 def untrained_reward_model(

@@ -98,7 +98,9 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
     or capped as in the model (Cohere, Granite, Gemma 2). With "own", the rest of the model's forward computes logits
     of the N hidden states alone, for models that transform them first (BERT).
     """
-    original = model.forward
+    # not bound to `model`: a copy of it must run its own weights
+    bound = model.forward
+    original = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
     config = model.config.get_text_config()
     # the logits are c·tanh(s·W·h / c), or s·W·h without c
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -115,7 +117,7 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
         **kwargs: Any,
     ) -> Any:
         if predicted_at is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT adds labels=None
         kwargs = _with_mask(self, given)
         if router_weights is not None:
@@ -137,7 +139,7 @@ def _patch_forward(model: PreTrainedModel, head: str) -> None:
                 hidden = backbone(*args, **kwargs).last_hidden_state[0]
                 logps = _token_logps(self.get_output_embeddings(), hidden, predicted, softcap, scale)
             else:
-                logps = _LogProbs.apply(original(*args, **kwargs).logits[0], predicted)
+                logps = _LogProbs.apply(original(self, *args, **kwargs).logits[0], predicted)
         if router_weights is None:
             return logps
         return logps, _router_loss(self, routers[0], router_weights)

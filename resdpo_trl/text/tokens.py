@@ -165,6 +165,16 @@ def fingerprint(tokenized: Dataset) -> str:
     return digest.hexdigest()
 
 
+def longest_sequence(tokenized: Dataset) -> int:
+    """Tokens of the longest prompt with one of its responses."""
+    import numpy as np
+    from pyarrow import compute
+
+    rows = tokenized.with_format("arrow")
+    prompts, *sides = (compute.list_value_length(rows[name][:]).to_numpy() for name in IDS)
+    return int((prompts + np.maximum(*sides)).max())
+
+
 def cap_counts(tokenized: Dataset) -> dict[str, int]:
     """Counts of truncation over all pairs of a split."""
     import numpy as np
@@ -246,16 +256,18 @@ def _tokenize_batch(
     sides, merged = response_ids(tokenizer, batch["prompt"], [batch["chosen"], batch["rejected"]], encoded)
     start = [] if ends_turns else _beginning(tokenizer)
     end = [] if ends_turns else [tokenizer.eos_token_id]
-    room = max_length - len(start)
     out: dict[str, list[Any]] = {name: [] for name in (*IDS, "length", *CUTS)}
     for row, ids in enumerate(encoded["input_ids"]):
         prompt = ids[: len(ids) - merged[row]]
+        # the first token of a response needs one before it
+        begins = start if start or prompt else [tokenizer.eos_token_id]
+        room = max_length - len(begins)
         limit = max(max_response_length, room - len(prompt))
         chosen, rejected = (side[row] + end * (side[row][-1:] != end) for side in sides)
         budget = room - min(max(len(chosen), len(rejected)), limit)
         places = (batch["turn_starts"][row], batch["header_end"][row])
         kept, turns = _capped(prompt, budget, encoded, row, *places, tokenizer, ends_turns)
-        capped = (start + kept, chosen[:limit], rejected[:limit])
+        capped = (begins + kept, chosen[:limit], rejected[:limit])
         cuts = (len(prompt) - len(kept), max(0, len(chosen) - limit), max(0, len(rejected) - limit))
         for name, value in zip(out, (*capped, sum(map(len, capped)), turns, *cuts, merged[row]), strict=True):
             out[name].append(value)

@@ -26,7 +26,7 @@ from resdpo_trl.scorer import score_rows
 from resdpo_trl.text.attention import FLEX
 from resdpo_trl.text.config import TextDPOConfig, TextModelConfig, TextSFTConfig
 from resdpo_trl.text.data import tokenized_pairs
-from resdpo_trl.text.model import base_model, load_model, load_tokenizer
+from resdpo_trl.text.model import base_model, check_positions, load_model, load_tokenizer
 from resdpo_trl.text.reference_cache import (
     cache_folder,
     forward_config,
@@ -36,7 +36,7 @@ from resdpo_trl.text.reference_cache import (
     write_reference,
 )
 from resdpo_trl.text.scoring import add_response_head, check_adapters, pair_logps, predicted_logps
-from resdpo_trl.text.tokens import LabelCollator, PairCollator
+from resdpo_trl.text.tokens import LabelCollator, PairCollator, longest_sequence
 from resdpo_trl.training.arguments import preference_loss
 from resdpo_trl.training.callbacks import TIMINGS
 from resdpo_trl.training.processes import is_sharded, mean_over_processes, own_rows
@@ -118,8 +118,12 @@ class TextTrainer(RunTrainer):
                 config.metric_for_best_model = None
         best = config.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in figures:
-            raise UserError(f"metric_for_best_model {best}: must be among {', '.join(figures)}")
+            raise UserError(f"metric_for_best_model {best}: must be among {', '.join(figures)}; or pass select='last'")
         super().__init__(*args, **kwargs)
+        held_out = self.eval_dataset
+        for rows in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
+            if rows is not None:
+                check_positions(base_model(self.model), self.longest_sequence(rows))
         check_updates(self.model, self.args)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -137,6 +141,10 @@ class TextTrainer(RunTrainer):
         for blocks in filter(is_repeated_blocks, base_model(self.model).modules()):
             for block in blocks:
                 block.compile(**options)
+
+    def longest_sequence(self, rows: Dataset) -> int:
+        """Tokens of the longest sequence of positions."""
+        return max(rows["length"][:])
 
     def _note_tokens(self, real: Tensor) -> None:
         """Count the (R, T) tokens of a step. `real` is False for padding."""
@@ -197,12 +205,11 @@ class TextTrainer(RunTrainer):
         function: Any,
         description: str,
         batch_size: int | None = None,
-        sort: bool = True,
     ) -> list[Tensor]:
         """Apply `function(model, batch)` to all rows. Return its outputs on the CPU in the data set's order.
 
-        `batch_size` is the number of rows per device. The default is --per_device_eval_batch_size. With `sort` the rows
-        of a batch have similar lengths. See `score_rows`.
+        `batch_size` is the number of rows per device. The default is --per_device_eval_batch_size. The rows of a batch
+        have similar lengths. See `score_rows`.
         """
         _check_rows(dataset, self.columns)
         model = self.model_wrapped
@@ -217,7 +224,7 @@ class TextTrainer(RunTrainer):
             batch_size or self.args.per_device_eval_batch_size,
             [model],
             description,
-            dataset["length"][:] if sort else None,
+            dataset["length"][:],
             workers=self.args.dataloader_num_workers,
             delay=0,  # a batch may take seconds
             quiet=self.args.disable_tqdm,
@@ -282,14 +289,9 @@ class TextSFTTrainer(TextTrainer, SFTTrainer):
         return loss
 
     def figures(self, rows: Dataset, description: str) -> dict[str, float]:
-        """The mean loss over all tokens with a label, with the same batches as transformers' evaluation."""
+        """The mean loss over all tokens with a label."""
         self.model.eval()  # TRL's `log` uses the mode to detect evaluation
-        if self.args.train_sampling_strategy == "group_by_length":
-            _check_rows(rows, self.columns)
-            generator = torch.Generator().manual_seed(self._data_seed)
-            batch_size = self.args.per_device_eval_batch_size
-            rows = rows.select(get_length_grouped_indices(rows["length"][:], batch_size, generator=generator))
-        losses, tokens = self._over_rows(rows, self._row_losses, description, sort=False)
+        losses, tokens = self._over_rows(rows, self._row_losses, description)
         return {"loss": float(losses.double().numpy().sum() / tokens.numpy().sum())}
 
     def _row_losses(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -325,7 +327,7 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         args: TextDPOConfig | None = None,
         data_collator: None = None,
         train_dataset: Dataset | None = None,
@@ -352,8 +354,12 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         if processing_class is None:
             name = model if isinstance(model, str) else base_model(model).config._name_or_path
             processing_class = load_tokenizer(name, TextModelConfig(), args.trust_remote_code, "model")
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
         if isinstance(model, str):
             model = load_model(model, TextModelConfig(), args.trust_remote_code, "model")
+        if isinstance(ref_model, str):
+            ref_model = load_model(ref_model, TextModelConfig(), args.trust_remote_code, "ref_model")
         several = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         train_dataset = _tokenized(train_dataset, processing_class, args)
         held_out = {
@@ -395,6 +401,9 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
 
     # --- log-probabilities -------------------------------------------------------------------------------------------
 
+    def longest_sequence(self, rows: Dataset) -> int:
+        return longest_sequence(rows)  # the positions of both responses follow the prompt's
+
     def score(self, dataset: Dataset, description: str = "Scoring") -> LogProbs:
         """Log-probabilities of every pair under policy and reference, in the data set's order, on the CPU.
 
@@ -418,9 +427,10 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
         """Return the tokenized data set. If it has a longer row than before, check the model again, because the row may
         exceed the model's attention window."""
         dataset = _tokenized(dataset, self.processing_class, self.args)
-        longest = max(dataset["length"][:])
+        longest, model = max(dataset["length"][:]), base_model(self.accelerator.unwrap_model(self.model))
+        check_positions(model, self.longest_sequence(dataset))
         if self.args.prefix_sharing and longest > self._longest_row:
-            add_response_head(base_model(self.accelerator.unwrap_model(self.model)), longest, self.args.max_length)
+            add_response_head(model, longest, self.args.max_length)
             self._longest_row = longest
         return dataset
 
@@ -475,9 +485,9 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
             )
 
     def _reference_key(self, dataset: Dataset) -> str:
-        args, policy = self.args, self.accelerator.unwrap_model(self.model)
+        args = self.args
+        model = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
         if self._weights is None:
-            model = self.ref_model if self.ref_model is not None else policy
             # the trained adapter is not part of the reference: TRL keeps a copy of a continued adapter as "ref"
             self._weights = weights_digest(model, ".default." if hasattr(model, "peft_config") else None)
         forward = {
@@ -485,10 +495,10 @@ class TextDPOTrainer(TextTrainer, DPOTrainer):
             "device": self.accelerator.device.type,
             # FSDP2 and DeepSpeed round differently than autocast
             "sharded": self.accelerator.distributed_type.value if is_sharded() else None,
-            "attention": base_model(policy).config._attn_implementation,
+            "attention": base_model(model).config._attn_implementation,
             "prefix_sharing": args.prefix_sharing,
             "max_length": args.max_length,
-            "config": forward_config(policy),
+            "config": forward_config(model),
         }
         return reference_key(self._weights, dataset, forward)
 

@@ -90,6 +90,7 @@ class RunTrainer(Trainer):
             self._cpu_group = torch.distributed.new_group(backend="gloo")
         with AfterTheStep() as self._signals:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+        result = result._replace(training_loss=self.mean_training_loss)
         if signum := self._signal():  # received after the last step
             raise Interrupted(signum)
         return result
@@ -131,6 +132,8 @@ class RunTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(name.startswith("eval_") for name in logs):
             logs.update(self.step_figures())
+        if "train_loss" in logs:  # transformers divides by the steps since a resumption, and `load_log_state` has all
+            logs["train_loss"] = self.mean_training_loss
         super().log(logs, start_time)
 
     # --- batches, precision, whole models ----------------------------------------------------------------------------

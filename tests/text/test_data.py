@@ -957,3 +957,62 @@ def test_tools_that_are_no_json_are_named_with_their_row(tmp_path, chat_tokenize
     path = write_jsonl(tmp_path / "p.jsonl", rows)
     with pytest.raises(UserError, match=r"row 4: tools must be a list of functions or its JSON"):
         load_preferences(TextDataConfig(dataset_name=path), chat_tokenizer)
+
+
+IN_COLUMNS = {
+    "question": lambda n: {"system": "Brief.", "question": f"Q{n // 2}", "chosen": f"Yes {n}.", "rejected": f"No {n}."},
+    "scored": lambda n: {
+        "prompt": f"Q{n // 2}",
+        "chosen": [said("user", f"Q{n // 2}"), said("assistant", f"Yes {n}.")],
+        "rejected": [said("user", f"Q{n // 2}"), said("assistant", f"No {n}.")],
+    },
+    "turns": lambda n: {
+        "conversations": [{"from": "human", "value": f"Q{n // 2}"}],
+        "chosen": {"from": "gpt", "value": f"Yes {n}."},
+        "rejected": {"from": "gpt", "value": f"No {n}."},
+    },
+    "typed": lambda n: {
+        "prompt": f"Q{n // 2}",
+        "chosen": [said("assistant", [{"type": "text", "text": f"Yes {n}."}])],
+        "rejected": [said("assistant", [{"type": "text", "text": f"No {n}."}])],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", IN_COLUMNS)
+def test_no_layouts_splits_depend_on_the_format(tmp_path, chat_tokenizer, layout):
+    rows = [IN_COLUMNS[layout](n) for n in range(60)]
+    config = TextDataConfig(dataset_name=write_jsonl(tmp_path / "p.jsonl", rows), test_fraction=0.3)
+    plain, chat = load_preferences(config), load_preferences(config, chat_tokenizer)
+    assert len(plain["test"]) > 10
+    for split in ("train", "validation", "test"):
+        for column in ("group", "pair"):
+            assert plain[split][column][:] == chat[split][column][:]
+    assert {row["chosen"] for row in plain["test"]} <= {f" Yes {n}." for n in range(60)}
+
+
+def test_alpacas_input_is_part_of_the_prompt(tmp_path):
+    """Its files have the task in `instruction` and the text in `input`, which may be empty."""
+    rows = [
+        {"instruction": "Summarize.", "input": f"Text {n}." * (n > 0), "chosen": f"Yes {n}.", "rejected": f"No {n}."}
+        for n in range(40)
+    ]
+    pairs = load(write_jsonl(tmp_path / "p.jsonl", rows))
+    found = {row["prompt"] for split in ("train", "validation", "test") for row in pairs[split]}
+    assert found == {f"{H}Summarize.{A}"} | {f"{H}Summarize.\nText {n}.{A}" for n in range(1, 40)}
+    assert pairs.counts["ignored_columns"] == [] and "instruction and input (prompt)" in pairs.counts["layouts"][0]
+
+
+def test_messages_name_the_file_of_test_pairs_and_its_own_columns(tmp_path):
+    rows = [{"prompt": f"Q{n}", "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(40)]
+    other = [{"prompt": row["prompt"], "better": row["chosen"], "rejected": row["rejected"]} for row in rows]
+    train, test = write_jsonl(tmp_path / "better.jsonl", other), write_jsonl(tmp_path / "test.jsonl", rows[:9])
+    pairs = load(train, eval_dataset_name=[test], columns=["chosen=better"])
+    assert len(pairs["test"]) == 9
+    broken = write_jsonl(tmp_path / "broken.jsonl", other[:9])
+    with pytest.raises(UserError, match=re.escape(f"--eval_dataset_name {broken}: no column chosen")):
+        load(test, eval_dataset_name=[broken])
+    with pytest.raises(UserError, match="with another column each"):
+        load(train, columns=["chosen=better", "rejected=better"])
+    with pytest.raises(UserError, match="--columns chosen=better: it does not apply to chitchat"):
+        load("chitchat", columns=["chosen=better"])

@@ -160,3 +160,12 @@ def test_an_adapters_reference_is_its_base(tmp_path, tokenizer):
             )
         )
     assert [job.reference_pairs_read for job in jobs] == [0, 29]
+
+
+def test_another_reference_configuration_is_another_key(tmp_path, tokenizer):
+    """Its weights are the same, and its numbers are not."""
+    options = {"reference_cache_dir": str(tmp_path / "cache"), "precompute_ref_log_probs": True}
+    first = trainer(tmp_path / "1", tokenizer, tiny_model("llama"), tiny_model("llama"), **options)
+    other = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 10.0})
+    second = trainer(tmp_path / "2", tokenizer, tiny_model("llama"), other, **options)
+    assert second.reference_pairs_read == 0 and not torch.equal(reference_of(first), reference_of(second))

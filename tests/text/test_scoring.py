@@ -353,3 +353,19 @@ def test_a_second_backward_pass_through_the_head_is_an_error():
     found.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         found.backward()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_copy_of_a_model_runs_its_own_weights(kind):
+    model = with_large_weights(new_model(kind, **AFTER_THE_HEAD.get(kind, SIZES)))
+    pair = random_pair_of(5, 6, 7)
+    add_response_head(model)
+    copied = copy.deepcopy(model)
+
+    def numbers():
+        logits = copied(input_ids=torch.tensor([pair["prompt_ids"]])).logits
+        return logits.detach(), *(each.detach() for each in pair_logps(copied, PairCollator(0)([pair])))
+
+    before = numbers()
+    with_large_weights(model)
+    torch.testing.assert_close(numbers(), before, rtol=0, atol=0)

@@ -452,3 +452,12 @@ def test_an_end_of_text_that_a_response_has_is_not_doubled(tokenizer):
 def test_caps_without_room(tokenizer, length, response):
     with pytest.raises(UserError, match="--max"):
         tokenize(texts([{"prompt": "a", "chosen": "b", "rejected": "c"}]), tokenizer, length, response)
+
+
+def test_a_prompt_that_merges_with_both_responses_leaves_a_token_before_them(tokenizer):
+    merged = next(token for token in tokenizer.get_vocab() if token.isalpha() and len(token) == 2)
+    row = {"prompt": merged[0], "chosen": merged[1], "rejected": merged[1] + " yes"}
+    rows = Dataset.from_list([row | {"turn_starts": [], "header_end": 0}])
+    (found,) = tokenize(rows, tokenizer, 16)
+    assert found["prompt_ids"] == [tokenizer.eos_token_id]
+    assert tokenizer.decode(found["chosen_ids"][:-1]) == merged

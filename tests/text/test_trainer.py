@@ -1,3 +1,4 @@
+import copy
 import inspect
 import json
 import math
@@ -480,3 +481,20 @@ def test_compiled_blocks_share_at_most_four_graphs_for_every_shape(tmp_path, tok
     assert logged[1] == pytest.approx(logged[0], abs=1e-2 if bf16 else 1e-5)
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert not torch._dynamo.utils.counters["recompile_limit"]
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end_of_text(tmp_path, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    job = trainer(tmp_path, bare)
+    job.train()
+    assert bare.pad_token == bare.eos_token
+
+
+def test_a_model_with_fewer_positions_than_a_pair_is_refused(tmp_path, tokenizer):
+    rows = tokenized()
+    longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+    model = tiny_model("gpt2", n_positions=longest - 1)
+    with pytest.raises(UserError, match=f"must be at most {longest - 1}, the number of the model's positions"):
+        trainer(tmp_path, tokenizer, model, train=rows)
+    trainer(tmp_path, tokenizer, tiny_model("gpt2", n_positions=longest), train=rows, evaluation=rows)
