@@ -1,4 +1,4 @@
-"""Run the commands of README.md and docs/your_data.md in small sizes, and compare what they print with the pages.
+"""Run the commands of the pages in `RUN` in small sizes, and compare what they print with the pages.
 
     python docs/run_commands.py [PAGE.md ...]
 
@@ -7,6 +7,7 @@ time. A command fails the check if its exit status is not 0. A plain block of an
 run's output shows that output:
 
 - its labels (the first words of indented lines) must be those of the run, in the same order;
+- a block with a run's output folder must match a run of a page that was run;
 - if the command ran at its own size, every figure with a 95% interval must lie in the run's interval, and the run's
   figure in the page's.
 
@@ -26,9 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from check import FENCE, SCRIPT, as_recipe, commands, pages
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = ("README.md", "docs/your_data.md")
+RUN = ("README.md", "docs/your_data.md", "docs/images.md")
 QUICKSTART = ["python", "recipes/dpo_hh.py", "--output_dir", "runs/quickstart", "--overwrite_output_dir"]
 SIZES = "--max_train_samples 48 --max_eval_samples 16 --max_test_samples 32 --num_train_epochs 1"
 SMALL = {  # by recipe; a command without an entry runs as it is written
@@ -83,6 +85,12 @@ def fill(folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["question", "better", "worse"])
         writer.writerows([row["prompt"], row["chosen"], row["rejected"]] for row in rows)
+    for number in range(120):  # two classes, light and dark
+        place = folder / "photos" / ("dark" if number % 2 else "light")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, number, number) if number % 2 else (255 - number, 255, 255)).save(
+            place / f"{number}.png"
+        )
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from tiny import save_tiny_model
 
@@ -127,11 +135,13 @@ def differences(shown: str, run: Run) -> list[str]:
 
 def compare(runs: list[Run]) -> tuple[list[str], int]:
     """The problems of all pages' blocks of output, and how many blocks were compared."""
-    found, compared = [], 0
+    found, compared, ran = [], 0, {run.page for run in runs}
     first_lines = {run.output.partition("\n")[0]: run for run in runs if run.output.strip()}
     for page in pages(ROOT):
         for _, language, block in FENCE.findall(page.read_text(encoding="utf-8")):
             run = first_lines.get(block.partition("\n")[0])
+            if not language and not run and "output folder: " in block and page.relative_to(ROOT).as_posix() in ran:
+                found.append(f"{page.relative_to(ROOT)}: no command prints {block.partition(chr(10))[0]!r}")
             if not language and run:
                 compared += 1
                 place = f"{page.relative_to(ROOT)}: {shlex.join(run.words)}"

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.metrics import RunningMeans
@@ -90,7 +90,7 @@ class RunTrainer(Trainer):
             self._cpu_group = torch.distributed.new_group(backend="gloo")
         with AfterTheStep() as self._signals:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
-        result = result._replace(training_loss=self.mean_training_loss)
+        result = TrainOutput(result.global_step, self.mean_training_loss, result.metrics)
         if signum := self._signal():  # received after the last step
             raise Interrupted(signum)
         return result
