@@ -80,7 +80,7 @@ def test_a_copied_policy_is_judged_as_it_was_trained(tmp_path, tokenizer):
     said = "left out: 3 rows that these models were trained on, 2 of their validation sets"
     assert said in describe(found)
     assert found["pairs"] == same["pairs"]
-    assert {each["from"] for each in same["settings"].values()} == {"flag", "default"}
+    assert {each["from"] for each in same["settings"].values()} == {"flag", "model", "default"}
     other = figures(beta=0.1, loss_type=["sigmoid"])
     assert other["pairs"]["rewards/margins"] == pytest.approx(found["pairs"]["rewards/margins"] / 0.3)
     assert other["pairs"]["loss"] < 10 < found["pairs"]["loss"]  # (Δ − 1/(2β))² is about 278

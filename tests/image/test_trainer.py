@@ -411,7 +411,10 @@ def test_images_that_make_no_batch_or_are_smaller_than_the_crop(tmp_path):
     ("options", "named"),
     [
         ({"metric_for_best_model": "eval_accurcy"}, "--metric_for_best_model eval_accurcy: must be one of eval_loss,"),
-        ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy is not supported here: each epoch"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "--train_sampling_strategy is not supported here: --seed sets the order",
+        ),
         ({"bf16_full_eval": True}, "--bf16_full_eval is not supported here: evaluation uses"),
         ({"include_for_metrics": ["loss"]}, "--include_for_metrics is not supported"),
         ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha is not supported"),

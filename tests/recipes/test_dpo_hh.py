@@ -180,7 +180,7 @@ def test_the_model_card_tells_what_the_summary_says(finished):
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     accuracy = results["pairs ranked right"]
     assert accuracy == test["rewards/accuracies"]
-    assert f"On {test['n']} held-out pairs" in card.text
+    assert f"Results on {test['n']} held-out pairs" in card.text
     assert "β 0.3" in card.text
 
 

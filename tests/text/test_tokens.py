@@ -455,7 +455,7 @@ def test_caps_without_room(tokenizer, length, response):
 
 
 def test_a_prompt_that_merges_with_both_responses_leaves_a_token_before_them(tokenizer):
-    merged = next(token for token in tokenizer.get_vocab() if token.isalpha() and len(token) == 2)
+    merged = next(token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha() and len(token) == 2)
     row = {"prompt": merged[0], "chosen": merged[1], "rejected": merged[1] + " yes"}
     rows = Dataset.from_list([row | {"turn_starts": [], "header_end": 0}])
     (found,) = tokenize(rows, tokenizer, 16)
