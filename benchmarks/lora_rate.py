@@ -17,6 +17,7 @@ from typing import Any
 
 from datasets import concatenate_datasets
 
+from resdpo_trl.study.sweep import has_ended
 from resdpo_trl.text.data import QUICKSTART, TextDataConfig, load_preferences
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dpo_hh.py"
@@ -45,8 +46,7 @@ def prefer_shorter(name: str, folder: Path) -> Path:
 
 def figures(data: str, method: str, rate: str, run: Path) -> dict[str, Any]:
     """The validation figures of one point, which is run if it has not ended."""
-    record = run / "run.json"
-    if not (record.is_file() and json.loads(record.read_text()).get("complete")):
+    if not has_ended(run):
         command = [sys.executable, RECIPE, *FIXED, "--dataset_name", data, "--learning_rate", rate, "--output_dir", run]
         command += ["--overwrite_output_dir", *(["--use_peft"] if method == "LoRA" else [])]
         subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)

@@ -19,6 +19,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from resdpo_trl.study.sweep import has_ended
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 FAMILIES = {
     "bounded slope of the margin": ("sigmoid", "robust", "exo_pair", "discopop", "aot", "sigmoid_norm"),
@@ -35,8 +37,7 @@ def launch(recipe: str, *flags: Any) -> None:
 def trained(loss: str, rate: str, given: argparse.Namespace) -> Path:
     """The folder of a run of this loss at this rate, which is trained unless it is there."""
     run: Path = given.output_dir / f"{loss}_{rate}"
-    record = run / "run.json"
-    if not (record.is_file() and json.loads(record.read_text()).get("complete")):
+    if not has_ended(run):
         launch(
             "dpo_hh.py", "--reference", given.reference, "--loss_type", loss, "--learning_rate", rate,
             "--max_train_samples", given.max_train_samples, "--max_eval_samples", 256, "--num_samples", 0,

@@ -356,8 +356,8 @@ def _results(runs: list[Run]) -> dict[str, Any] | None:
     rows = []
     for name in names:
         cells = [shown(test, name) for test in tests]
-        beside = [f"{mean} ({interval})" if interval else mean for mean, interval in cells]
-        rows.append([FIGURES[name].label, *(cells[0] if single else beside)])
+        several = [f"{mean} ({interval})" if interval else mean for mean, interval in cells]
+        rows.append([FIGURES[name].label, *(cells[0] if single else several)])
     head = ["", "mean", "95% interval"] if single else ["", *(run.name for run in runs)]
     counts = ", ".join(str(test["n"]) for test in tests if test)
     unit = "images" if any("classes" in run.summary.get("data", {}) for run in runs) else "pairs"
