@@ -63,7 +63,7 @@ class SweepConfig:
         default=None, metadata={"help": "Values of --seed for DPO; by default its value. SFT does not depend on them."}
     )
     sft_epochs_list: list[float] | None = field(
-        default=None, metadata={"help": "Values of --sft.num_train_epochs; by default its value. One SFT per value."}
+        default=None, metadata={"help": "Values of --sft.num_train_epochs; by default its value. One SFT per value, none for 0."}
     )
     reward_model: str | None = field(
         default=None,
@@ -85,10 +85,13 @@ class SweepConfig:
         for flag, least in (("jobs", 1), ("frontier_samples", 2)):
             if getattr(self, flag) < least:
                 raise UserError(f"--{flag} {getattr(self, flag)}: must be at least {least}")
-        for flag in ("betas", "learning_rates", "sft_epochs_list"):
+        for flag in ("betas", "learning_rates"):
             for value in getattr(self, flag) or ():
                 if not value > 0:
                     raise UserError(f"--{flag} {value}: must be above 0")
+        for value in self.sft_epochs_list or ():
+            if not value >= 0:
+                raise UserError(f"--sft_epochs_list {value}: must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_two_references_and_the_command_lines(recipe, tmp_path, model_folder):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in write_pairs(60)))
     arguments = ["--dataset_name", pairs, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "s", *SMALL]
-    status, said, wrong = recipe("sweep_hh.py", "--sft_epochs_list", "1", "2", "--print_commands", *arguments)
+    status, said, wrong = recipe("sweep_hh.py", "--sft_epochs_list", "1", "2", "0", "--print_commands", *arguments)
     assert status == 0, wrong
     steps = []
     for name in ("sft", "sft_epochs2"):
@@ -142,6 +142,9 @@ def test_two_references_and_the_command_lines(recipe, tmp_path, model_folder):
         assert summary["throughput"]["reference_seconds"] > 0
         assert f"--reference {tmp_path / 's' / name / 'reference'}" in said
     assert steps[1] == 2 * steps[0]
+    untrained = json.loads((tmp_path / "s" / "sft_epochs0" / "summary.json").read_text())
+    assert untrained["sft"] == {"skipped": str(model_folder)}
+    assert untrained["throughput"]["reference_seconds"] > 0
 
 
 def test_the_best_point_is_chosen_on_validation(tmp_path):
@@ -202,7 +205,7 @@ def test_other_flags_are_another_sweep(tmp_path):
     [
         (["--betas", "0"], "--betas 0.0: must be above 0"),
         (["--jobs", "0"], "--jobs 0"),
-        (["--sft_epochs_list", "0"], "--sft_epochs_list 0.0: must be above 0"),
+        (["--sft_epochs_list", "-1"], "--sft_epochs_list -1.0: must be at least 0"),
         (["--frontier_samples", "1"], "--frontier_samples 1"),
         (
             ["--sft_epochs_list", "1", "--reference", "x"],
