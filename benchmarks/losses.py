@@ -27,6 +27,12 @@ FAMILIES = {
     "a target for the margin": ("ipo", "hinge"),
     "each response by itself": ("apo_zero", "apo_down", "nca_pair", "bco_pair", "sppo_hard", "aot_unpaired"),
 }
+# at zero smoothing `robust` is `sigmoid` and `exo_pair` is undefined; 5 is the β of the paper of `sigmoid_norm`
+OWN_FLAGS = {
+    "robust": ("--label_smoothing", 0.1),
+    "exo_pair": ("--label_smoothing", 1e-3),
+    "sigmoid_norm": ("--beta", 5),
+}
 COLOURS = dict(zip(FAMILIES, ("#4a90e2", "#c0504d", "#3aa657"), strict=True))
 
 
@@ -40,21 +46,21 @@ def trained(loss: str, rate: str, given: argparse.Namespace) -> Path:
     if not has_ended(run):
         launch(
             "dpo_hh.py", "--reference", given.reference, "--loss_type", loss, "--learning_rate", rate,
-            "--max_train_samples", given.max_train_samples, "--max_eval_samples", 256, "--num_samples", 0,
-            "--save_strategy", "no", "--select", "last", "--disable_tqdm", "true", "--overwrite_output_dir",
-            "--output_dir", run,
+            *OWN_FLAGS.get(loss, ()), "--max_train_samples", given.max_train_samples, "--max_eval_samples", 256,
+            "--num_samples", 0, "--save_strategy", "no", "--select", "last", "--disable_tqdm", "true",
+            "--overwrite_output_dir", "--output_dir", run,
         )  # fmt: skip
     return run
 
 
 def judged(run: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a run's policy on the test pairs, by the sigmoid loss whatever it was trained with."""
+    """The figures of a run's policy on the test pairs, by the sigmoid loss with β 0.1 whatever it was trained with."""
     figures = run / "evaluation.json"
     if not figures.is_file():
         launch(
             "evaluate_hh.py", "--model", run / "policy", "--reference", given.reference, "--loss_type", "sigmoid",
-            "--max_eval_samples", 256, "--max_test_samples", given.max_test_samples, "--num_samples", 64, "--output",
-            figures,
+            "--beta", 0.1, "--max_eval_samples", 256, "--max_test_samples", given.max_test_samples, "--num_samples", 64,
+            "--output", figures,
         )  # fmt: skip
         shutil.rmtree(run / "policy")
     found = json.loads(figures.read_text())
@@ -98,7 +104,8 @@ def main() -> None:
                 f"{found[name]:.{digits}f} ({intervals[name][0]:.{digits}f} to {intervals[name][1]:.{digits}f})"
                 for name, digits in zip(names, (3, 3, 2, 2, 1), strict=True)
             ]
-            print(f"| `{loss}` | {rates[family]} | {' | '.join(said)} | {speed:.2f} |", flush=True)
+            told = "".join(f" {flag}" for flag in OWN_FLAGS.get(loss, ()))
+            print(f"| `{loss}{told}` | {rates[family]} | {' | '.join(said)} | {speed:.2f} |", flush=True)
             points.append((family, loss, found))
 
     with rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
