@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.text.config import named_models
 from resdpo_trl.text.tokens import SHORTEST
-from resdpo_trl.training.arguments import has_bfloat16
+from resdpo_trl.training.arguments import has_bfloat16, option
 
 
 @dataclass
@@ -16,63 +16,38 @@ class CompareConfig:
 
     _argument_group_name = "comparison"
 
-    models: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=PATH of every model. PATH is a folder (also of a LoRA adapter) or a Hub id."},
+    models: list[str] = option([], "NAME=PATH of every model. PATH is a folder (also of a LoRA adapter) or a Hub id.")
+    prompts: str | None = option(
+        None,
+        "A .jsonl or .jsonl.gz file (rows with prompt, or HH's pairs) or a .txt file with one question "
+        "per line; by default held-out prompts of the quickstart.",
     )
-    prompts: str | None = field(
-        default=None,
-        metadata={
-            "help": "A .jsonl or .jsonl.gz file (rows with prompt, or HH's pairs) or a .txt file with one question "
-            "per line; by default held-out prompts of the quickstart."
-        },
+    max_prompts: int | None = option(
+        None, "Maximum number of prompts; by default all of a file, or 32 of the quickstart."
     )
-    max_prompts: int | None = field(
-        default=None,
-        metadata={"help": "Maximum number of prompts; by default all of a file, or 32 of the quickstart."},
+    output_dir: str = option("runs/compare_hh", "The comparison's folder.")
+    reference: str | None = option(None, "A NAME of --models, a folder or a Hub id: adds β·log(π/π_ref) of answers.")
+    beta: float | None = option(None, "β of these rewards, above 0; by default as in the models' training, or 0.1.")
+    max_new_tokens: int = option(64, "Maximum tokens of an answer.")
+    max_length: int = option(256, "Maximum tokens of a prompt with its answer; longer prompts lose their oldest turns.")
+    do_sample: bool = option(False, "Sample the answers instead of greedy decoding.")
+    temperature: float = option(1.0, "Temperature of --do_sample and --best_of_n.")
+    top_p: float = option(1.0, "Nucleus of --do_sample and --best_of_n.")
+    batch_size: int = option(32, "Prompts per batch of answers, and pairs per batch of scores.")
+    prefix_sharing: bool = option(True, "Score two answers of a prompt as one row.")
+    bf16: bool | None = option(None, "Score in bfloat16, as the training did; by default if the hardware has it.")
+    reward_model: str | None = option(None, "A reward model (resdpo-trl reward) that scores every answer and judges.")
+    best_of_n: int | None = option(
+        None, "Add a model: the best of this many samples of the first of --models, by --reward_model."
     )
-    output_dir: str = field(default="runs/compare_hh", metadata={"help": "The comparison's folder."})
-    reference: str | None = field(
-        default=None, metadata={"help": "A NAME of --models, a folder or a Hub id: adds β·log(π/π_ref) of answers."}
-    )
-    beta: float | None = field(
-        default=None, metadata={"help": "β of these rewards, above 0; by default as in the models' training, or 0.1."}
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Maximum tokens of an answer."})
-    max_length: int = field(
-        default=256,
-        metadata={"help": "Maximum tokens of a prompt with its answer; longer prompts lose their oldest turns."},
-    )
-    do_sample: bool = field(default=False, metadata={"help": "Sample the answers instead of greedy decoding."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of --do_sample and --best_of_n."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of --do_sample and --best_of_n."})
-    batch_size: int = field(
-        default=32, metadata={"help": "Prompts per batch of answers, and pairs per batch of scores."}
-    )
-    prefix_sharing: bool = field(default=True, metadata={"help": "Score two answers of a prompt as one row."})
-    bf16: bool | None = field(
-        default=None, metadata={"help": "Score in bfloat16, as the training did; by default if the hardware has it."}
-    )
-    reward_model: str | None = field(
-        default=None, metadata={"help": "A reward model (resdpo-trl reward) that scores every answer and judges."}
-    )
-    best_of_n: int | None = field(
-        default=None,
-        metadata={"help": "Add a model: the best of this many samples of the first of --models, by --reward_model."},
-    )
-    judge_url: str | None = field(
-        default=None, metadata={"help": "An OpenAI-compatible endpoint that judges, with its key in JUDGE_API_KEY."}
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "The model's name at --judge_url."})
-    judge_options: str = field(
-        default='{"temperature": 0}', metadata={"help": "Further fields of the request to --judge_url, as JSON."}
-    )
-    judge_workers: int = field(default=8, metadata={"help": "Concurrent requests to --judge_url."})
-    seed: int = field(default=42, metadata={"help": "Seed of the sampled answers."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from a model's repository."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"nargs": "?", "const": "last", "help": "Continue in --output_dir and keep the verdicts there."},
+    judge_url: str | None = option(None, "An OpenAI-compatible endpoint that judges, with its key in JUDGE_API_KEY.")
+    judge_model: str | None = option(None, "The model's name at --judge_url.")
+    judge_options: str = option('{"temperature": 0}', "Further fields of the request to --judge_url, as JSON.")
+    judge_workers: int = option(8, "Concurrent requests to --judge_url.")
+    seed: int = option(42, "Seed of the sampled answers.")
+    trust_remote_code: bool = option(False, "Run code from a model's repository.")
+    resume_from_checkpoint: str | None = option(
+        None, "Continue in --output_dir and keep the verdicts there.", nargs="?", const="last"
     )
 
     def __post_init__(self) -> None:

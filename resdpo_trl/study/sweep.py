@@ -23,7 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from resdpo_trl.run.folder import read_object
 from resdpo_trl.run.verdict import of_sweep
 from resdpo_trl.sources import first_line
 from resdpo_trl.study.sweep_page import AXES, Sweep, points_table, write_sweep_page
+from resdpo_trl.training.arguments import option
 
 FIGURE_OF = {figure.column: name for name, figure in FIGURES.items() if figure.column}  # column -> figure
 COLUMNS = (
@@ -55,30 +56,23 @@ class SweepConfig:
 
     _argument_group_name = "sweep"
 
-    betas: list[float] = field(default_factory=lambda: [0.1], metadata={"help": "Values of --beta."})
-    learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "Values of --learning_rate; by default its value."}
+    betas: list[float] = option([0.1], "Values of --beta.")
+    learning_rates: list[float] | None = option(None, "Values of --learning_rate; by default its value.")
+    seeds: list[int] | None = option(
+        None, "Values of --seed for DPO; by default its value. SFT does not depend on them."
     )
-    seeds: list[int] | None = field(
-        default=None, metadata={"help": "Values of --seed for DPO; by default its value. SFT does not depend on them."}
+    sft_epochs_list: list[float] | None = option(
+        None, "Values of --sft.num_train_epochs; by default its value. One SFT per value, none for 0."
     )
-    sft_epochs_list: list[float] | None = field(
-        default=None, metadata={"help": "Values of --sft.num_train_epochs; by default its value. One SFT per value, none for 0."}
+    reward_model: str | None = option(
+        None,
+        "A reward model, to measure every checkpoint's reward and KL from the reference. It may be added "
+        "to a finished sweep with --resume_from_checkpoint.",
     )
-    reward_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "A reward model, to measure every checkpoint's reward and KL from the reference. It may be added "
-            "to a finished sweep with --resume_from_checkpoint."
-        },
-    )
-    frontier_samples: int = field(
-        default=128, metadata={"help": "Held-out prompts that each checkpoint answers for --reward_model."}
-    )
-    jobs: int = field(default=1, metadata={"help": "Points to run at once; they share the cores or the GPUs."})
-    print_commands: bool = field(
-        default=False,
-        metadata={"help": "Make the reference and print the points' command lines, for Slurm or Ray; run no point."},
+    frontier_samples: int = option(128, "Held-out prompts that each checkpoint answers for --reward_model.")
+    jobs: int = option(1, "Points to run at once; they share the cores or the GPUs.")
+    print_commands: bool = option(
+        False, "Make the reference and print the points' command lines, for Slurm or Ray; run no point."
     )
 
     def __post_init__(self) -> None:

@@ -48,7 +48,7 @@ import shlex
 from bisect import bisect_left
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -67,6 +67,7 @@ from resdpo_trl.sources import (
     named_files,
 )
 from resdpo_trl.text.tokens import cached_map, tokenize
+from resdpo_trl.training.arguments import option
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,49 +109,34 @@ class TextDataConfig(DatasetConfig):
 
     _argument_group_name = "data"
 
-    dataset_name: str = field(
-        default=QUICKSTART,
-        metadata={
-            "nargs": "+",
-            "help": f"Preference pairs: a Hub id (Anthropic/hh-rlhf), a folder, {READABLE} (or several), or "
-            "'chitchat', the quickstart's pairs, which need no network.",
-        },
+    dataset_name: str = option(
+        QUICKSTART,
+        f"Preference pairs: a Hub id (Anthropic/hh-rlhf), a folder, {READABLE} (or several), or "
+        "'chitchat', the quickstart's pairs, which need no network.",
+        nargs="+",
     )
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "nargs": "+",
-            "help": "Test pairs from another data set, with the same values as --dataset_name. No test pairs are then "
-            "held out from the training pairs.",
-        },
+    eval_dataset_name: str | None = option(
+        None,
+        "Test pairs from another data set, with the same values as --dataset_name. No test pairs are then "
+        "held out from the training pairs.",
+        nargs="+",
     )
-    columns: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Column names that differ from the defaults: prompt=question chosen=better rejected=worse "
-            "system=system."
-        },
+    columns: list[str] = option(
+        [], "Column names that differ from the defaults: prompt=question chosen=better rejected=worse system=system."
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration (subset) of a Hub data set, as in datasets.load_dataset."}
+    dataset_config: str | None = option(None, "Configuration (subset) of a Hub data set, as in datasets.load_dataset.")
+    max_response_length: int | None = option(
+        None,
+        "Tokens of --max_length that are reserved for a response; half of it by default. A response may "
+        "also use the tokens that a short prompt leaves free, and is truncated beyond that.",
     )
-    max_response_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of --max_length that are reserved for a response; half of it by default. A response may "
-            "also use the tokens that a short prompt leaves free, and is truncated beyond that."
-        },
+    dialogue_format: Literal["auto", "chat", "plain"] = option(
+        "auto",
+        "Format of dialogues: the tokenizer's chat template (chat), or plain text with Human: and "
+        "Assistant: (plain). auto is chat if the tokenizer has a template.",
     )
-    dialogue_format: Literal["auto", "chat", "plain"] = field(
-        default="auto",
-        metadata={
-            "help": "Format of dialogues: the tokenizer's chat template (chat), or plain text with Human: and "
-            "Assistant: (plain). auto is chat if the tokenizer has a template."
-        },
-    )
-    prefer: Literal["chosen", "rejected"] = field(
-        default="chosen",
-        metadata={"help": "The preferred side. 'rejected' swaps the pairs in both stages (the 'bad' model)."},
+    prefer: Literal["chosen", "rejected"] = option(
+        "chosen", "The preferred side. 'rejected' swaps the pairs in both stages (the 'bad' model)."
     )
 
     def __post_init__(self) -> None:

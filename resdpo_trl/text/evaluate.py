@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ from resdpo_trl.text.model import base_model, check_fits, check_same_tokenizer, 
 from resdpo_trl.text.reward import RewardModel, reward_figures
 from resdpo_trl.text.scoring import add_response_head, check_adapters, pair_logps
 from resdpo_trl.text.tokens import PairCollator, longest_sequence, tokenize
+from resdpo_trl.training.arguments import option
 
 
 @dataclass
@@ -46,39 +47,30 @@ class EvaluateConfig:
 
     _argument_group_name = "evaluation"
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the policy."})
-    reference: str | None = field(default=None, metadata={"help": "Folder or Hub id of the policy's reference."})
-    other_model: str | None = field(
-        default=None, metadata={"help": "A second policy of the same reference. Adds paired tests of the difference."}
+    model: str | None = option(None, "Folder or Hub id of the policy.")
+    reference: str | None = option(None, "Folder or Hub id of the policy's reference.")
+    other_model: str | None = option(
+        None, "A second policy of the same reference. Adds paired tests of the difference."
     )
-    reward_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub id of a reward model (reward_hh.py trains one). Adds its accuracy on the same "
-            "pairs, the rank correlation of both rewards, and its reward of the sampled answers."
-        },
+    reward_model: str | None = option(
+        None,
+        "Folder or Hub id of a reward model (reward_hh.py trains one). Adds its accuracy on the same "
+        "pairs, the rank correlation of both rewards, and its reward of the sampled answers.",
     )
-    split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Split to evaluate on."})
-    beta: float | None = field(
-        default=None, metadata={"help": "β of the rewards, above 0. The default is that of the training, or 0.1."}
+    split: Literal["train", "validation", "test"] = option("test", "Split to evaluate on.")
+    beta: float | None = option(None, "β of the rewards, above 0. The default is that of the training, or 0.1.")
+    loss_type: list[str] | None = option(None, "The loss. The default is that of the training, or sigmoid.")
+    max_length: int | None = option(None, "Maximum tokens of a row. The default is that of the training, or 256.")
+    batch_size: int = option(32, "Pairs per batch, and prompts per batch of answers.")
+    prefix_sharing: bool = option(True, "Run a pair's prompt once for both responses.")
+    bf16: bool | None = option(
+        None, "Score in bfloat16. The default is as in the training, or true if the hardware supports it."
     )
-    loss_type: list[str] | None = field(
-        default=None, metadata={"help": "The loss. The default is that of the training, or sigmoid."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum tokens of a row. The default is that of the training, or 256."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Pairs per batch, and prompts per batch of answers."})
-    prefix_sharing: bool = field(default=True, metadata={"help": "Run a pair's prompt once for both responses."})
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Score in bfloat16. The default is as in the training, or true if the hardware supports it."},
-    )
-    num_samples: int = field(default=64, metadata={"help": "Number of prompts to answer; 0 disables this."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Maximum number of tokens per answer."})
-    seed: int = field(default=42, metadata={"help": "Seed of the sampled answers."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from a model's repository."})
-    output: str | None = field(default=None, metadata={"help": "Also write the figures to this .json file."})
+    num_samples: int = option(64, "Number of prompts to answer; 0 disables this.")
+    max_new_tokens: int = option(64, "Maximum number of tokens per answer.")
+    seed: int = option(42, "Seed of the sampled answers.")
+    trust_remote_code: bool = option(False, "Run code from a model's repository.")
+    output: str | None = option(None, "Also write the figures to this .json file.")
 
     def __post_init__(self) -> None:
         for name in ("model", "reference"):
