@@ -15,7 +15,7 @@ import hashlib
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from resdpo_trl.sources import (
     held_out_size,
     load_rows,
 )
+from resdpo_trl.training.arguments import option
 
 QUICKSTART = "digits"
 DECODED_TOGETHER = 256  # images per decoding task
@@ -57,32 +58,20 @@ class ImageDataConfig(DatasetConfig):
 
     _argument_group_name = "data"
 
-    dataset_name: str = field(
-        default=QUICKSTART,
-        metadata={
-            "help": "Labeled images: a Hub id (uoft-cs/cifar10), a folder of parquet files, a folder with one folder "
-            "of images per class, torchvision's CIFAR-10 folder, or 'digits', those of the quickstart (no network)."
-        },
+    dataset_name: str = option(
+        QUICKSTART,
+        "Labeled images: a Hub id (uoft-cs/cifar10), a folder of parquet files, a folder with one folder "
+        "of images per class, torchvision's CIFAR-10 folder, or 'digits', those of the quickstart (no network).",
     )
-    validation_fraction: float = field(
-        default=0.02, metadata={"help": "Share of the training images to hold out if the data has no such split."}
+    validation_fraction: float = option(0.02, "Share of the training images to hold out if the data has no such split.")
+    test_fraction: float = option(0.2, "Share of the images to hold out for the test if the data has no such split.")
+    image_column: str | None = option(None, "Column of images; by default the only one.")
+    label_column: str | None = option(
+        None, "Column of labels; by default the only column with class names, or 'label'."
     )
-    test_fraction: float = field(
-        default=0.2, metadata={"help": "Share of the images to hold out for the test if the data has no such split."}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; by default the only one."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of labels; by default the only column with class names, or 'label'."}
-    )
-    class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes 0, 1, … if the data has none."}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Resize every image to this height and width (pixels)."}
-    )
-    convert_rgb: bool = field(
-        default=False, metadata={"help": "Convert grayscale, palette and other images to RGB instead of refusing them."}
-    )
+    class_names: list[str] | None = option(None, "Names of the classes 0, 1, … if the data has none.")
+    image_size: int | None = option(None, "Resize every image to this height and width (pixels).")
+    convert_rgb: bool = option(False, "Convert grayscale, palette and other images to RGB instead of refusing them.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -407,15 +396,10 @@ class AugmentConfig:
 
     _argument_group_name = "augmentation"
 
-    crop_padding: int = field(
-        default=2, metadata={"help": "Reflect this many pixels on each side, then crop at random; 0 disables it."}
-    )
-    flip: bool = field(
-        default=True,
-        metadata={
-            "help": "Flip images horizontally: at random in the first epoch, then alternately "
-            "(https://arxiv.org/abs/2404.00498)."
-        },
+    crop_padding: int = option(2, "Reflect this many pixels on each side, then crop at random; 0 disables it.")
+    flip: bool = option(
+        True,
+        "Flip images horizontally: at random in the first epoch, then alternately (https://arxiv.org/abs/2404.00498).",
     )
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ from resdpo_trl.metrics import (
 from resdpo_trl.run.folder import use_the_cores, write_figures
 from resdpo_trl.run.provenance import as_trained, describe_settings, loss_of, read_facts, unseen
 from resdpo_trl.scorer import score_rows
+from resdpo_trl.training.arguments import option
 
 CALIBRATION_BINS = 15
 
@@ -43,30 +44,21 @@ class EvaluateConfig:
 
     _argument_group_name = "evaluation"
 
-    model: str | None = field(default=None, metadata={"help": "A folder or Hub id of a classifier."})
-    reference: str | None = field(
-        default=None, metadata={"help": "The reference of its training; adds rewards and the exact KL."}
+    model: str | None = option(None, "A folder or Hub id of a classifier.")
+    reference: str | None = option(None, "The reference of its training; adds rewards and the exact KL.")
+    split: Literal["train", "validation", "test"] = option("test", "Split to evaluate.")
+    beta: float | None = option(None, "β of the rewards, above 0; by default that of the model's training, or 0.1.")
+    loss_type: list[str] | None = option(None, "The loss; by default that of the model's training, or sigmoid.")
+    batch_size: int = option(512, "Images per batch.")
+    bf16: bool | None = option(
+        None, "Score in bfloat16; by default as in the model's training, or if the hardware has it."
     )
-    split: Literal["train", "validation", "test"] = field(default="test", metadata={"help": "Split to evaluate."})
-    beta: float | None = field(
-        default=None, metadata={"help": "β of the rewards, above 0; by default that of the model's training, or 0.1."}
+    test_time_views: Literal[1, 2, 6] = option(
+        1,
+        "Average the logits over 1 view (the image), 2 (and its mirror image) or 6 (and both shifted by a "
+        "pixel in two directions; https://arxiv.org/abs/2404.00498).",
     )
-    loss_type: list[str] | None = field(
-        default=None, metadata={"help": "The loss; by default that of the model's training, or sigmoid."}
-    )
-    batch_size: int = field(default=512, metadata={"help": "Images per batch."})
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Score in bfloat16; by default as in the model's training, or if the hardware has it."},
-    )
-    test_time_views: Literal[1, 2, 6] = field(
-        default=1,
-        metadata={
-            "help": "Average the logits over 1 view (the image), 2 (and its mirror image) or 6 (and both shifted by a "
-            "pixel in two directions; https://arxiv.org/abs/2404.00498)."
-        },
-    )
-    output: str | None = field(default=None, metadata={"help": "Also write the figures to this .json file."})
+    output: str | None = option(None, "Also write the figures to this .json file.")
 
     def __post_init__(self) -> None:
         if self.model is None:
