@@ -116,10 +116,14 @@ def main() -> None:
             low, high = found["interval_95"]["rewards/accuracies"]
             axes.errorbar(*at, yerr=[[at[1] - low], [high - at[1]]], fmt="o", color=COLOURS[family], linewidth=0.8)
             axes.annotate(loss, at, xytext=(5, 3), textcoords="offset points", fontsize=8, color=COLOURS[family])
-        axes.set(xlabel="KL(policy‖reference) of an answer, nats", ylabel="test pairs ranked right, 95% interval")
+        axes.set(
+            xscale="log",
+            xlabel="KL(policy‖reference) of an answer, nats",
+            ylabel="test pairs ranked right, 95% interval",
+        )
         for family, colour in COLOURS.items():
             axes.plot([], [], "o", color=colour, label=family)
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="lower left", fontsize=8)
         figure.savefig(given.output_dir / "accuracy_kl.png", dpi=110)
 
 

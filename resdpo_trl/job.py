@@ -16,9 +16,10 @@ import torch
 from accelerate import PartialState
 
 from resdpo_trl.errors import NothingToDo, UserError, printable
+from resdpo_trl.memory import trim_heap
 from resdpo_trl.metrics import figure_rows, number, table
 from resdpo_trl.run.files import ASIDE, replace_folder, step_of, torn
-from resdpo_trl.run.folder import RunFolder, trim_heap, untrained, use_the_cores
+from resdpo_trl.run.folder import RunFolder, untrained, use_the_cores
 from resdpo_trl.run.hub import Hub
 from resdpo_trl.run.provenance import read_facts, seen_by, training_facts, write_facts
 from resdpo_trl.run.report import load_run, write_report

@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from resdpo_trl.memory import trim_heap
+
+TRIMMED_AFTER = 8  # batches; a trim costs the page faults of the next batch
+
 
 @torch.no_grad()
 def score_rows(
@@ -62,7 +66,11 @@ def score_rows(
     hidden = quiet or not state.is_main_process or None  # None hides the bar where stderr is not a terminal
     # tqdm calls iter() on its argument twice, and each new iterator of a loader draws from torch's random generator
     bar = tqdm(iter(loader), total=len(loader), desc=description, leave=False, delay=delay, disable=hidden)
-    parts = [[values.cpu() for values in function(batch)] for batch in bar]
+    parts = []
+    for number, batch in enumerate(bar, 1):
+        parts.append([values.cpu() for values in function(batch)])
+        if state.device.type == "cpu" and number % TRIMMED_AFTER == 0:
+            trim_heap()  # batches differ in width, which fragments glibc's heap
     for model, mode in zip(models, training, strict=True):
         model.train(mode)
     columns = [torch.cat(values) for values in zip(*gather_object(parts), strict=True)]

@@ -19,7 +19,7 @@ import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ import numpy as np
 
 from resdpo_trl.errors import UserError
 from resdpo_trl.run.files import read_jsonl
-from resdpo_trl.training.arguments import option
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,24 +55,32 @@ class DatasetConfig:
     """Which rows (pairs or images) to use, and how many."""
 
     dataset_name: str = ""
-    dataset_data_dir: str | None = option(None, "Folder inside the data set, such as harmless-base of HH.")
-    dataset_revision: str | None = option(None, "Revision of a Hub data set.")
-    dataset_train_split: list[str] | None = option(
-        None,
-        "The data's own splits to train on. The default is the split named train or training, or whose "
-        "name begins with it.",
+    dataset_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder inside the data set, such as harmless-base of HH."}
     )
-    dataset_validation_split: str | None = option(
-        None, "The data's own split to validate on. The default is the one named validation."
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
+    dataset_train_split: list[str] | None = field(  # or one name
+        default=None,
+        metadata={
+            "help": "The data's own splits to train on. The default is the split named train or training, or whose "
+            "name begins with it."
+        },
     )
-    dataset_test_split: str | None = option(None, "The data's own split to test on. The default is the one named test.")
-    max_train_samples: int | None = option(None, "Use at most this many training rows.")
-    max_eval_samples: int | None = option(None, "Use at most this many validation rows.")
-    max_test_samples: int | None = option(None, "Use at most this many test rows.")
-    validation_fraction: float = option(
-        0.05, "Fraction of the training rows to hold out, if the data has no such split."
+    dataset_validation_split: str | None = field(
+        default=None, metadata={"help": "The data's own split to validate on. The default is the one named validation."}
     )
-    test_fraction: float = option(0.15, "Fraction to hold out for the test, if the data has no such split.")
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "The data's own split to test on. The default is the one named test."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation rows."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use at most this many test rows."})
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Fraction of the training rows to hold out, if the data has no such split."}
+    )
+    test_fraction: float = field(
+        default=0.15, metadata={"help": "Fraction to hold out for the test, if the data has no such split."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_train_split, str):

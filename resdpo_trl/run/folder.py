@@ -20,7 +20,6 @@ Only the main process writes. JSON is strict: a value that is not finite is writ
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import logging
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.memory import reuse_freed_memory
 from resdpo_trl.run.files import (
     checkpoints_of,
     lock,
@@ -356,35 +356,11 @@ def use_the_cores() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        _reuse_freed_memory()
+        reuse_freed_memory()
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or torch.cuda.is_available() or torch.get_num_threads() > 1:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def _reuse_freed_memory() -> None:
-    """Let glibc keep large freed blocks until `trim_heap`.
-
-    By default, it maps new pages for every tensor above 32 MiB, and each page faults at the first write.
-    benchmarks/LOG.md has the cost.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
-    if set_option is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        set_option(m_mmap_threshold, 1 << 30)
-        set_option(m_trim_threshold, (1 << 31) - 1)
-
-
-def trim_heap() -> None:
-    """Return freed memory to the operating system; glibc keeps it otherwise.
-
-    After a training step, this memory is over a gigabyte of activations.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
 
 
 def _without_secrets(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from resdpo_trl.run.folder import RunFolder, trim_heap, untrained
+from resdpo_trl.memory import trim_heap
+from resdpo_trl.run.folder import RunFolder, untrained
 from resdpo_trl.run.hub import Hub
 from resdpo_trl.training.processes import parallelism
 

@@ -38,9 +38,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from resdpo_trl.errors import UserError
+from resdpo_trl.memory import trim_heap
 from resdpo_trl.metrics import RunningMeans
 from resdpo_trl.run.files import last_good, last_whole, read_manifest, replace_folder, write_manifest, writing
-from resdpo_trl.run.folder import trim_heap
 from resdpo_trl.training.processes import own_part
 from resdpo_trl.training.reference import REFERENCE_FILE, move_reference
 from resdpo_trl.training.signals import AfterTheStep, Interrupted
