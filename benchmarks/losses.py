@@ -65,7 +65,9 @@ def judged(run: Path, given: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(run / "policy")
     found = json.loads(figures.read_text())
     pairs, answers = found["pairs"], found["answers"]
-    return {**pairs, "kl": answers["kl"], "interval_95": pairs["interval_95"] | answers["interval_95"]}
+    low, high = answers["interval_95"]["cut"]
+    intervals = pairs["interval_95"] | {"kl": answers["interval_95"]["kl"], "ended": (1 - high, 1 - low)}
+    return pairs | {"kl": answers["kl"], "ended": 1 - answers["cut"], "interval_95": intervals}
 
 
 def main() -> None:
@@ -89,8 +91,8 @@ def main() -> None:
         rates[family] = min(tried, key=tried.__getitem__)
 
     print(
-        "\n| loss | rate | accuracy | sigmoid loss | margin | chosen reward | KL, nats | pairs/s |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |"
+        "\n| loss | rate | accuracy | sigmoid loss | margin | chosen reward | KL, nats | ended | pairs/s |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     points = []
     for family, losses in FAMILIES.items():
@@ -99,28 +101,34 @@ def main() -> None:
             found = judged(run, given)
             speed = json.loads((run / "summary.json").read_text())["throughput"]["dpo_pairs_per_second"]
             intervals = found["interval_95"]
-            names = ("rewards/accuracies", "loss", "rewards/margins", "rewards/chosen", "kl")
+            names = ("rewards/accuracies", "loss", "rewards/margins", "rewards/chosen", "kl", "ended")
             said = [
                 f"{found[name]:.{digits}f} ({intervals[name][0]:.{digits}f} to {intervals[name][1]:.{digits}f})"
-                for name, digits in zip(names, (3, 3, 2, 2, 1), strict=True)
+                for name, digits in zip(names, (3, 3, 2, 2, 1, 2), strict=True)
             ]
             told = "".join(f" {flag}" for flag in OWN_FLAGS.get(loss, ()))
             print(f"| `{loss}{told}` | {rates[family]} | {' | '.join(said)} | {speed:.2f} |", flush=True)
             points.append((family, loss, found))
 
     with rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
-        figure = Figure(figsize=(8, 4.6), layout="constrained")
+        figure = Figure(figsize=(8, 5.4), layout="constrained")
         axes = figure.subplots()
         for family, loss, found in points:
             at = (found["kl"], found["rewards/accuracies"])
             low, high = found["interval_95"]["rewards/accuracies"]
             axes.errorbar(*at, yerr=[[at[1] - low], [high - at[1]]], fmt="o", color=COLOURS[family], linewidth=0.8)
-            axes.annotate(loss, at, xytext=(5, 3), textcoords="offset points", fontsize=8, color=COLOURS[family])
+            right = [one["kl"] for _, _, one in points if abs(one["rewards/accuracies"] - at[1]) < 0.015]
+            crowded = any(at[0] < kl < 1.3 * at[0] for kl in right)
+            axes.annotate(
+                loss, at, xytext=(-5, 3) if crowded else (5, 3), ha="right" if crowded else "left",
+                textcoords="offset points", fontsize=8, color=COLOURS[family],
+            )  # fmt: skip
         axes.set(
             xscale="log",
             xlabel="KL(policy‖reference) of an answer, nats",
             ylabel="test pairs ranked right, 95% interval",
         )
+        axes.set_xticks([2, 5, 10, 20, 50, 100], labels=["2", "5", "10", "20", "50", "100"])
         for family, colour in COLOURS.items():
             axes.plot([], [], "o", color=colour, label=family)
         axes.legend(loc="lower left", fontsize=8)
