@@ -66,11 +66,12 @@ def score_rows(
     hidden = quiet or not state.is_main_process or None  # None hides the bar where stderr is not a terminal
     # tqdm calls iter() on its argument twice, and each new iterator of a loader draws from torch's random generator
     bar = tqdm(iter(loader), total=len(loader), desc=description, leave=False, delay=delay, disable=hidden)
+    fragments = state.device.type == "cpu" and lengths is not None  # batches of different widths fragment glibc's heap
     parts = []
     for number, batch in enumerate(bar, 1):
         parts.append([values.cpu() for values in function(batch)])
-        if state.device.type == "cpu" and number % TRIMMED_AFTER == 0:
-            trim_heap()  # batches differ in width, which fragments glibc's heap
+        if fragments and number % TRIMMED_AFTER == 0:
+            trim_heap()
     for model, mode in zip(models, training, strict=True):
         model.train(mode)
     columns = [torch.cat(values) for values in zip(*gather_object(parts), strict=True)]
