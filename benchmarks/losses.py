@@ -91,7 +91,7 @@ def main() -> None:
         rates[family] = min(tried, key=tried.__getitem__)
 
     print(
-        "\n| loss | rate | accuracy | sigmoid loss | margin | chosen reward | KL, nats | ended | pairs/s |\n"
+        "\n| loss | accuracy | KL, nats | ended | sigmoid loss | margin | chosen reward | rate | pairs/s |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     points = []
@@ -101,13 +101,12 @@ def main() -> None:
             found = judged(run, given)
             speed = json.loads((run / "summary.json").read_text())["throughput"]["dpo_pairs_per_second"]
             intervals = found["interval_95"]
-            names = ("rewards/accuracies", "loss", "rewards/margins", "rewards/chosen", "kl", "ended")
+            names = ("rewards/accuracies", "kl", "ended", "loss", "rewards/margins", "rewards/chosen")
             said = [
                 f"{found[name]:.{digits}f} ({intervals[name][0]:.{digits}f} to {intervals[name][1]:.{digits}f})"
-                for name, digits in zip(names, (3, 3, 2, 2, 1, 2), strict=True)
+                for name, digits in zip(names, (3, 1, 2, 3, 2, 2), strict=True)
             ]
-            told = "".join(f" {flag}" for flag in OWN_FLAGS.get(loss, ()))
-            print(f"| `{loss}{told}` | {rates[family]} | {' | '.join(said)} | {speed:.2f} |", flush=True)
+            print(f"| `{loss}` | {' | '.join(said)} | {rates[family]} | {speed:.2f} |", flush=True)
             points.append((family, loss, found))
 
     with rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
