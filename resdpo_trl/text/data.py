@@ -679,6 +679,26 @@ def dialogue(messages: Messages) -> str:
     return "".join(parts) + MARKER
 
 
+def newest_turns(shown: str, count: int, seen: str) -> str:
+    """The part of a dialogue that a model sees after truncation, for display.
+
+    Args:
+        shown: the whole dialogue, as `dialogue` returns it.
+        count: the turns that truncation kept. If it is one, the turn may have lost its start.
+        seen: the text that the model sees, in any format.
+
+    Returns:
+        A dialogue. It has the system message if the model sees it.
+    """
+    system, *turns = TURN.split(shown.removesuffix(MARKER))
+    kept = turns[-count:]
+    if count == 1 and kept:
+        speaker, _, content = kept[0].partition(": ")
+        start = next(at for at in range(len(content) + 1) if content[at:].strip() in seen)
+        kept = [f"{speaker}: {content[start:]}"]
+    return "".join([system if system.strip() in seen else "", *(f"\n\n{turn}" for turn in kept)]) + MARKER
+
+
 def alternating(messages: Messages) -> Messages:
     """Repair a conversation for a template that requires alternating user and assistant turns, starting with the user.
 

@@ -27,7 +27,7 @@ from resdpo_trl.run.hub import check_public_base
 from resdpo_trl.run.provenance import read_facts, write_facts
 from resdpo_trl.sources import SMOLLM2, SMOLLM2_ID, SPLITS, describe_cuts, describe_left_out, first_line, source_name
 from resdpo_trl.text.config import SamplesConfig, TextDPOConfig, TextModelConfig, TextRewardConfig, TextSFTConfig
-from resdpo_trl.text.data import QUICKSTART, TextDataConfig, load_preferences
+from resdpo_trl.text.data import QUICKSTART, TextDataConfig, load_preferences, newest_turns
 from resdpo_trl.text.generate import answer, answerable, stop_tokens
 from resdpo_trl.text.model import (
     base_model,
@@ -190,10 +190,14 @@ class TextRun(Job):
         return found
 
     def _shown(self, split: str, index: int, row: dict[str, Any]) -> str:
-        """A prompt for display. A truncated prompt is decoded from its tokens, without special tokens."""
-        if row["prompt_tokens_dropped"]:
-            return str(self.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True))
-        return str(self.texts[split][index]["shown"])
+        """A prompt for display, as a dialogue. A truncated prompt has only the turns that the model sees."""
+        texts = self.texts[split][index]
+        if not row["prompt_tokens_dropped"]:
+            return str(texts["shown"])
+        seen = str(self.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True))
+        if not self.texts.ends_turns:  # no chat template: the text is a dialogue
+            return seen
+        return newest_turns(texts["shown"], len(texts["turn_starts"]) + 1 - row["turns_dropped"], seen)
 
     # --- the reference -------------------------------------------------------------------------------------------
 

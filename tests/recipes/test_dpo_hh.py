@@ -335,7 +335,7 @@ def test_a_chat_model_from_its_template_to_its_answers(recipe, tmp_path, pairs_f
         stops = GenerationConfig.from_pretrained(tmp_path / "d" / name).eos_token_id
         assert stops == [tokenizer.eos_token_id, end_of_turn]
     for row in rows_of(tmp_path / "d" / "samples.jsonl"):
-        assert row["prompt"].startswith("\n\nHuman: ") or "Human" not in row["prompt"]  # the latter lost turns
+        assert row["prompt"].startswith(("\n\nHuman: ", "\n\nAssistant: ")) and row["prompt"].endswith("\n\nAssistant:")
         assert "<|im_" not in json.dumps(row)
 
     # transformers' own pipeline takes messages, and stops where the template ends a turn

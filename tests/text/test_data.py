@@ -19,9 +19,11 @@ from resdpo_trl.text.data import (
     dialogue,
     load_preferences,
     messages_of,
+    newest_turns,
     parse_dialogue,
     rendered_turns,
 )
+from resdpo_trl.text.tokens import tokenize
 from tests.conftest import CHATML, END_OF_TEXT, write_pairs
 
 H, A = "\n\nHuman: ", "\n\nAssistant:"
@@ -591,6 +593,40 @@ def test_rendered_pairs_are_trls(tmp_path, chat_tokenizer, kind):
         assert row["prompt"][: row["header_end"]] == DEFAULT_TURN
         turns = [row["prompt"][start:].partition("\n")[0] for start in row["turn_starts"]]
         assert turns == ["<|im_start|>assistant", "<|im_start|>user"][: row["prompt"].count("<|im_start|>") - 3]
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_a_truncated_prompt_is_shown_as_the_turns_that_the_model_sees(tmp_path, chat_tokenizer, system):
+    def conversation(number):
+        turns = [f"turn {at} of {number} " + " ".join(f"w{at}x{word}" for word in range(9)) for at in range(5)]
+        roles = ["user", "assistant"] * 2 + ["user"]
+        asked = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+        return [{"role": "system", "content": system}] * bool(system) + asked
+
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": conversation(number)} | answers for number in range(3)])
+    texts = load_preferences(TextDataConfig(dataset_name=path), chat_tokenizer)
+    whole = texts["train"][0]
+    turns = [message["content"] for message in messages_of(whole["shown"])][-5:]
+    lengths = set()
+    for cap in range(40, 700, 12):
+        (row,) = tokenize(texts["train"], chat_tokenizer, cap, 8, ends_turns=True)
+        seen = chat_tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+        shown = newest_turns(whole["shown"], len(whole["turn_starts"]) + 1 - row["turns_dropped"], seen)
+        messages = messages_of(shown)
+        if messages[0]["role"] == "system":
+            assert messages.pop(0)["content"] == system and system in seen
+        else:
+            assert not system or system not in seen
+        contents = [message["content"] for message in messages]
+        lengths.add(len(contents))
+        assert contents[1:] == turns[len(turns) - len(contents) + 1 :]
+        assert turns[-len(contents)].endswith(contents[0]) and contents[0] in seen
+        for turn in turns[: -len(contents)]:
+            assert turn not in seen
+        if len(contents) > 1:
+            assert contents[0] == turns[-len(contents)]  # only the newest turn can lose its start
+    assert lengths == {1, 2, 3, 4, 5}
 
 
 @pytest.mark.parametrize("kind", ["dialogue", "prompt in HH's form", "plain prompt"])
