@@ -88,6 +88,9 @@ KINDS = ["dpo", "sft", "reward"]
 def test_every_trainable_parameter_moves(tmp_path, tokenizer, kind, options):
     job = build(kind, tmp_path, tokenizer, **options)
     changed, trainable = moved(job)
+    if kind == "reward":  # it adds the same to both rewards, so only rounding could move it
+        trainable -= {"transformer.ln_f.bias"}
+        changed -= {"transformer.ln_f.bias"}
     assert changed == trainable
     assert all(torch.isfinite(weight).all() for weight in job.model.parameters())
     assert "train_loss" in job.state.log_history[-1]
