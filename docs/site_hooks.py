@@ -2,7 +2,7 @@
 
 GitHub shows the pages of docs/ as they are. On the site a link to a file outside docs/ goes to the repository
 (`repo_url` of mkdocs.yml, or the variable GITHUB_REPOSITORY of a workflow; without both it is plain text), and formulas
-become MathML, so that a reader's browser loads no script from elsewhere.
+become MathML, so that a reader's browser loads no script from elsewhere. Commands get a class, for site.css.
 """
 
 import os
@@ -14,6 +14,7 @@ from latex2mathml.converter import convert
 FENCED = re.compile(r"^( *)(```|~~~).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`\n]+`")
 INLINE = re.compile(r"(?<![\\$\w`])\$(?! )([^$`]+?)(?<! )\$(?!\w)")
+COMMAND = re.compile(r"<code>(?=[^<\s]+(?:\s[^<\s]+){3})")  # four words or more
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+)([^)\s]+)\)")
 
 
@@ -34,6 +35,10 @@ def on_page_markdown(text: str, page: Any, config: Any, files: Any) -> str:
         parts += [_inline(OUTSIDE.sub(link, text[at : block.start()])), _display(block[0])]
         at = block.end()
     return "".join([*parts, _inline(OUTSIDE.sub(link, text[at:]))])
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    return COMMAND.sub('<code class="command">', html)
 
 
 def _display(block: str) -> str:
