@@ -693,8 +693,10 @@ def newest_turns(shown: str, count: int, seen: str) -> str:
     system, *turns = TURN.split(shown.removesuffix(MARKER))
     kept = turns[-count:]
     if count == 1 and kept:
-        speaker, _, content = kept[0].partition(": ")
-        start = next(at for at in range(len(content) + 1) if content[at:].strip() in seen)
+        speaker, _, content = kept[0].partition(":")
+        content = content.strip()
+        longest = max(0, len(content) - len(seen))
+        start = next(at for at in range(longest, len(content) + 1) if content[at:] in seen)
         kept = [f"{speaker}: {content[start:]}"]
     return "".join([system if system.strip() in seen else "", *(f"\n\n{turn}" for turn in kept)]) + MARKER
 

@@ -627,6 +627,9 @@ def test_a_truncated_prompt_is_shown_as_the_turns_that_the_model_sees(tmp_path, 
         if len(contents) > 1:
             assert contents[0] == turns[-len(contents)]  # only the newest turn can lose its start
     assert lengths == {1, 2, 3, 4, 5}
+    long = "word " * 40_000 + "the end."  # of which the model sees little
+    assert newest_turns(f"{H}{long}{A}", 1, f"user\n{long[-50:]}\nassistant") == f"{H}{long[-50:].strip()}{A}"
+    assert newest_turns(f"{H}a\n\nHuman:b{A}", 1, "b") == f"{H}b{A}"
 
 
 @pytest.mark.parametrize("kind", ["dialogue", "prompt in HH's form", "plain prompt"])
