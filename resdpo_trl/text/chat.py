@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,9 +49,21 @@ class AnswerStreamer(BaseStreamer):
         self.text = ""  # the answer so far
         self.ended = False  # whether the model ended the answer
         self.written = 0  # number of characters
+        self.interrupted = False
+
+    def interrupt(self, signum: int, frame: Any) -> None:
+        """Handle Ctrl-C: raise KeyboardInterrupt at the next token, and from a second Ctrl-C at once.
+
+        Raised anywhere else, it can be lost, because C code clears exceptions of the Python functions that it calls.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
 
     def put(self, value: torch.Tensor) -> None:
         """Receive the prompt (1, T), which `generate` passes first, or the next token (1,)."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         if value.dim() > 1:
             return
         self.ids += value.tolist()
@@ -115,15 +128,19 @@ class Speaker:
         If Ctrl-C stops an answer, the history keeps its text so far. Return whether --max_new_tokens truncated it.
         """
         config, streamer = self.config, AnswerStreamer(self.tokenizer, write)
+        handler = signal.signal(signal.SIGINT, streamer.interrupt)
         try:
             answer(
                 self.model, self.tokenizer, [ids], config.max_new_tokens, sampled=config.do_sample, seed=seed,
                 temperature=config.temperature, top_p=config.top_p, stop_string=streamer.stop, streamer=streamer,
             )  # fmt: skip
+            if streamer.interrupted:  # at its last token
+                raise KeyboardInterrupt
         except KeyboardInterrupt:
             streamer.end()
             raise
         finally:
+            signal.signal(signal.SIGINT, handler)
             if streamer.ids:
                 self.history.append((message, streamer.text))
         return not streamer.ended

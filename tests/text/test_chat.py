@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import signal
 
 import pytest
@@ -266,13 +267,17 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(folders, monkeypatch,
     whole = generated(folders / "second", reading(chat.speakers[1].tokenizer, ["What is rain?"]))
     put, count = AnswerStreamer.put, 0
 
+    class Pressed:
+        def __del__(self):  # Python ignores an exception that is raised here
+            os.kill(os.getpid(), signal.SIGINT)
+
     def press(self, value):
         nonlocal count
         put(self, value)
         if self.tokenizer is chat.speakers[1].tokenizer:
             count += 1
             if count == 5:  # the prompt and four tokens
-                raise KeyboardInterrupt
+                Pressed()
 
     monkeypatch.setattr(AnswerStreamer, "put", press)
     capsys.readouterr()
